@@ -1,0 +1,1 @@
+"""The login node: compose, plan, submit, track, report. Imports no torch."""

@@ -1,0 +1,160 @@
+"""The frozen values that one stage hands to the next: compose -> plan -> submit, and what track and report read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from train.config import RunConfig, Section
+from train.rundir import RunDir, SweepDir
+
+
+class ClusterConfig(Section):
+    """Where jobs run. `max_parallel` jobs at once; `max_runs_per_pack` null lets memory decide."""
+
+    kind: Literal["auto", "local"]
+    max_parallel: int = Field(1, ge=1)
+    max_runs_per_pack: int | None = Field(None, ge=1)
+
+
+class TrackingConfig(Section):
+    """Where numbers go besides the journal."""
+
+    mode: Literal["off"]
+
+
+class SweepConfig(Section):
+    """Axes of a sweep: `grid` takes every combination, `zip` pairs its lists element by element."""
+
+    name: str | None = None
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    zip: dict[str, list[Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration of a sweep. `axes` maps each swept key to this run's value."""
+
+    config: RunConfig
+    id: str
+    name: str
+    axes: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The name of the run's folder in the sweep folder."""
+        return f"{self.name}-{self.id}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the user asked for, composed and checked. `command` is the line that asks for it again."""
+
+    name: str
+    root: Path
+    cache: Path
+    runs: tuple[Run, ...]
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    command: str
+
+    @property
+    def dir(self) -> SweepDir:
+        """The sweep's folder."""
+        return SweepDir(self.root / self.name)
+
+    def run_dir(self, run: Run) -> RunDir:
+        """The folder of one run."""
+        return RunDir(self.dir.path / run.folder)
+
+
+class Verdict(StrEnum):
+    """What a plan will do with a run.
+
+    new -> never trained, will be; resumable -> will go on from its checkpoint; running -> a live process has it, left alone;
+    done -> has its result, left alone; failed -> would end the same way again, left alone until `resume`.
+    """
+
+    NEW = "new"
+    DONE = "done"
+    RUNNING = "running"
+    RESUMABLE = "resumable"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run, the verdict on it with its reason, and the pack that will train it (None where nothing is to do)."""
+
+    run: Run
+    verdict: Verdict
+    reason: str
+    pack: str | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a pack is expected to take. `usd` is None where the cluster names no price."""
+
+    vram_gib: float
+    seconds: float
+    gpu_hours: float
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The runs that one job trains together, by id."""
+
+    id: str
+    partition: str
+    runs: tuple[str, ...]
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen, completely: `submit` does exactly this."""
+
+    sweep: Sweep
+    runs: tuple[PlannedRun, ...]
+    packs: tuple[Pack, ...]
+
+
+class State(StrEnum):
+    """Where a run is in its life.
+
+    pending -> submitted, not started; running -> a live process trains it; stopped -> ended resumably (preempted, time limit,
+    Ctrl-C); cancelled -> stopped on request; failed -> ended by an error that would come again; done -> has its result;
+    unknown -> its process has not been heard of for a while, which is never taken for failed.
+    """
+
+    PENDING = "pending"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    DONE = "done"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What is known of a run now. Speeds in tokens per second of this run alone; `seconds_left` by its latest pace."""
+
+    id: str
+    name: str
+    state: State
+    step: int
+    max_steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    attempts: int
+    cause: str | None
+    job: str | None
+    node: str | None

@@ -1,0 +1,1 @@
+"""The GPU node: everything that runs inside a job. Never imports `launcher`."""

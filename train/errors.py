@@ -1,0 +1,29 @@
+"""The family of exceptions that this project raises on purpose.
+
+    LorapackError           exit code 1: something failed
+    ├── BadInput            exit code 2: the user's mistake; the message says what, which value, what to do next
+    ├── StorageError        the disk is full, read-only or gone
+    └── LeaseHeld           another live process trains this run
+
+Foreign errors are translated at one seam each, with ``raise … from exc``.
+"""
+
+
+class LorapackError(Exception):
+    """Base of every error with a message meant for the user; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class BadInput(LorapackError):
+    """A mistake in configuration, data or model that the user can correct."""
+
+    exit_code = 2
+
+
+class StorageError(LorapackError):
+    """A file could not be written or read back; `cause` of the attempt is ``storage``."""
+
+
+class LeaseHeld(LorapackError):
+    """The run folder belongs to another live process."""

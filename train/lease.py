@@ -1,0 +1,142 @@
+"""Who trains a run now: one live process per run folder, and a dead one's place is taken over.
+
+The lease file names its process; its modification time is the heartbeat. On the same host a lease is dead when its process is
+gone, elsewhere when the heartbeat is older than `STALE_SECONDS` (Slurm can start a job's second copy while the first still
+runs on a node that it lost: two writers are real). Light on purpose: the launcher reads leases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train.errors import LeaseHeld
+from train.rundir import RunDir, storage_errors
+
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The process that owns a run folder; times are Unix seconds, `pid_started` is in the kernel's clock ticks."""
+
+    token: str
+    host: str
+    pid: int
+    pid_started: int
+    job: str
+    attempt: int
+    started: float
+    first_step: int
+    heartbeat: float = 0.0
+
+    def alive(self) -> bool:
+        """Whether its process still runs, as far as this host can tell."""
+        if self.host == socket.gethostname():
+            return process_started(self.pid) == self.pid_started
+        return time.time() - self.heartbeat < STALE_SECONDS
+
+
+def read_lease(run: RunDir) -> Lease | None:
+    """The lease on a run folder, live or dead, or None."""
+    try:
+        values = json.loads(run.lease.read_bytes())
+        return Lease(**values | {"heartbeat": run.lease.stat().st_mtime})
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def acquire(run: RunDir, *, job: str, attempt: int, first_step: int) -> Lease:
+    """Take the run folder for this process; a dead lease gives way.
+
+    Raises:
+        LeaseHeld: another live process has it.
+    """
+    while True:
+        lease = Lease(
+            uuid.uuid4().hex, socket.gethostname(), os.getpid(), process_started(os.getpid()) or 0, job, attempt, time.time(), first_step
+        )
+        if _create(run.lease, lease):
+            return lease
+        held = read_lease(run)
+        if held is not None and held.alive():
+            raise LeaseHeld(
+                f"{run.path.name} is being trained by process {held.pid} on {held.host} (job {held.job}); "
+                "wait for it, or stop it with 'python -m launcher cancel'."
+            )
+        _retire(run.lease)
+
+
+def release(run: RunDir, lease: Lease) -> None:
+    """Give the run folder back, if it is still ours."""
+    held = read_lease(run)
+    if held is not None and held.token == lease.token:
+        run.lease.unlink(missing_ok=True)
+
+
+class Heartbeat:
+    """A thread that keeps leases fresh, also while the main thread loads a model or saves for minutes."""
+
+    def __init__(self, runs: list[RunDir]) -> None:
+        self._paths = [run.lease for run in runs]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            for path in self._paths:
+                try:
+                    os.utime(path)
+                except FileNotFoundError:  # the run is done and its lease released
+                    continue
+
+
+def process_started(pid: int) -> int | None:
+    """When process `pid` of this host started (clock ticks after boot), None if it is gone or a zombie.
+
+    The start time tells a process from a later one with the same number; /proc/<pid>/stat, field 22 (proc(5)).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _create(path: Path, lease: Lease) -> bool:
+    """Create the lease file complete and only if there is none: a hard link is atomic, also on NFS."""
+    beside = path.with_name(f".{path.name}.{lease.token}.tmp")
+    with storage_errors(path):
+        beside.write_text(json.dumps({key: value for key, value in asdict(lease).items() if key != "heartbeat"}))
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink()
+    return True
+
+
+def _retire(path: Path) -> None:
+    """Move a dead lease away; of several processes that try, one rename wins and the others find nothing."""
+    grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}.dead")
+    try:
+        os.rename(path, grave)
+    except FileNotFoundError:
+        return
+    grave.unlink()

@@ -1,0 +1,327 @@
+"""Every file name below the root and the cache, and the only ways in which files come to exist.
+
+A file that exists is complete: it is written beside its place, flushed to the disk with its folder, and renamed. Logs that
+grow (`append_line`) are read up to their last whole line. Folders are private (0700, files 0600).
+
+Light on purpose: the launcher imports it on the login node.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.errors import BadInput, StorageError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run: ``runs/<sweep>/<run-name>-<run-id>/``."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The fully resolved `RunConfig`, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """What the run computed, a line per step and evaluation; the same bytes whatever happened to the job."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def pace(self) -> Path:
+        """How fast it was computed (clock time, tokens per second, memory): differs from attempt to attempt."""
+        return self.path / "pace.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        """A line per ended attempt with its cause."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def lease(self) -> Path:
+        """Who trains this run now; its modification time is the heartbeat."""
+        return self.path / "lease.json"
+
+    @property
+    def cancel_request(self) -> Path:
+        """Exists while the user wants this run to stop; the training loop polls it."""
+        return self.path / "cancel.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder that `peft.PeftModel.from_pretrained` loads."""
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """Folder of the merged model, made by ``merge``."""
+        return self.path / "merged"
+
+    @property
+    def result(self) -> Path:
+        """Written last: it exists only if the run is done."""
+        return self.path / "result.json"
+
+    @property
+    def id(self) -> str:
+        """The run id at the end of the folder's name."""
+        return self.path.name.rpartition("-")[2]
+
+    @property
+    def name(self) -> str:
+        """The folder's name without the run id."""
+        return self.path.name.rpartition("-")[0]
+
+
+@dataclass(frozen=True)
+class PackDir:
+    """The files of one job: ``runs/<sweep>/jobs/<pack-id>/``."""
+
+    path: Path
+
+    @property
+    def pack(self) -> Path:
+        """What the job trains: sweep folder, cache and run folders."""
+        return self.path / "pack.json"
+
+    @property
+    def job(self) -> Path:
+        """Which job was submitted for it, and when."""
+        return self.path / "job.json"
+
+    @property
+    def submitit(self) -> Path:
+        """submitit's own folder, with stdout and stderr of every attempt."""
+        return self.path / "submitit"
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """The files of one sweep: ``runs/<sweep>/``."""
+
+    path: Path
+
+    @property
+    def plans(self) -> Path:
+        """Folder of the accepted plans, ``<n>.json`` from 1."""
+        return self.path / "plans"
+
+    @property
+    def code(self) -> Path:
+        """Folder of frozen code, a folder per tree hash."""
+        return self.path / "code"
+
+    @property
+    def jobs(self) -> Path:
+        """Folder of packs."""
+        return self.path / "jobs"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained report."""
+        return self.path / "report.html"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the report's PNG plots."""
+        return self.path / "plots"
+
+    def pack(self, pack_id: str) -> PackDir:
+        """The folder of one pack."""
+        return PackDir(self.jobs / pack_id)
+
+    def runs(self) -> list[RunDir]:
+        """Every run folder, by name."""
+        return [RunDir(path.parent) for path in sorted(self.path.glob("*-*/config.yaml"))]
+
+
+@dataclass(frozen=True)
+class CacheDir:
+    """What is fetched or derived once and shared by every sweep: models and tokenised data."""
+
+    path: Path
+
+    def model(self, key: str) -> Path:
+        """Folder of a fetched or converted model, complete if it exists."""
+        return self.path / "models" / key
+
+    def tokens(self, key: str) -> Path:
+        """Folder of tokenised data with its ``facts.json``, complete if it exists."""
+        return self.path / "tokens" / key
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before, also after a power cut.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(path):
+        try:
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` for one JSON document; NaN and infinity are refused because JSON has neither."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill beside `path`; it takes `path`'s place complete, or not at all.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(path):
+        try:
+            make_folder(beside)
+            yield beside
+            for file in beside.rglob("*"):
+                sync_folder(file)
+            sync_folder(beside)
+            if path.exists():
+                retired = beside.with_suffix(".old")
+                os.replace(path, retired)
+                os.replace(beside, path)
+                shutil.rmtree(retired)
+            else:
+                os.replace(beside, path)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def append_lines(path: Path, records: list[Record]) -> None:
+    """Append one JSON line per record in a single write, and flush it to the disk.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+    """
+    text = "".join(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n" for record in records)
+    with storage_errors(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(handle, text.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document at `path`, or None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Every whole line of a growing JSON-lines file; a torn last line and a missing file count as nothing."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def make_folder(path: Path) -> Path:
+    """Make `path` and what lacks above it, private to the user.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+    """
+    with storage_errors(path):
+        for folder in [*reversed(path.parents), path]:
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def refuse_shared_root(root: Path) -> None:
+    """Refuse a root folder into which other users could put code that the user's jobs would run.
+
+    Raises:
+        BadInput: the folder belongs to somebody else, or others may write there.
+    """
+    if not root.exists():
+        return
+    info = root.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise BadInput(f"root={root} is no folder; choose another root=.")
+    if info.st_uid != os.getuid():
+        raise BadInput(f"root={root} belongs to another user (uid {info.st_uid}); choose a root= of your own.")
+    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and info.st_gid != os.getgid()):
+        raise BadInput(f"root={root} can be written by others; run 'chmod go-w {root}' or choose another root=.")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Translate the operating system's refusals to write at `path`.
+
+    Raises:
+        StorageError: saying what, where and what to do next.
+    """
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space, or choose another root= or cache=",
+        errno.EDQUOT: "your quota is used up; free some space, or choose another root= or cache=",
+        errno.EROFS: "the file system is read-only; choose another root= or cache=",
+        errno.EACCES: "you may not write there; choose another root= or cache=",
+        errno.EIO: "the disk answers with errors; ask the administrator",
+        errno.ESTALE: "the network file system lost the folder; try again",
+    }
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in advice:
+            raise
+        raise StorageError(f"{path} could not be written: {advice[exc.errno]}.") from exc
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries (or a file's content) to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,40 @@
+"""The handler sets a flag; the loop acts.
+
+Slurm's warnings (USR1, USR2, TERM), a user's Ctrl-C (INT) and a closed terminal (HUP) ask a job to stop. The handler only
+remembers the first of them; whoever works polls `StopFlag.check` between micro-batches, rows and files.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the job was asked to stop
+    """Raised by `StopFlag.check`, outside of the handler, where a job can end without saving anything."""
+
+
+class StopFlag:
+    """Whether the job was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> StopFlag:
+        """Set the handlers; call it before anything heavy is imported, in the main thread."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+        return self
+
+    def check(self) -> None:
+        """Raise `Stopped` if the job was asked to stop."""
+        if self.signal_name is not None:
+            raise Stopped(self.signal_name)
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
