@@ -256,7 +256,8 @@ def _explain(section: type[Section], error: Any, prefix: str) -> str:
     if error["type"] == "missing":
         return f"{key} is missing; give it a value"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return message if error["type"] == "value_error" and key.split(".")[-1] in {"model", ""} else f"{key}={error['input']!r}: {message}"
+    speaks_for_itself = error["type"] == "value_error" and key in {"", "model"}  # a check of several keys names them
+    return message if speaks_for_itself else f"{key}={error['input']!r}: {message}"
 
 
 def _is_union_member(part: str | int) -> bool:

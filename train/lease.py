@@ -34,7 +34,6 @@ class Lease:
     job: str
     attempt: int
     started: float
-    first_step: int
     heartbeat: float = 0.0
 
     def alive(self) -> bool:
@@ -53,15 +52,16 @@ def read_lease(run: RunDir) -> Lease | None:
         return None
 
 
-def acquire(run: RunDir, *, job: str, attempt: int, first_step: int) -> Lease:
+def acquire(run: RunDir, *, job: str, attempt: int) -> Lease:
     """Take the run folder for this process; a dead lease gives way.
 
     Raises:
         LeaseHeld: another live process has it.
     """
     while True:
+        pid = os.getpid()
         lease = Lease(
-            uuid.uuid4().hex, socket.gethostname(), os.getpid(), process_started(os.getpid()) or 0, job, attempt, time.time(), first_step
+            uuid.uuid4().hex, socket.gethostname(), pid, process_started(pid) or 0, job, attempt, started=time.time()
         )
         if _create(run.lease, lease):
             return lease
@@ -71,7 +71,8 @@ def acquire(run: RunDir, *, job: str, attempt: int, first_step: int) -> Lease:
                 f"{run.path.name} is being trained by process {held.pid} on {held.host} (job {held.job}); "
                 "wait for it, or stop it with 'python -m launcher cancel'."
             )
-        _retire(run.lease)
+        if held is not None:
+            _retire(run.lease, held.token)
 
 
 def release(run: RunDir, lease: Lease) -> None:
@@ -132,11 +133,13 @@ def _create(path: Path, lease: Lease) -> bool:
     return True
 
 
-def _retire(path: Path) -> None:
+def _retire(path: Path, dead_token: str) -> None:
     """Move a dead lease away; of several processes that try, one rename wins and the others find nothing."""
     grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}.dead")
     try:
         os.rename(path, grave)
-    except FileNotFoundError:
+        if json.loads(grave.read_bytes())["token"] != dead_token:  # somebody took over between our look and our rename
+            os.link(grave, path)
+        grave.unlink()
+    except (FileNotFoundError, FileExistsError):
         return
-    grave.unlink()

@@ -265,6 +265,19 @@ def read_lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def last_line(path: Path, tail_bytes: int = 4096) -> Record | None:
+    """The last whole line of a growing JSON-lines file, without reading the rest; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - tail_bytes))
+            whole = file.read().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        return None
+    record: Record | None = json.loads(whole.rpartition(b"\n")[2]) if whole else None
+    return record
+
+
 def make_folder(path: Path) -> Path:
     """Make `path` and what lacks above it, private to the user.
 

@@ -12,7 +12,7 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818 - no error: the job was asked to stop
+class Stopped(Exception):
     """Raised by `StopFlag.check`, outside of the handler, where a job can end without saving anything."""
 
 

@@ -1,0 +1,142 @@
+"""Builders for tests of the packed trainer: a tiny random Llama, random instructions, and packs of runs over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from train.data import TokenisedData, TokenTable
+from train.targets import adapted_modules
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from train.attempts import open_attempt
+from train.base import PackedBase, Residency, pack_model
+from train.config import QuantConfig, RunConfig, parse_run_config
+from train.loop import PackLoop
+from train.pack import seat
+from train.rundir import RunDir, make_folder
+from train.session import RunSession
+from train.signals import StopFlag
+
+VOCABULARY = 97
+CPU = torch.device("cpu")
+SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
+NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    """A random 2-layer Llama with grouped-query attention; the same weights every time."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for (
+            parameter
+        ) in model.parameters():  # larger than transformers' initial values, so that gradients are far from zero
+            parameter.data.mul_(4) if parameter.dim() == 2 else parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def tiny_base(
+    dtype: torch.dtype = torch.float64, quant: QuantConfig = SIXTEEN_BIT, residency: Residency = "resident"
+) -> PackedBase:
+    return pack_model(tiny_llama(dtype), quant, CPU, residency, longest=64)
+
+
+def random_table(rows: int, seed: int, longest: int = 24) -> TokenTable:
+    """Rows of 4 to `longest` random tokens, of which the first third are a masked prompt."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(4, longest + 1, rows)
+    tokens = random.integers(0, VOCABULARY, int(lengths.sum())).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    labels = tokens.copy()
+    for start, length in zip(offsets[:-1], lengths, strict=True):
+        labels[start : start + length // 3] = -100
+    return TokenTable(tokens, labels, offsets)
+
+
+def random_data(rows: int = 50, eval_rows: int = 10, seed: int = 0) -> TokenisedData:
+    return TokenisedData(random_table(rows, seed), random_table(eval_rows, seed + 1000), {})
+
+
+def run_config(lora: dict[str, Any] | None = None, train: dict[str, Any] | None = None) -> RunConfig:
+    return parse_run_config(
+        {
+            "model": {"name": "tiny", "source": "builtin:tiny", "fingerprint": "tiny"},
+            "data": {"name": "random", "source": "random", "fingerprint": "random"},
+            "lora": {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "v_proj"]} | (lora or {}),
+            "quant": {"load_in_4bit": False},
+            "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 20, "save_steps": 7, "eval_steps": 10}
+            | (train or {}),
+        }
+    )
+
+
+# Eight runs that differ in everything that may differ in a pack.
+DIVERSE = [
+    run_config(),
+    run_config({"r": 8, "lora_dropout": 0.1}, {"seed": 1, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2}),
+    run_config(
+        {"target_modules": "all-linear", "use_rslora": True}, {"batch_size": 7, "max_steps": 13, "max_grad_norm": 0.1}
+    ),
+    run_config({"r": 2, "target_modules": ["gate_proj", "up_proj", "down_proj"]}, {"weight_decay": 0.1, "seed": 2}),
+    run_config({"loraplus_lr_ratio": 4.0, "lora_dropout": 0.5}, {"learning_rate": 3e-3, "batch_size": 1}),
+    run_config({"layers_to_transform": [1], "lora_alpha": 32.0}, {"max_steps": 20, "lr_scheduler_type": "constant"}),
+    run_config({"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"v_proj": 64.0}}, {"seed": 3, "max_grad_norm": 0.0}),
+    run_config(
+        {"target_modules": r".*\.o_proj", "r": 5},
+        {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "max_steps": 17, "warmup_steps": 3},
+    ),
+]
+
+
+class Recording(RunSession):
+    """A session that keeps a copy of its final adapter, which a finished run takes out of the pack."""
+
+    final: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def complete(self, adapter: Any, facts: Any) -> None:
+        self.final = {name: (a.clone(), b.clone()) for name, (a, b) in adapter.items()}
+        super().complete(adapter, facts)
+
+
+def make_loop(
+    folder: Path,
+    base: PackedBase,
+    configs: list[RunConfig],
+    data: TokenisedData | None = None,
+    micro_batch_tokens: int = 10_000,
+    stop: StopFlag | None = None,
+) -> PackLoop:
+    """A pack of runs in folders ``run<i>-x`` below `folder`, seated and ready; existing checkpoints are resumed from."""
+    data = data or random_data()
+    sessions = []
+    for i, config in enumerate(configs):
+        run = RunDir(make_folder(folder / f"run{i}-x"))
+        if not run.result.exists():
+            targets = adapted_modules(config.lora, list(base.shapes))
+            sessions.append(Recording(run, config, data, targets, open_attempt(run), "cpu"))
+    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None)
+
+
+def train(folder: Path, base: PackedBase, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:
+    """Train a pack to its end; the sessions, in the order of `configs`."""
+    loop = make_loop(folder, base, configs, **kwargs)
+    sessions: list[Any] = list(loop.sessions)
+    loop.run()
+    return sessions
+
+
+def run_dirs(folder: Path) -> list[RunDir]:
+    return [RunDir(path) for path in sorted(folder.glob("run*-x"))]

@@ -1,0 +1,116 @@
+"""Our row-wise AdamW, clipping and schedules against torch's and transformers' on the same numbers."""
+
+import math
+
+import packs
+import pytest
+import torch
+from train.targets import adapted_modules
+from transformers import get_scheduler
+
+from train.config import RunConfig
+from train.optim import PackedAdamW, scheduled_learning_rate
+from train.packed_lora import PackedAdapters
+
+SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (3, 5)}
+CONFIGS = [
+    packs.run_config({"r": 2}, {"weight_decay": 0.1, "max_grad_norm": 0.5}),
+    packs.run_config({"r": 3, "loraplus_lr_ratio": 4.0}, {"adam_beta1": 0.8, "adam_beta2": 0.9, "max_grad_norm": 0.0}),
+]
+
+
+def adapters_of(configs: list[RunConfig]) -> PackedAdapters:
+    targets = [adapted_modules(c.lora, list(SHAPES)) for c in configs]
+    return PackedAdapters(targets, SHAPES, [0.0] * len(configs), torch.float64, packs.CPU)
+
+
+def test_each_row_moves_as_torch_moves_it_alone() -> None:
+    adapters = adapters_of(CONFIGS)
+    torch.manual_seed(0)
+    for row in range(2):
+        for pair in adapters.tensors(row).values():
+            for tensor in pair:
+                tensor.normal_()
+    twins = [
+        {n: tuple(t.clone().requires_grad_() for t in pair) for n, pair in adapters.tensors(row).items()}
+        for row in range(2)
+    ]
+    ours = PackedAdamW(adapters, [(c.train, c.lora) for c in CONFIGS], scale_losses=False)
+    theirs = []
+    for config, twin in zip(CONFIGS, twins, strict=True):
+        t, ratio = config.train, config.lora.loraplus_lr_ratio or 1.0
+        groups = [
+            {"params": [pair[part] for pair in twin.values()], "lr": t.learning_rate * factor}
+            for part, factor in ((0, 1.0), (1, ratio))
+        ]
+        theirs.append(
+            torch.optim.AdamW(
+                groups, betas=(t.adam_beta1, t.adam_beta2), eps=t.adam_epsilon, weight_decay=t.weight_decay
+            )
+        )
+    for _ in range(5):
+        for row, twin in enumerate(twins):
+            for name, pair in adapters.tensors(row, adapters.gradient).items():
+                for part, gradient in enumerate(pair):
+                    gradient.normal_()
+                    twin[name][part].grad = gradient.clone()
+        ours.step([c.train.learning_rate for c in CONFIGS], [True, True], torch.ones(2))
+        for config, twin, optimizer in zip(CONFIGS, twins, theirs, strict=True):
+            if config.train.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_([t for pair in twin.values() for t in pair], config.train.max_grad_norm)
+            optimizer.step()
+    for row, twin in enumerate(twins):
+        for name, pair in adapters.tensors(row).items():
+            for mine, other in zip(pair, twin[name], strict=True):
+                torch.testing.assert_close(mine, other.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_padding_stays_zero() -> None:
+    adapters = adapters_of(CONFIGS)
+    optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in CONFIGS], scale_losses=False)
+    for row in range(2):
+        for pair in adapters.tensors(row, adapters.gradient).values():
+            for gradient in pair:
+                gradient.fill_(1.0)
+    optimizer.step([0.1, 0.1], [True, True], torch.ones(2))
+    real = sum(t.numel() for row in range(2) for pair in adapters.tensors(row).values() for t in pair)
+    assert int((adapters.theta != 0).sum()) == real < adapters.theta.numel()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_or_not_asked_stays_bit_for_bit(bad: float) -> None:
+    adapters = adapters_of(CONFIGS)
+    optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in CONFIGS], scale_losses=False)
+    adapters.theta.normal_()
+    optimizer.exp_avg.normal_()
+    before = [matrix.clone() for matrix in (adapters.theta, optimizer.exp_avg, optimizer.exp_avg_sq)]
+    adapters.gradient.normal_()
+    adapters.gradient[0, 1] = bad
+    outcome = optimizer.step([0.1, 0.1], [True, False], torch.ones(2))
+    after = (adapters.theta, optimizer.exp_avg, optimizer.exp_avg_sq)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert outcome.alive.tolist() == [False, True]
+    assert not adapters.gradient.any()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_schedules_are_those_of_transformers(name: str) -> None:
+    config = packs.run_config(train={"lr_scheduler_type": name, "warmup_ratio": 0.3, "max_steps": 20}).train
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    scheduler = get_scheduler(name, optimizer, config.warmup(20), 20)
+    for step in range(20):
+        assert scheduled_learning_rate(config, step, 20) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_loss_scale_halves_for_the_overflowing_run_alone_and_grows_back() -> None:
+    adapters = adapters_of(CONFIGS)
+    optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in CONFIGS], scale_losses=True)
+    adapters.gradient[0, 0] = math.inf
+    outcome = optimizer.step([0.1, 0.1], [True, True], torch.ones(2))
+    assert outcome.alive.tolist() == [True, True]
+    assert optimizer.loss_scale.tolist() == [2.0**15, 2.0**16]
+    for _ in range(2000):
+        optimizer.step([0.0, 0.0], [True, True], torch.ones(2))
+    assert optimizer.loss_scale.tolist() == [2.0**16, 2.0**17]

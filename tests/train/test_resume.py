@@ -1,0 +1,142 @@
+"""A job may die at any moment; what is left of it is what an undisturbed job leaves, to the last bit."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import packs
+import pytest
+import torch
+
+from train.checkpoint import checkpoint_steps, load_checkpoint, sound_checkpoints
+from train.rundir import RunDir, read_lines
+from train.signals import StopFlag, Stopped
+
+KILLS = 20
+
+
+def train_in_this_process(folder: str) -> None:
+    """What the processes below run: the eight diverse runs, in float32, resumed from whatever is there."""
+    torch.set_num_threads(1)
+    packs.train(Path(folder), packs.tiny_base(torch.float32), packs.DIVERSE, micro_batch_tokens=200)
+
+
+def remains(folder: Path) -> dict[str, bytes]:
+    """Everything of a pack's runs that has to be the same whatever happened."""
+    files = {}
+    for run in packs.run_dirs(folder):
+        files[f"{run.path.name}/journal"] = run.journal.read_bytes()
+        files[f"{run.path.name}/adapter"] = (run.adapter / "adapter_model.safetensors").read_bytes()
+    return files
+
+
+def test_killed_at_random_moments_the_result_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["packs"])
+
+    def start(folder: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=train_in_this_process, args=(str(folder),))
+        process.start()
+        return process
+
+    began = time.monotonic()
+    undisturbed = start(tmp_path / "undisturbed")
+    undisturbed.join()
+    seconds = time.monotonic() - began
+    assert undisturbed.exitcode == 0
+    moments = random.Random(0)
+    kills = 0
+    while kills < KILLS:
+        process = start(tmp_path / "killed")
+        process.join(timeout=moments.uniform(0.02, 0.6) * seconds)
+        if process.exitcode == 0:  # finished before its moment came: begin anew
+            (tmp_path / "killed").rename(tmp_path / f"killed{kills}")
+            assert remains(tmp_path / f"killed{kills}") == remains(tmp_path / "undisturbed")
+            continue
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    last = start(tmp_path / "killed")
+    last.join()
+    assert last.exitcode == 0
+    assert remains(tmp_path / "killed") == remains(tmp_path / "undisturbed")
+    causes = [line["cause"] for run in packs.run_dirs(tmp_path / "killed") for line in read_lines(run.attempts)]
+    assert set(causes) <= {"node_fail", "done"}
+
+
+class StopAfter(StopFlag):
+    """Asks to stop at the n-th look at the flag."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def check(self) -> None:
+        self.looks -= 1
+        if self.looks <= 0:
+            self.signal_name = "SIGTERM"
+        super().check()
+
+
+def test_stopped_anywhere_and_resumed_nothing_differs(tmp_path: Path) -> None:
+    """In training, between micro-batches and in the middle of an evaluation."""
+    base = packs.tiny_base(torch.float32)
+    packs.train(tmp_path / "undisturbed", base, packs.DIVERSE, micro_batch_tokens=200)
+    for looks in (1, 2, 5, 30, 31, 77, 78, 200):
+        folder = tmp_path / f"stopped{looks}"
+        loop = packs.make_loop(folder, base, packs.DIVERSE, micro_batch_tokens=200, stop=StopAfter(looks))
+        with pytest.raises(Stopped):
+            loop.run()
+        for session in loop.sessions:
+            session.end("preempted", "SIGTERM")
+        todo = [(i, c) for i, c in enumerate(packs.DIVERSE) if not packs.run_dirs(folder)[i].result.exists()]
+        assert todo
+        packs.train(folder, base, packs.DIVERSE, micro_batch_tokens=200)
+        assert remains(folder) == remains(tmp_path / "undisturbed"), looks
+
+
+@pytest.fixture
+def stopped_run(tmp_path: Path) -> RunDir:
+    """One run with checkpoints of the steps 7 and 9."""
+    base = packs.tiny_base(torch.float32)
+    loop = packs.make_loop(tmp_path, base, [packs.run_config()], stop=StopAfter(11))
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.sessions[0].end("preempted", "SIGTERM")
+    run = packs.run_dirs(tmp_path)[0]
+    assert checkpoint_steps(run) == [7, 9]
+    return run
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    stopped_run: RunDir, tmp_path: Path
+) -> None:
+    state = stopped_run.checkpoint(9) / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1  # a single bit
+    state.write_bytes(content)
+    said: list[str] = []
+    assert list(sound_checkpoints(stopped_run, said.append)) == [7]
+    assert "step 9 is damaged" in said[0]
+    assert (stopped_run.checkpoints / "damaged-step-00000009").is_dir()
+    base = packs.tiny_base(torch.float32)
+    packs.train(tmp_path, base, [packs.run_config()])
+    packs.train(tmp_path / "undisturbed", base, [packs.run_config()])
+    assert remains(tmp_path) == remains(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_no_damage_passes(stopped_run: RunDir, name: str, damage: str) -> None:
+    file = stopped_run.checkpoint(9) / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    assert load_checkpoint(stopped_run, 9) is None
+    assert load_checkpoint(stopped_run, 7) is not None

@@ -1,0 +1,252 @@
+"""The frozen base model of a pack: loaded once, quantised once, run on flat tokens, with a place for adapters in every linear layer.
+
+The decoder is transformers' own; three things in it are exchanged: attention (`train.attention`), linear layers
+(`PackedLinear`) and RMSNorm (one fused call, in float64 too, where transformers would round to float32).
+
+Weights are kept and multiplied here, never by bitsandbytes' `Linear4bit`: on CPUs with AVX512-BF16 its forward without gradient
+repacks the weight for a kernel without autograd, and every later gradient is silently missing.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from train.attention import ATTENTION
+from train.batches import CurrentBatch, MicroBatch
+from train.config import ModelConfig, QuantConfig
+from train.errors import BadInput
+from train.packed_lora import PackedAdapters, Slot, packed_lora
+
+Residency = Literal["nf4", "resident"]
+
+
+class DenseWeight:
+    """A weight [out, in] held in the compute dtype."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        return functional.linear(x, self.weight)
+
+
+class NF4Weight:
+    """A weight [out, in] in 4-bit NormalFloat (QLoRA, arXiv 2305.14314), dequantised at each use, forward and backward."""
+
+    def __init__(self, weight: torch.Tensor, quant: QuantConfig) -> None:
+        self.packed, self.state = quantise(weight, quant)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        product: torch.Tensor = _NF4Product.apply(x, self)
+        return product
+
+    def dense(self) -> torch.Tensor:
+        """The dequantised weight [out, in] in the dtype that it was quantised from."""
+        return dequantise(self.packed, self.state)
+
+
+class _NF4Product(torch.autograd.Function):
+    """Keeps nothing but the packed weight for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
+        ctx.weight = weight
+        return functional.linear(x, weight.dense())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] @ ctx.weight.dense(), None
+
+
+def quantise(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, Any]:
+    """bitsandbytes' NF4 with blocks of 64, as transformers' `BitsAndBytesConfig` makes it."""
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=64,
+        compress_statistics=quant.bnb_4bit_use_double_quant,
+        quant_type=quant.bnb_4bit_quant_type,
+    )
+    return packed, state
+
+
+def dequantise(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """The values that the packed weight stands for."""
+    dense: torch.Tensor = bnb.dequantize_4bit(packed, state)
+    return dense
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer that adds to every token the adapter of the run that the token belongs to."""
+
+    def __init__(self, weight: DenseWeight | NF4Weight, bias: torch.Tensor | None, current: CurrentBatch) -> None:
+        super().__init__()
+        self.weight, self.bias, self.current = weight, bias, current
+        self.slot: Slot | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, T, in] -> [1, T, out]."""
+        y = self.weight.product(x)
+        if self.bias is not None:
+            y = y + self.bias
+        delta = None if self.slot is None else packed_lora(x[0], self.slot, self.current)
+        return y if delta is None else y + delta
+
+
+class FusedRMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) of the last dimension, in one call and in no less than the input's precision."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] -> [..., dim]."""
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class PackedBase:
+    """A frozen decoder that runs packs. `shapes` gives (out, in) features of every linear layer that an adapter may sit on."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        linears: dict[str, PackedLinear],
+        shapes: dict[str, tuple[int, int]],
+        current: CurrentBatch,
+    ) -> None:
+        self.model, self.linears, self.shapes, self.current = model, linears, shapes, current
+        self.head: torch.Tensor = model.get_output_embeddings().weight
+        self.dtype, self.device = self.head.dtype, self.head.device
+        linear_parameters = sum(out_features * in_features for out_features, in_features in shapes.values())
+        biases = sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None)
+        self.parameters = linear_parameters + biases + sum(parameter.numel() for parameter in model.parameters())
+
+    def attach(self, adapters: PackedAdapters | None) -> None:
+        """Put a pack's adapters in their places; None leaves the bare base."""
+        for name, linear in self.linears.items():
+            linear.slot = None if adapters is None else adapters.slots.get(name)
+
+    def hidden_states(self, batch: MicroBatch, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
+        """The last hidden state [T, dim] of every token; `dropout_keys` [runs] turn dropout on."""
+        self.current.batch, self.current.dropout_keys = batch, dropout_keys
+        output = self.model.base_model(
+            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Keep only the layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()  # transformers checkpoints in training mode only; a frozen Llama has no dropout of its own
+        else:
+            self.model.gradient_checkpointing_disable()
+            self.model.eval()
+
+
+def load_base(
+    model_dir: Path,
+    model: ModelConfig,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    residency: Residency,
+    longest: int,
+) -> PackedBase:
+    """Load the model in `model_dir` for packs whose sequences have at most `longest` tokens.
+
+    Raises:
+        BadInput: the architecture computes something that the packed trainer would leave out.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=dtype,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+    )
+    return pack_model(loaded, quant, device, residency, longest)
+
+
+def pack_model(
+    model: PreTrainedModel, quant: QuantConfig, device: torch.device, residency: Residency, longest: int
+) -> PackedBase:
+    """Freeze `model`, move it to `device` and put packed parts in its places.
+
+    Raises:
+        BadInput: see `load_base`.
+    """
+    refuse_unsupported(model.config, longest)
+    model.requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    current = CurrentBatch()
+    linears: dict[str, PackedLinear] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            shapes[name] = (module.out_features, module.in_features)
+            linears[name] = _packed_linear(module, quant, device, residency, current)
+            model.set_submodule(name, linears[name])
+        elif _is_rms_norm(module):
+            model.set_submodule(name, FusedRMSNorm(module.weight.detach(), module.variance_epsilon))
+        elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
+            module.current_batch = current
+    model.to(device).eval()
+    return PackedBase(model, linears, shapes, current)
+
+
+def refuse_unsupported(config: Any, longest: int) -> None:
+    """Refuse what would silently be computed differently from transformers.
+
+    Raises:
+        BadInput: a sliding window shorter than the data, or logits that are scaled or capped.
+    """
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < longest:
+        raise BadInput(
+            f"the model attends to a sliding window of {window} tokens; set data.max_length to at most {window}, now {longest}."
+        )
+    for key, neutral in {
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "logit_scale": None,
+        "logits_scaling": 1.0,
+    }.items():
+        if getattr(config, key, neutral) not in (None, neutral):
+            raise BadInput(
+                f"the architecture {config.model_type!r} uses {key}, which lorapack does not compute; choose a Llama-like model."
+            )
+
+
+def _packed_linear(
+    linear: nn.Linear, quant: QuantConfig, device: torch.device, residency: Residency, current: CurrentBatch
+) -> PackedLinear:
+    """The packed form of one layer. A resident NF4 weight holds the quantised values in full width: same numbers, no unpacking."""
+    weight: torch.Tensor = linear.weight.detach().to(device)
+    bias = None if linear.bias is None else linear.bias.detach().to(device)
+    if not quant.load_in_4bit:
+        return PackedLinear(DenseWeight(weight), bias, current)
+    packed = NF4Weight(weight, quant)
+    return PackedLinear(packed if residency == "nf4" else DenseWeight(packed.dense()), bias, current)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether `module` computes exactly what `FusedRMSNorm` does, judged by its result on a random input."""
+    if not (type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")):
+        return False
+    weight = torch.rand_like(module.weight, dtype=torch.float32)
+    probe = type(module)(len(weight), eps=module.variance_epsilon).requires_grad_(False)
+    probe.weight.copy_(weight)
+    x = torch.randn(3, len(weight))
+    return torch.allclose(probe(x), FusedRMSNorm(weight, module.variance_epsilon)(x), atol=1e-5)

@@ -1,0 +1,134 @@
+"""Clipping, AdamW, loss scale and failure of all runs at once: row i of every tensor is run i.
+
+AdamW is torch's (decoupled weight decay, arXiv 1711.05101), clipping is `torch.nn.utils.clip_grad_norm_`'s, the schedules are
+transformers', LoRA+ (arXiv 2402.12354) multiplies the learning rate of the B matrices. Nothing here waits for the GPU: what a run
+should not do this step is done with a learning rate of zero and betas of one, which leaves its row bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from train.config import LoraConfig, TrainConfig
+from train.packed_lora import PackedAdapters
+
+FIRST_LOSS_SCALE = 2.0**16
+SMALLEST_LOSS_SCALE = 2.0**-8
+GROWTH_INTERVAL_STEPS = 2000
+
+
+def scheduled_learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0), as transformers' schedulers of the same name give it."""
+    warmup = train.warmup(total_steps)
+    if train.lr_scheduler_type == "constant":
+        return train.learning_rate
+    if step < warmup:
+        return train.learning_rate * step / max(1, warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if train.lr_scheduler_type == "linear":
+        return train.learning_rate * max(0.0, 1 - progress)
+    if train.lr_scheduler_type == "cosine":
+        return train.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return train.learning_rate
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did, per run [runs], still on the device."""
+
+    grad_norm: torch.Tensor
+    alive: torch.Tensor
+    loss_scale: torch.Tensor
+
+
+class PackedAdamW:
+    """The optimizers of all runs of a pack.
+
+    Attributes:
+        exp_avg, exp_avg_sq: [runs, P], laid out like `adapters.theta`.
+        applied: [runs] steps that changed the weights; bias correction counts these.
+        alive: [runs] False from the step on at which a run's loss or gradient was not finite.
+        loss_scale, good_steps: [runs] of fp16's dynamic loss scale; the scale is 1 in other dtypes.
+    """
+
+    def __init__(
+        self, adapters: PackedAdapters, configs: Sequence[tuple[TrainConfig, LoraConfig]], scale_losses: bool
+    ) -> None:
+        self.adapters = adapters
+        self.exp_avg = torch.zeros_like(adapters.theta)
+        self.exp_avg_sq = torch.zeros_like(adapters.theta)
+        trains = [train for train, _ in configs]
+        self._beta1 = self._per_run([train.adam_beta1 for train in trains])
+        self._beta2 = self._per_run([train.adam_beta2 for train in trains])
+        self._eps = self._per_run([train.adam_epsilon for train in trains])
+        self._weight_decay = self._per_run([train.weight_decay for train in trains])
+        self._max_norm = self._per_run([train.max_grad_norm or math.inf for train in trains])
+        self._b_ratio = self._per_run([lora.loraplus_lr_ratio or 1.0 for _, lora in configs])
+        self.scale_losses = scale_losses
+        self.applied = self._per_run([0.0] * len(configs))
+        self.good_steps = self._per_run([0.0] * len(configs))
+        self.loss_scale = self._per_run([FIRST_LOSS_SCALE if scale_losses else 1.0] * len(configs))
+        self.alive = torch.ones(len(configs), dtype=torch.bool, device=adapters.theta.device)
+
+    def _per_run(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=self.adapters.theta.dtype, device=self.adapters.theta.device)
+
+    @torch.no_grad()
+    def step(self, learning_rates: Sequence[float], stepping: Sequence[bool], losses: torch.Tensor) -> StepOutcome:
+        """Apply the gradients of the runs in `stepping` and clear all gradients.
+
+        Args:
+            learning_rates: [runs] of this step.
+            stepping: [runs] whether the run had a batch in this step.
+            losses: [runs] mean loss of this step.
+        """
+        gradient = self.adapters.gradient
+        norm = gradient.norm(dim=1) / self.loss_scale
+        finite = torch.isfinite(norm)
+        wanted = torch.tensor(stepping, device=norm.device) & self.alive
+        applies = wanted & finite & torch.isfinite(losses)
+        clip = (self._max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale
+        gradient.mul_(clip[:, None]).masked_fill_(~applies[:, None], 0)
+        self._move(gradient, self._per_run(learning_rates), applies)
+        gradient.zero_()
+        outcome_scale = self.loss_scale.clone()
+        self._note_failures(wanted, finite, losses)
+        return StepOutcome(norm, self.alive.clone(), outcome_scale)
+
+    def _move(self, gradient: torch.Tensor, learning_rate: torch.Tensor, applies: torch.Tensor) -> None:
+        """AdamW's update of the rows in `applies`."""
+        self.applied += applies
+        one = torch.ones_like(self._beta1)
+        beta1, beta2 = (torch.where(applies, beta, one)[:, None] for beta in (self._beta1, self._beta2))
+        self.exp_avg.mul_(beta1).addcmul_(gradient, 1 - beta1)
+        self.exp_avg_sq.mul_(beta2).addcmul_(gradient.square(), 1 - beta2)
+        steps = self.applied.clamp(min=1)
+        correction1, correction2 = 1 - self._beta1**steps, 1 - self._beta2**steps
+        update = self.exp_avg / (self.exp_avg_sq.sqrt().div_(correction2.sqrt()[:, None]).add_(self._eps[:, None]))
+        rate_of_a = torch.where(applies, learning_rate, 0)
+        split = self.adapters.b_columns_start
+        for columns, rate in ((slice(None, split), rate_of_a), (slice(split, None), rate_of_a * self._b_ratio)):
+            theta = self.adapters.theta[:, columns]
+            theta.mul_((1 - rate * self._weight_decay)[:, None]).addcmul_(
+                update[:, columns], (-rate / correction1)[:, None]
+            )
+
+    def _note_failures(self, wanted: torch.Tensor, finite: torch.Tensor, losses: torch.Tensor) -> None:
+        """A run whose loss is not finite has diverged. A gradient that is not finite means the same, except under a loss scale:
+        there the scale halves, and only a run that still overflows at the smallest scale has diverged.
+        """
+        overflow = wanted & ~finite
+        if not self.scale_losses:
+            self.alive &= ~(wanted & ~(finite & torch.isfinite(losses)))
+            return
+        self.alive &= ~(wanted & ~torch.isfinite(losses)) & ~(overflow & (self.loss_scale <= SMALLEST_LOSS_SCALE))
+        self.good_steps = torch.where(overflow, 0, self.good_steps + wanted)
+        grows = self.good_steps >= GROWTH_INTERVAL_STEPS
+        self.loss_scale = torch.where(
+            overflow, self.loss_scale / 2, torch.where(grows, self.loss_scale * 2, self.loss_scale)
+        )
+        self.good_steps = torch.where(grows, 0, self.good_steps)

@@ -1,0 +1,130 @@
+"""From run folders to a running loop: load data and base, seat the runs, restore them at a common step, train."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig
+
+from train.base import PackedBase, load_base
+from train.checkpoint import Checkpoint, common_step, sound_checkpoints
+from train.config import RunConfig, parse_run_config
+from train.data import TokenisedData, load_tokenised, tokens_key
+from train.lease import Lease
+from train.loop import PackLoop
+from train.memory import fit_pack, resolve_dtype
+from train.rundir import CacheDir, Record, RunDir
+from train.seats import take_seats
+from train.session import RunSession
+from train.signals import StopFlag
+from train.sources import parameter_count
+from train.staging import stage_model
+from train.targets import adapted_modules, parameter_line, trainable_parameters
+
+VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
+
+Say = Callable[[str], None]
+
+
+def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, say: Say) -> None:
+    """Train the runs whose leases this process holds, to their ends.
+
+    Raises:
+        Stopped: the job was asked to stop; everything is saved.
+        BadInput, StorageError: see the messages.
+    """
+    started = time.monotonic()
+    configs = [read_config(run) for run, _ in leases]
+    model_dir = stage_model(configs[0].model, CacheDir(cache))
+    tables: dict[str, TokenisedData] = {}
+    for config in configs:
+        key = tokens_key(config.data, config.model)
+        if key not in tables:
+            tables[key] = load_tokenised(config.data, config.model, model_dir, CacheDir(cache), stop.check)
+    data = [tables[tokens_key(config.data, config.model)] for config in configs]
+    stop.check()
+    base, micro_batch_tokens = _load(configs, data, model_dir, say)
+    stop.check()
+    say(f"ready after {time.monotonic() - started:.1f} s")
+    sessions = [
+        RunSession(run, config, table, adapted_modules(config.lora, list(base.shapes)), lease, device_name(base.device))
+        for (run, lease), config, table in zip(leases, configs, data, strict=True)
+    ]
+    seat(base, sessions, stop, micro_batch_tokens, say).run()
+
+
+def read_config(run: RunDir) -> RunConfig:
+    """The configuration that is frozen in a run folder."""
+    return parse_run_config(yaml.safe_load(run.config.read_text()))
+
+
+def seat(base: PackedBase, sessions: list[RunSession], stop: StopFlag, micro_batch_tokens: int, say: Say) -> PackLoop:
+    """Put every session where its checkpoints left it, or at its beginning, and return the loop that trains them."""
+    found = [sound_checkpoints(session.dir, say) for session in sessions]
+    common = common_step([set(checkpoints) for checkpoints in found])
+    states = [_newest(checkpoints, common) for checkpoints in found]
+    for session, state in zip(sessions, states, strict=True):
+        _start(session, state, base, say)
+    seats = take_seats(base, sessions, states)
+    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base))
+
+
+def _newest(checkpoints: dict[int, Checkpoint], common: int | None) -> Checkpoint | None:
+    step = common if common is not None else max(checkpoints, default=None)
+    return None if step is None else checkpoints[step]
+
+
+def facts(base: PackedBase) -> Record:
+    """What a result says about where it was computed."""
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a copy of the source
+            continue
+    return {"device": device_name(base.device), "dtype": str(base.dtype).removeprefix("torch."), "versions": versions}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _load(configs: list[RunConfig], data: list[TokenisedData], model_dir: Path, say: Say) -> tuple[PackedBase, int]:
+    """The base as the pack needs it, and the most tokens of a micro-batch."""
+    shared, device = configs[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(shared.train, device)
+    longest = max(int(table.lengths().max()) for tables in data for table in (tables.train, tables.eval))
+    architecture = AutoConfig.from_pretrained(model_dir, trust_remote_code=shared.model.trust_remote_code)
+    step_tokens = sum(config.train.batch_size for config in configs) * longest
+    parameters = parameter_count(model_dir)
+    fit = fit_pack(shared.train, shared.quant, architecture, parameters, dtype, device, step_tokens)
+    say(f"loading {shared.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
+    base = load_base(model_dir, shared.model, shared.quant, dtype, device, fit.residency, longest)
+    base.checkpoint_activations(fit.checkpoint_activations)
+    return base, fit.micro_batch_tokens
+
+
+def _start(session: RunSession, state: Checkpoint | None, base: PackedBase, say: Say) -> None:
+    """Set a run's journal and counters to its state, and say what it trains."""
+    trainable = trainable_parameters(session.config.lora, base.shapes)
+    say(f"{session.dir.path.name}: {parameter_line(trainable, base.parameters)}")
+    if state is not None:
+        session.rewind(state)
+        say(f"{session.dir.path.name}: goes on after step {session.step} of {session.total_steps}")
+        return
+    session.begin(
+        {
+            "step": 0,
+            "max_steps": session.total_steps,
+            "train_rows": len(session.data.train),
+            "eval_rows": len(session.data.eval),
+            "trainable_parameters": trainable,
+            "total_parameters": base.parameters + trainable,
+        }
+    )

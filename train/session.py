@@ -1,0 +1,183 @@
+"""One run while it trains: its journal, its place in time, its checkpoints and its end.
+
+A session owns everything in the run folder that is written during training, and keeps the order that makes a kill at any moment
+harmless: journal, then checkpoint, then adapter, then result.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+
+from train.adapter_file import write_adapter
+from train.attempts import attempt_line
+from train.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
+from train.config import RunConfig
+from train.data import TokenisedData
+from train.lease import Lease, release
+from train.packed_lora import AdapterTensors
+from train.rundir import Record, RunDir, append_lines, read_lines, storage_errors, write_folder, write_json
+from train.targets import Target
+
+RESULT_LOSS_SHARE = 0.1  # `train_loss` of the result is the mean over this share of the last steps
+
+
+@dataclass
+class Evaluation:
+    """Mean loss (nats per learnt token) and share of rows answered exactly, over the held-out rows."""
+
+    loss: float
+    exact_match: float
+
+
+class RunSession:
+    """A run in the hands of one attempt.
+
+    Attributes:
+        row: the run's row in the pack.
+        step, tokens: optimizer steps done and real tokens seen.
+        seconds, gpu_seconds: spent training by all attempts; the latter is this run's share of its packs.
+        evaluated_step, saved_step: where the run was last evaluated and saved.
+        diverged: why, once its loss or gradient was not finite.
+    """
+
+    def __init__(
+        self, run: RunDir, config: RunConfig, data: TokenisedData, targets: dict[str, Target], lease: Lease, device: str
+    ) -> None:
+        self.dir, self.config, self.data, self.targets = run, config, data, targets
+        self.lease, self.device = lease, device
+        self.row = -1
+        self.total_steps = config.train.total_steps(len(data.train))
+        self.step = self.tokens = 0
+        self.seconds = self.gpu_seconds = 0.0
+        self.evaluated_step: int | None = None
+        self.saved_step: int | None = None
+        self.best_eval_loss: float | None = None
+        self.best_eval_step: int | None = None
+        self.diverged: str | None = None
+        self.first_step = 0
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Before the first step, every `train.eval_steps` and after the last; once each."""
+        every = self.config.train.eval_steps
+        due = self.step in (0, self.total_steps) or (every > 0 and self.step % every == 0)
+        return due and self.evaluated_step != self.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return self.step >= self.total_steps
+
+    @property
+    def save_due(self) -> bool:
+        """At the start (a disk that refuses is found before training), every `train.save_steps`, and after the last step."""
+        due = self.step == 0 or self.finished or self.step % self.config.train.save_steps == 0
+        return due and self.saved_step != self.step
+
+    def begin(self, header: Record) -> None:
+        """Start the run's journal from nothing."""
+        with storage_errors(self.dir.journal):
+            self.dir.journal.unlink(missing_ok=True)
+        append_lines(self.dir.journal, [header])
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: what the journal says of later steps will be said again, so it is cut off."""
+        progress = checkpoint.progress
+        with storage_errors(self.dir.journal):
+            os.truncate(self.dir.journal, progress.journal_bytes)
+        self.step = self.saved_step = self.first_step = progress.step
+        self.tokens, self.seconds, self.gpu_seconds = progress.tokens, progress.seconds, progress.gpu_seconds
+        self.evaluated_step = progress.evaluated_step
+        self.best_eval_loss, self.best_eval_step = progress.best_eval_loss, progress.best_eval_step
+        if not progress.alive:
+            self.diverged = next(
+                line["diverged"] for line in reversed(read_lines(self.dir.journal)) if "diverged" in line
+            )
+
+    def note(self, lines: list[Record]) -> None:
+        """Write step lines to the journal; a run that diverged has said its last."""
+        if lines and self.diverged is None:
+            append_lines(self.dir.journal, lines)
+
+    def note_evaluation(self, evaluation: Evaluation) -> None:
+        """Write an evaluation at the present step to the journal."""
+        self.evaluated_step = self.step
+        if self.diverged is not None:
+            return
+        self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
+        if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
+            self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
+
+    def note_divergence(self, step: int, reason: str) -> None:
+        """Write the last line of a run that diverged."""
+        self.note([{"step": step, "diverged": reason}])
+        self.diverged = reason
+
+    def note_pace(self, line: Record) -> None:
+        """Write how fast it goes."""
+        append_lines(self.dir.pace, [line | {"attempt": self.lease.attempt}])
+
+    def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
+        """Where the run stands, with its journal up to here."""
+        return Progress(
+            step=self.step,
+            journal_bytes=self.dir.journal.stat().st_size,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            gpu_seconds=self.gpu_seconds,
+            evaluated_step=self.evaluated_step,
+            best_eval_loss=self.best_eval_loss,
+            best_eval_step=self.best_eval_step,
+            **optimizer_numbers,
+        )
+
+    def save(self, state: Checkpoint) -> None:
+        """Make everything up to the present step durable."""
+        save_checkpoint(self.dir, state)
+        self.saved_step = self.step
+
+    def complete(self, adapter: AdapterTensors, facts: Record) -> None:
+        """Write the adapter and, last, the result; then the run is done."""
+        with write_folder(self.dir.adapter) as folder, storage_errors(folder):
+            write_adapter(folder, self.config.lora, self.config.model, adapter)
+        self.end("done", None)
+        write_json(self.dir.result, self._result(facts))
+        with storage_errors(self.dir.checkpoints):
+            shutil.rmtree(self.dir.checkpoints)
+
+    def end(self, cause: str, detail: str | None) -> None:
+        """Write the attempt's line and give the run folder back."""
+        append_lines(
+            self.dir.attempts, [attempt_line(self.lease, cause, detail, self.first_step, self.step, device=self.device)]
+        )
+        release(self.dir, self.lease)
+
+    def _result(self, facts: Record) -> Record:
+        lines = read_lines(self.dir.journal)
+        losses = [line["loss"] for line in lines if "loss" in line]
+        evaluations = [line for line in lines if "eval_loss" in line]
+        tail = losses[-max(1, math.ceil(len(losses) * RESULT_LOSS_SHARE)) :]
+        return {
+            "run_id": self.dir.id,
+            "name": self.dir.name,
+            "steps": self.step,
+            "train_loss": sum(tail) / len(tail),
+            "eval_loss": evaluations[-1]["eval_loss"],
+            "eval_exact_match": evaluations[-1]["eval_exact_match"],
+            "best_eval_loss": self.best_eval_loss,
+            "best_eval_step": self.best_eval_step,
+            "base_eval_loss": evaluations[0]["eval_loss"],
+            "base_eval_exact_match": evaluations[0]["eval_exact_match"],
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "gpu_hours": self.gpu_seconds / 3600,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "trainable_parameters": lines[0]["trainable_parameters"],
+            "total_parameters": lines[0]["total_parameters"],
+            "adapter_mb": sum(file.stat().st_size for file in self.dir.adapter.iterdir()) / 1e6,
+            "attempts": len(read_lines(self.dir.attempts)),
+            **facts,
+        }
