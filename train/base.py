@@ -10,6 +10,7 @@ repacks the weight for a kernel without autograd, and every later gradient is si
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from train.attention import ATTENTION
@@ -145,14 +147,10 @@ class PackedBase:
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def checkpoint_activations(self, on: bool) -> None:
-        """Keep only the layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()  # transformers checkpoints in training mode only; a frozen Llama has no dropout of its own
-        else:
-            self.model.gradient_checkpointing_disable()
-            self.model.eval()
+    def checkpoint_activations(self) -> None:
+        """Keep only the decoder layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
+        for layer in self.model.base_model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def load_base(

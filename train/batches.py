@@ -194,11 +194,12 @@ class Route:
         """The rows [G, ...] of a stack [runs, ...] over the whole pack."""
         return stack if self.rows is None else stack.index_select(0, self.rows)
 
-    def spread(self, picked: torch.Tensor, pack_size: int) -> torch.Tensor:
-        """The inverse of `pick`: [G, ...] -> [runs, ...] with zeros for the others."""
+    def add(self, stack: torch.Tensor, picked: torch.Tensor) -> None:
+        """Add [G, ...] to these rows of a stack [runs, ...], in place and in its precision."""
         if self.rows is None:
-            return picked
-        return picked.new_zeros(pack_size, *picked.shape[1:]).index_copy_(0, self.rows, picked)
+            stack.add_(picked)
+        else:
+            stack.index_add_(0, self.rows, picked.to(stack.dtype))
 
 
 class CurrentBatch:

@@ -106,7 +106,8 @@ def _load(configs: list[RunConfig], data: list[TokenisedData], model_dir: Path, 
     fit = fit_pack(shared.train, shared.quant, architecture, parameters, dtype, device, step_tokens)
     say(f"loading {shared.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
     base = load_base(model_dir, shared.model, shared.quant, dtype, device, fit.residency, longest)
-    base.checkpoint_activations(fit.checkpoint_activations)
+    if fit.checkpoint_activations:
+        base.checkpoint_activations()
     return base, fit.micro_batch_tokens
 
 

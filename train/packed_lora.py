@@ -28,13 +28,14 @@ AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 class Slot:
     """One adapted module's place in the pack.
 
-    `a` [runs, r, in] and `b` [runs, out, r] are parameters over views of `theta`; their gradients are views of the pack's gradient.
-    `ranks` maps the rows of the runs that adapt the module to their rank; `scaling` and `dropout_p` are [runs, 1, 1].
+    `a` [runs, r, in] and `b` [runs, out, r] are views of `theta`, `grad_a` and `grad_b` views of the pack's gradient. `ranks` maps the rows of the runs that adapt the module to their rank; `scaling` and `dropout_p` are [runs, 1, 1].
     """
 
     ranks: dict[int, int]
-    a: torch.nn.Parameter
-    b: torch.nn.Parameter
+    a: torch.Tensor
+    b: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
     scaling: torch.Tensor
     dropout_p: torch.Tensor | None
     dropout_key: int
@@ -78,23 +79,20 @@ class PackedAdapters:
             out_features, in_features = shapes[name]
             mine = {run: adapted[name] for run, adapted in enumerate(targets) if name in adapted}
             scaling = [mine[run].scaling if run in mine else 0.0 for run in range(len(targets))]
+            place_a = (at_a, ranks[name], in_features)
+            place_b = (at_b, out_features, ranks[name])
             self.slots[name] = Slot(
                 {run: target.r for run, target in mine.items()},
-                self._parameter(at_a, ranks[name], in_features),
-                self._parameter(at_b, out_features, ranks[name]),
+                _view(self.theta, *place_a),
+                _view(self.theta, *place_b),
+                _view(self.gradient, *place_a),
+                _view(self.gradient, *place_b),
                 torch.tensor(scaling, dtype=dtype, device=device).view(-1, 1, 1),
                 dropout_p,
                 zlib.crc32(name.encode()),
             )
             at_a += ranks[name] * in_features
             at_b += ranks[name] * out_features
-
-    def _parameter(self, at: int, rows: int, columns: int) -> torch.nn.Parameter:
-        """A parameter [runs, rows, columns] over columns of `theta` whose gradient accumulates in `gradient`."""
-        place = slice(at, at + rows * columns)
-        parameter = torch.nn.Parameter(self.theta[:, place].view(-1, rows, columns))
-        parameter.grad = self.gradient[:, place].view(-1, rows, columns)
-        return parameter
 
     @torch.no_grad()
     def initialise(self, run: int, seed: int) -> None:
@@ -124,42 +122,42 @@ class PackedAdapters:
         return found
 
 
+def _view(matrix: torch.Tensor, at: int, rows: int, columns: int) -> torch.Tensor:
+    """Columns of a matrix [runs, P] as a stack [runs, rows, columns]."""
+    return matrix[:, at : at + rows * columns].view(-1, rows, columns)
+
+
 class _PackedLoRA(torch.autograd.Function):
     """x [T, in] -> each token's own run's scaled B A dropout(x) [T, out].
 
     Only x and its product with A are kept for the backward; the padded copy of x and the dropout mask are made again there.
+    The adapters' gradients go straight to their place in the pack's matrix: autograd knows them only through `anchor`, a scalar
+    that asks for a backward where x needs no gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: torch.Tensor,
-        route: Route,
-        dropout: Dropout | None,
+    def forward(  # noqa: D102
+        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, slot: Slot, route: Route, dropout: Dropout | None
     ) -> torch.Tensor:
-        my_a, my_b, my_scaling = (route.pick(stack).to(x.dtype) for stack in (a, b, scaling))
-        h = torch.bmm(_padded(x, route, dropout), my_a.transpose(1, 2)).mul_(my_scaling)
-        ctx.save_for_backward(x, a, b, my_scaling, h)
-        ctx.route, ctx.dropout = route, dropout
-        return route.padding.unpad(torch.bmm(h, my_b.transpose(1, 2)), len(x))
+        a, b, scaling = (route.pick(stack).to(x.dtype) for stack in (slot.a, slot.b, slot.scaling))
+        h = torch.bmm(_padded(x, route, dropout), a.transpose(1, 2)).mul_(scaling)
+        ctx.save_for_backward(x, h)
+        ctx.slot, ctx.route, ctx.dropout = slot, route, dropout
+        return route.padding.unpad(torch.bmm(h, b.transpose(1, 2)), len(x))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, scaling, h = ctx.saved_tensors
-        route, dropout = ctx.route, ctx.dropout
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+        x, h = ctx.saved_tensors
+        slot, route, dropout = ctx.slot, ctx.route, ctx.dropout
+        a, b, scaling = (route.pick(stack).to(x.dtype) for stack in (slot.a, slot.b, slot.scaling))
         gradient = route.padding.pad_with_zeros(gradients[0])
-        grad_b = torch.bmm(gradient.transpose(1, 2), h)
-        grad_h = torch.bmm(gradient, route.pick(b).to(x.dtype)).mul_(scaling)
-        grad_a = torch.bmm(grad_h.transpose(1, 2), _padded(x, route, dropout))
+        grad_h = torch.bmm(gradient, b).mul_(scaling)
+        route.add(slot.grad_b, torch.bmm(gradient.transpose(1, 2), h))
+        route.add(slot.grad_a, torch.bmm(grad_h.transpose(1, 2), _padded(x, route, dropout)))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_dropped = torch.bmm(grad_h, route.pick(a).to(x.dtype))
-            grad_x = route.padding.unpad(_dropped(grad_dropped, route, dropout), len(x))
-        stacks = (route.spread(grad.to(a.dtype), len(a)) for grad in (grad_a, grad_b))
-        return grad_x, *stacks, None, None, None
+            grad_x = route.padding.unpad(_dropped(torch.bmm(grad_h, a), route, dropout), len(x))
+        return grad_x, None, None, None, None
 
 
 def _padded(x: torch.Tensor, route: Route, dropout: Dropout | None) -> torch.Tensor:
@@ -178,5 +176,6 @@ def packed_lora(x: torch.Tensor, slot: Slot, current: CurrentBatch) -> torch.Ten
     dropout = None
     if slot.dropout_p is not None and current.dropout_keys is not None:
         dropout = Dropout(slot.dropout_p, current.dropout_keys, slot.dropout_key)
-    delta: torch.Tensor = _PackedLoRA.apply(x, slot.a, slot.b, slot.scaling, route, dropout)
+    anchor = x.new_zeros((), requires_grad=True)
+    delta: torch.Tensor = _PackedLoRA.apply(x, anchor, slot, route, dropout)
     return delta

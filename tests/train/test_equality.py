@@ -79,7 +79,7 @@ def test_a_run_that_overflows_float16_skips_its_step_alone(tmp_path: Path) -> No
 
 def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
     kept, recomputed = packs.tiny_base(), packs.tiny_base()
-    recomputed.checkpoint_activations(True)
+    recomputed.checkpoint_activations()
     a = packs.train(tmp_path / "kept", kept, packs.DIVERSE)
     b = packs.train(tmp_path / "recomputed", recomputed, packs.DIVERSE)
     for mine, other in zip(b, a, strict=True):
