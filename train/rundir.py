@@ -70,6 +70,10 @@ class RunDir:
         """Folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, ascending; whether it is sound only reading it tells."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-????????"))
+
     @property
     def adapter(self) -> Path:
         """Folder that `peft.PeftModel.from_pretrained` loads."""
@@ -169,8 +173,24 @@ class CacheDir:
         return self.path / "models" / key
 
     def tokens(self, key: str) -> Path:
-        """Folder of tokenised data with its ``facts.json``, complete if it exists."""
+        """Folder of tokenised data (`TokensDir`), complete if it exists."""
         return self.path / "tokens" / key
+
+
+@dataclass(frozen=True)
+class TokensDir:
+    """The files of tokenised data: ``cache/tokens/<key>/``."""
+
+    path: Path
+
+    @property
+    def facts(self) -> Path:
+        """Counts of rows and tokens, for the user and the forecast."""
+        return self.path / "facts.json"
+
+    def array(self, table: str, part: str) -> Path:
+        """One array (``tokens``, ``labels``, ``offsets``) of one table (``train``, ``eval``)."""
+        return self.path / f"{table}-{part}.npy"
 
 
 def write_bytes(path: Path, content: bytes) -> None:

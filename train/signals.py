@@ -33,8 +33,5 @@ class StopFlag:
         if self.signal_name is not None:
             raise Stopped(self.signal_name)
 
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
-
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name

@@ -86,7 +86,7 @@ def test_stopped_anywhere_and_resumed_nothing_differs(tmp_path: Path) -> None:
     """In training, between micro-batches and in the middle of an evaluation."""
     base = packs.tiny_base(torch.float32)
     packs.train(tmp_path / "undisturbed", base, packs.DIVERSE, micro_batch_tokens=200)
-    for looks in (1, 2, 5, 30, 31, 77, 78, 200):
+    for looks in (1, 2, 5, 14, 15, 30, 44, 45):
         folder = tmp_path / f"stopped{looks}"
         loop = packs.make_loop(folder, base, packs.DIVERSE, micro_batch_tokens=200, stop=StopAfter(looks))
         with pytest.raises(Stopped):
