@@ -1,0 +1,125 @@
+"""Reading rows from local files, every row checked as it is read.
+
+A row that cannot be learnt is refused with its file and line, before anything heavy is imported: the launcher calls
+`read_rows` on the login node. Reading json and csv needs the standard library alone; parquet needs pyarrow.
+
+`datasets` reads what comes from the hub, but not these files: it guesses a type per column, and would turn answers like
+``42``, ``N/A`` or ``2024-05-01 12:00:00`` into numbers, gaps and timestamps.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from train.errors import BadInput
+from train.rows import COLUMNS_HELP, Format, Row, parse_row
+
+BLANKS = re.compile(r"\s*")
+
+
+def read_rows(path: Path, form: Format) -> list[Row]:
+    """Every row of a .json, .jsonl, .csv or .parquet file, checked.
+
+    Raises:
+        BadInput: the file is missing, of another kind or empty, or a row is malformed (naming file and line).
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"data file {path} ends with {path.suffix!r}; it has to be one of {', '.join(READERS)}.")
+    try:
+        rows = [parse_row(values, form, where) for where, values in reader(path)]
+    except FileNotFoundError as exc:
+        raise BadInput(f"data file {path.absolute()} does not exist; check data.source and data.eval_source.") from exc
+    except UnicodeDecodeError as exc:
+        raise BadInput(f"{path} is not UTF-8 text ({exc.reason} at byte {exc.start}); save it as UTF-8.") from exc
+    if not rows:
+        raise BadInput(f"data file {path} has no rows; {COLUMNS_HELP}.")
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", _decode(line, path, number)
+
+
+def _decode(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as exc:
+        raise BadInput(
+            f"{path}:{number}: the line is no JSON ({exc.msg} at column {exc.colno}); each line has to be one row."
+        ) from exc
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A JSON array of objects, or lines of them."""
+    text = path.read_text(encoding="utf-8-sig")
+    return _read_array(path, text) if text.lstrip().startswith("[") else _read_jsonl(path)
+
+
+def _read_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """The elements of a JSON array one by one, since `json.loads` would not tell on which lines they begin."""
+    decoder = json.JSONDecoder()
+    position, line, counted = _skip_blanks(text, text.index("[") + 1), 1, 0
+    try:
+        while text[position : position + 1] != "]":
+            line, counted = line + text.count("\n", counted, position), position
+            value, end = decoder.raw_decode(text, position)
+            yield f"{path}:{line}", value
+            position = _skip_blanks(text, end)
+            if text[position : position + 1] == ",":
+                position = _skip_blanks(text, position + 1)
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        position = _skip_blanks(text, position + 1)
+        if position < len(text):
+            raise json.JSONDecodeError("Extra data", text, position)
+    except json.JSONDecodeError as exc:
+        raise BadInput(f"{path}:{exc.lineno}: this is no JSON ({exc.msg} at column {exc.colno}); correct it.") from exc
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    match = BLANKS.match(text, position)
+    return match.end() if match else position
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        rows_end = 1  # the header
+        try:
+            for values in reader:
+                fields, rows_end = list(values.values()), reader.line_num
+                if None in values or None in fields:
+                    raise BadInput(f"{path}:{rows_end}: the row has not as many fields as the header; quote commas.")
+                yield f"{path}:{rows_end - sum(field.count(chr(10)) for field in fields)}", values
+        except (
+            csv.Error
+        ) as exc:  # a quote that is never closed runs to the end: the row's first line is the one to look at
+            raise BadInput(f"{path}:{rows_end + 1}: this is no CSV ({exc}); correct it.") from exc
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet  # a dependency of `datasets`; heavy, and only this kind of file needs it
+
+    try:
+        with path.open("rb") as file:
+            for number, values in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1):
+                yield f"{path} row {number}", values
+    except pyarrow.ArrowException as exc:
+        raise BadInput(f"{path} is no parquet file: {exc}") from exc
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

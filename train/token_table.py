@@ -1,0 +1,107 @@
+"""Tokenised rows as flat arrays, their folder in the cache, and the key that names it.
+
+Light on purpose (numpy alone): the launcher reads the facts of data that is tokenised already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.config import HOW_KEYS, DataConfig, ModelConfig
+from train.rundir import CacheDir, TokensDir, read_json, write_folder, write_json
+
+FORMAT_VERSION = 1  # of the arrays and of the rendering: raise it when either changes
+PARTS = ("tokens", "labels", "offsets")
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Rows one after the other.
+
+    Attributes:
+        tokens: [T] int32.
+        labels: [T] int32; the token itself where it is learnt, -100 where not. Not shifted.
+        offsets: [rows + 1] int64; row i is ``offsets[i]:offsets[i + 1]``.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of row `i`, both [length]."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[span], self.labels[span]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens per row [rows]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class TokenisedData:
+    """What a run learns, what it is evaluated on, and the facts that the user reads about both."""
+
+    train: TokenTable
+    eval: TokenTable
+    facts: dict[str, Any]
+
+
+def tokens_key(data: DataConfig, model: ModelConfig) -> str:
+    """The name of the tokenised data in the cache: a hash of everything that decides the tokens.
+
+    Raises:
+        ValueError: the fingerprints are not resolved yet.
+    """
+    if data.fingerprint is None or model.fingerprint is None:
+        raise ValueError("tokens have a key only once model.fingerprint and data.fingerprint are resolved")
+    decisive = {
+        "format_version": FORMAT_VERSION,
+        "model": model.fingerprint,
+        "data": data.model_dump(exclude=HOW_KEYS["data"]),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def read_facts(data: DataConfig, model: ModelConfig, cache: CacheDir) -> dict[str, Any] | None:
+    """The facts of data that is tokenised already, None if it is not."""
+    facts: dict[str, Any] | None = read_json(TokensDir(cache.tokens(tokens_key(data, model))).facts)
+    return facts
+
+
+def read_tokenised(folder: Path) -> TokenisedData | None:
+    """Tokenised data from its folder in the cache, memory-mapped; None if there is none."""
+    files = TokensDir(folder)
+    facts = read_json(files.facts)
+    return None if facts is None else TokenisedData(_read_table(files, "train"), _read_table(files, "eval"), facts)
+
+
+def write_tokenised(folder: Path, data: TokenisedData) -> None:
+    """Write `data` to its folder in the cache, complete or not at all.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+    """
+    try:
+        with write_folder(folder) as beside:
+            files = TokensDir(beside)
+            for name, table in (("train", data.train), ("eval", data.eval)):
+                for part in PARTS:
+                    np.save(files.array(name, part), getattr(table, part), allow_pickle=False)
+            write_json(files.facts, data.facts)
+    except OSError:
+        if not TokensDir(folder).facts.exists():  # otherwise another process came first, with the same content
+            raise
+
+
+def _read_table(files: TokensDir, name: str) -> TokenTable:
+    return TokenTable(*(np.load(files.array(name, part), mmap_mode="r") for part in PARTS))
