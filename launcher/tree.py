@@ -1,0 +1,95 @@
+"""The configuration tree as plain dictionaries: the one place that talks to Hydra's compose API.
+
+Hydra composes once per combination of swept groups; swept values are set on plain dictionaries, so that a grid of a
+thousand runs takes a second.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.axes import RUN_GROUPS, Point, flatten
+from launcher.overrides import Request
+from launcher.records import SweepConfig
+from train.config import parse_section
+from train.errors import BadInput
+
+Values = dict[str, Any]
+
+
+class Composer:
+    """Composes the configuration of any point of the sweep; Hydra is asked once per combination of groups."""
+
+    def __init__(self, request: Request, conf_dir: Path) -> None:
+        self._request = request
+        self._conf_dir = conf_dir.absolute()
+        self._composed: dict[tuple[str, ...], tuple[Values, Values]] = {}
+
+    def axes(self) -> SweepConfig:
+        """The axes of the sweep file and of ``sweep.grid``, ``sweep.zip`` and ``key=a,b`` on the command line."""
+        sweep = self._compose({})[0].get("sweep", {})
+        for kind in ("grid", "zip"):
+            if isinstance(sweep.get(kind), dict):
+                sweep = sweep | {kind: flatten(sweep[kind])}
+        axes = parse_section(SweepConfig, sweep, "sweep")
+        return axes.model_copy(update={"grid": axes.grid | self._request.axes})
+
+    def sweep_file(self) -> str:
+        """The chosen option of the group `sweep`."""
+        return str(self._compose({})[1].get("sweep", "none"))
+
+    def values(self, point: Point) -> Values:
+        """The whole configuration tree at `point`, with interpolations not yet resolved."""
+        values = copy.deepcopy(self._compose(point)[0])
+        for key, value in point.items():
+            section, _, name = key.partition(".")
+            if name:
+                values.setdefault(section, {})[name] = value
+        return values
+
+    def _compose(self, point: Point) -> tuple[Values, Values]:
+        """Hydra's tree and its chosen options for the groups that `point` names."""
+        lines = tuple(f"{key}={option}" for key, option in point.items() if key in RUN_GROUPS)
+        if lines not in self._composed:
+            self._composed[lines] = _ask_hydra([*self._request.lines, *lines], self._conf_dir)
+        return self._composed[lines]
+
+
+def resolved(values: Values) -> Values:
+    """`values` with every interpolation replaced by what it stands for."""
+    try:
+        return cast(Values, OmegaConf.to_container(OmegaConf.create(values), resolve=True))
+    except OmegaConfBaseException as exc:
+        raise BadInput(_one_sentence(exc)) from exc
+
+
+def _ask_hydra(lines: list[str], conf_dir: Path) -> tuple[Values, Values]:
+    """Compose `lines` over ``config.yaml``: the tree as plain values, and the option chosen of each group."""
+    try:
+        with initialize_config_dir(str(conf_dir), version_base="1.3"):
+            config = hydra_compose("config", lines, return_hydra_config=True)
+        values = cast(Values, OmegaConf.to_container(config, resolve=False))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as exc:
+        raise BadInput(_one_sentence(exc)) from exc
+    return {key: value for key, value in values.items() if key != "hydra"}, values["hydra"]["runtime"]["choices"]
+
+
+def _one_sentence(error: Exception) -> str:
+    """The part of Hydra's, OmegaConf's or YAML's message that speaks of the configuration, in one line."""
+    noise = ("object_type", "See https", "Set the environment", "Config search path", "provider=", "To append")
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+    kept = [
+        line.removesuffix(".").replace("override ++", "override ")
+        for line in lines
+        if line and not line.startswith(noise)
+    ]
+    return f"The configuration cannot be composed: {'; '.join(kept)}. Correct that override or YAML file."

