@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from train.data import TokenisedData, TokenTable
 from train.targets import adapted_modules
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +18,7 @@ from train.pack import seat
 from train.rundir import RunDir, make_folder
 from train.session import RunSession
 from train.signals import StopFlag
+from train.token_table import TokenisedData, TokenTable
 
 VOCABULARY = 97
 CPU = torch.device("cpu")

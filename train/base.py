@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -196,8 +196,8 @@ def pack_model(
             shapes[name] = (module.out_features, module.in_features)
             linears[name] = _packed_linear(module, quant, device, residency, current)
             model.set_submodule(name, linears[name])
-        elif _is_rms_norm(module):
-            model.set_submodule(name, FusedRMSNorm(module.weight.detach(), module.variance_epsilon))
+        elif fused := _fused_norm(module):
+            model.set_submodule(name, fused)
         elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             module.current_batch = current
     model.to(device).eval()
@@ -239,12 +239,14 @@ def _packed_linear(
     return PackedLinear(packed if residency == "nf4" else DenseWeight(packed.dense()), bias, current)
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether `module` computes exactly what `FusedRMSNorm` does, judged by its result on a random input."""
+def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
+    """The fused form of an RMSNorm that computes exactly this, judged by its result on a random input; None for all else."""
     if not (type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")):
-        return False
-    weight = torch.rand_like(module.weight, dtype=torch.float32)
-    probe = type(module)(len(weight), eps=module.variance_epsilon).requires_grad_(False)
-    probe.weight.copy_(weight)
+        return None
+    eps, weight = float(cast(Any, module).variance_epsilon), cast(torch.Tensor, module.weight).detach()
+    random = torch.rand(weight.shape)
+    probe = type(module)(len(weight), eps=eps).requires_grad_(False)
+    cast(torch.Tensor, probe.weight).copy_(random)
     x = torch.randn(3, len(weight))
-    return torch.allclose(probe(x), FusedRMSNorm(weight, module.variance_epsilon)(x), atol=1e-5)
+    same = torch.allclose(probe(x), FusedRMSNorm(random, eps)(x), atol=1e-5)
+    return FusedRMSNorm(weight, eps) if same else None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from train.config import TrainConfig
-from train.data import TokenTable
+from train.token_table import TokenTable
 
 IGNORED_LABEL = -100
 MAX_LENGTH = 1 << 16  # of a sequence in tokens; a counter holds sequence and position
@@ -41,6 +41,11 @@ class Sequence:
     index: int
     tokens: np.ndarray
     labels: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are predicted; the first never is."""
+        return int((self.labels[1:] != IGNORED_LABEL).sum())
 
 
 def sequences_of(run: int, table: TokenTable, rows: np.ndarray) -> list[Sequence]:

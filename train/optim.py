@@ -78,25 +78,24 @@ class PackedAdamW:
         return torch.tensor(values, dtype=self.adapters.theta.dtype, device=self.adapters.theta.device)
 
     @torch.no_grad()
-    def step(self, learning_rates: Sequence[float], stepping: Sequence[bool], losses: torch.Tensor) -> StepOutcome:
-        """Apply the gradients of the runs in `stepping` and clear all gradients.
+    def step(self, learning_rates: Sequence[float], losses: torch.Tensor) -> StepOutcome:
+        """Apply every run's gradient and clear all gradients.
 
         Args:
             learning_rates: [runs] of this step.
-            stepping: [runs] whether the run had a batch in this step.
             losses: [runs] mean loss of this step.
         """
         gradient = self.adapters.gradient
         norm = gradient.norm(dim=1) / self.loss_scale
         finite = torch.isfinite(norm)
-        wanted = torch.tensor(stepping, device=norm.device) & self.alive
-        applies = wanted & finite & torch.isfinite(losses)
+        healthy = finite & torch.isfinite(losses)
+        applies = self.alive & healthy
         clip = (self._max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale
         gradient.mul_(clip[:, None]).masked_fill_(~applies[:, None], 0)
         self._move(gradient, self._per_run(learning_rates), applies)
         gradient.zero_()
         outcome_scale = self.loss_scale.clone()
-        self._note_failures(wanted, finite, losses)
+        self._note_failures(finite, losses)
         return StepOutcome(norm, self.alive.clone(), outcome_scale)
 
     def _move(self, gradient: torch.Tensor, learning_rate: torch.Tensor, applies: torch.Tensor) -> None:
@@ -117,18 +116,19 @@ class PackedAdamW:
                 update[:, columns], (-rate / correction1)[:, None]
             )
 
-    def _note_failures(self, wanted: torch.Tensor, finite: torch.Tensor, losses: torch.Tensor) -> None:
-        """A run whose loss is not finite has diverged. A gradient that is not finite means the same, except under a loss scale:
-        there the scale halves, and only a run that still overflows at the smallest scale has diverged.
+    def _note_failures(self, finite: torch.Tensor, losses: torch.Tensor) -> None:
+        """A run whose loss or gradient is not finite has diverged, for good.
+
+        A gradient under a loss scale may overflow: then the scale halves, and only a run that still overflows at the smallest
+        scale has diverged.
         """
-        overflow = wanted & ~finite
+        self.alive &= torch.isfinite(losses)
         if not self.scale_losses:
-            self.alive &= ~(wanted & ~(finite & torch.isfinite(losses)))
+            self.alive &= finite
             return
-        self.alive &= ~(wanted & ~torch.isfinite(losses)) & ~(overflow & (self.loss_scale <= SMALLEST_LOSS_SCALE))
-        self.good_steps = torch.where(overflow, 0, self.good_steps + wanted)
+        self.alive &= finite | (self.loss_scale > SMALLEST_LOSS_SCALE)
+        self.good_steps = torch.where(finite, self.good_steps + 1, 0)
         grows = self.good_steps >= GROWTH_INTERVAL_STEPS
-        self.loss_scale = torch.where(
-            overflow, self.loss_scale / 2, torch.where(grows, self.loss_scale * 2, self.loss_scale)
-        )
+        kept = torch.where(grows, self.loss_scale * 2, self.loss_scale)
+        self.loss_scale = torch.where(finite, kept, self.loss_scale / 2)
         self.good_steps = torch.where(grows, 0, self.good_steps)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from train.base import PackedBase, load_base
 from train.checkpoint import Checkpoint, common_step, sound_checkpoints
 from train.config import RunConfig, parse_run_config
-from train.data import TokenisedData, load_tokenised, tokens_key
+from train.data import load_tokenised
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
@@ -25,6 +25,7 @@ from train.signals import StopFlag
 from train.sources import parameter_count
 from train.staging import stage_model
 from train.targets import adapted_modules, parameter_line, trainable_parameters
+from train.token_table import TokenisedData, tokens_key
 
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
 

@@ -28,7 +28,8 @@ AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 class Slot:
     """One adapted module's place in the pack.
 
-    `a` [runs, r, in] and `b` [runs, out, r] are views of `theta`, `grad_a` and `grad_b` views of the pack's gradient. `ranks` maps the rows of the runs that adapt the module to their rank; `scaling` and `dropout_p` are [runs, 1, 1].
+    `a` [runs, r, in] and `b` [runs, out, r] are views of `theta`, `grad_a` and `grad_b` views of the pack's gradient.
+    `ranks` maps the rows of the runs that adapt the module to their rank; `scaling` and `dropout_p` are [runs, 1, 1].
     """
 
     ranks: dict[int, int]
@@ -136,7 +137,7 @@ class _PackedLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, x: torch.Tensor, anchor: torch.Tensor, slot: Slot, route: Route, dropout: Dropout | None
     ) -> torch.Tensor:
         a, b, scaling = (route.pick(stack).to(x.dtype) for stack in (slot.a, slot.b, slot.scaling))
@@ -146,7 +147,7 @@ class _PackedLoRA(torch.autograd.Function):
         return route.padding.unpad(torch.bmm(h, b.transpose(1, 2)), len(x))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h = ctx.saved_tensors
         slot, route, dropout = ctx.slot, ctx.route, ctx.dropout
         a, b, scaling = (route.pick(stack).to(x.dtype) for stack in (slot.a, slot.b, slot.scaling))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch.nn.utils.rnn import pad_sequence
-from train.data import TokenisedData
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, get_scheduler
 
 from train.batches import rows_of_step
 from train.config import QuantConfig, RunConfig
 from train.rundir import read_lines
+from train.token_table import TokenisedData
 
 STEPS = 10
 CONFIGS = [

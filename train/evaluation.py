@@ -1,0 +1,69 @@
+"""Teacher-forced evaluation of many runs at once over their held-out rows.
+
+A row counts as answered exactly if each of its learnt tokens is the arg-max given the right ones before it: that is when greedy
+decoding gives the whole answer, so exact match costs no generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from train.base import PackedBase
+from train.batches import IGNORED_LABEL, MicroBatch, cut, sequences_of
+from train.loss import sums_per_run, target_losses
+from train.signals import StopFlag
+from train.token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss (nats per learnt token) and the share of rows answered exactly."""
+
+    loss: float
+    exact_match: float
+
+
+@torch.no_grad()
+def evaluate(
+    base: PackedBase, tables: dict[int, TokenTable], pack_size: int, micro_batch_tokens: int, stop: StopFlag
+) -> dict[int, Evaluation]:
+    """Evaluate the runs in the rows of `tables`, each over its own table.
+
+    Raises:
+        Stopped: the job was asked to stop; nothing has changed.
+    """
+    sequences = [s for row, table in tables.items() for s in sequences_of(row, table, np.arange(len(table)))]
+    losses = torch.zeros(pack_size, dtype=torch.float64)
+    exact_rows = torch.zeros(pack_size, dtype=torch.int64)
+    for chunk in cut(sequences, micro_batch_tokens):
+        stop.check()
+        batch = MicroBatch(chunk, pack_size, base.device)
+        found = target_losses(base.hidden_states(batch)[batch.learnt], base.head, batch.targets, weights=None)
+        losses += sums_per_run(found.losses, batch).cpu()
+        answered = batch.by_sequence.pad(found.correct).all(dim=1)
+        exact_rows += torch.bincount(batch.run_of_sequence[answered], minlength=pack_size).cpu()
+    return {
+        row: Evaluation(float(losses[row]) / _targets(table), int(exact_rows[row]) / len(table))
+        for row, table in tables.items()
+    }
+
+
+def evaluate_untrained(
+    base: PackedBase, tables: dict[int, TokenTable], pack_size: int, micro_batch_tokens: int, stop: StopFlag
+) -> dict[int, Evaluation]:
+    """Evaluate runs whose B is still zero: the bare base answers, once for all that share a table.
+
+    `base` must carry no adapters. Raises as `evaluate` does.
+    """
+    first_row = {id(table): row for row, table in reversed(tables.items())}
+    found = evaluate(base, {row: tables[row] for row in first_row.values()}, pack_size, micro_batch_tokens, stop)
+    return {row: found[first_row[id(table)]] for row, table in tables.items()}
+
+
+def _targets(table: TokenTable) -> int:
+    """How many tokens are predicted; a row's first token never is."""
+    learnt = table.labels != IGNORED_LABEL
+    return int(learnt.sum() - learnt[table.offsets[:-1]].sum())

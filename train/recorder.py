@@ -1,0 +1,125 @@
+"""From the device to the journals: steps are collected without waiting for the GPU and written together every second or so."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from train.optim import StepOutcome
+from train.rundir import Record
+from train.session import RunSession
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step of a pack, by row; `losses` [runs] and `outcome` are still on the device."""
+
+    steps: dict[int, int]
+    learning_rates: Sequence[float]
+    tokens: dict[int, int]
+    losses: torch.Tensor
+    outcome: StepOutcome
+
+
+class StepRecorder:
+    """Holds the steps that no journal has yet. `flush` is the only place in training that waits for the device."""
+
+    def __init__(self, device: torch.device, with_loss_scale: bool) -> None:
+        self._device, self._with_loss_scale = device, with_loss_scale
+        self._pending: list[StepRecord] = []
+        self._started = self._flushed = time.monotonic()
+
+    def add(self, record: StepRecord) -> None:
+        """Remember a step."""
+        self._pending.append(record)
+
+    @property
+    def seconds_since_flush(self) -> float:
+        """How long the journals have been waiting."""
+        return time.monotonic() - self._flushed
+
+    def flush(self, sessions: Sequence[RunSession]) -> None:
+        """Write what is pending to the journals; runs that diverged meanwhile learn it here."""
+        pending, self._pending = self._pending, []
+        if pending:
+            numbers = _on_host(pending)
+            for session in sessions:
+                self._write(session, pending, numbers)
+            self._note_pace(sessions, pending)
+        self._flushed = time.monotonic()
+
+    def _write(self, session: RunSession, pending: list[StepRecord], numbers: list[_HostNumbers]) -> None:
+        row = session.row
+        lines: list[Record] = []
+        for record, host in zip(pending, numbers, strict=True):
+            if not host.alive[row]:
+                session.note(lines)
+                session.note_divergence(record.steps[row], _why_diverged(host.losses[row], host.grad_norms[row]))
+                return
+            lines.append(self._line(session, record, host))
+        session.note(lines)
+
+    def _line(self, session: RunSession, record: StepRecord, host: _HostNumbers) -> Record:
+        row = session.row
+        steps_per_epoch = session.config.train.steps_per_epoch(len(session.data.train))
+        grad_norm = host.grad_norms[row]
+        line: Record = {
+            "step": record.steps[row],
+            "epoch": round(record.steps[row] / steps_per_epoch, 6),
+            "loss": host.losses[row],
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # an overflow under the loss scale
+            "learning_rate": record.learning_rates[row],
+            "tokens": record.tokens[row],
+        }
+        return line | {"loss_scale": host.loss_scales[row]} if self._with_loss_scale else line
+
+    def _note_pace(self, sessions: Sequence[RunSession], pending: list[StepRecord]) -> None:
+        now = time.monotonic()
+        elapsed = max(now - self._flushed, 1e-9)
+        pack_tokens = sum(sum(record.tokens.values()) for record in pending)
+        shared = {
+            "time": time.time(),
+            "seconds": now - self._started,
+            "pack_tokens_per_second": pack_tokens / elapsed,
+            "peak_memory_gib": peak_memory_gib(self._device),
+        }
+        for session in sessions:
+            tokens = sum(record.tokens[session.row] for record in pending)
+            session.note_pace({"step": session.step, "tokens_per_second": tokens / elapsed, **shared})
+
+
+@dataclass(frozen=True)
+class _HostNumbers:
+    """A step's device values, by row."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    alive: list[bool]
+    loss_scales: list[float]
+
+
+def _on_host(pending: list[StepRecord]) -> list[_HostNumbers]:
+    """Fetch all pending values in four transfers."""
+    columns = (
+        [record.losses for record in pending],
+        [record.outcome.grad_norm for record in pending],
+        [record.outcome.alive for record in pending],
+        [record.outcome.loss_scale for record in pending],
+    )
+    return [_HostNumbers(*values) for values in zip(*(torch.stack(column).tolist() for column in columns), strict=True)]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory in use so far: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def _why_diverged(loss: float, grad_norm: float) -> str:
+    return f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
