@@ -1,0 +1,169 @@
+"""An ordinary Hugging Face model folder, as far as its files tell: what it must hold, and the shapes in its weights' headers.
+
+Light on purpose: the launcher checks a model on the login node. A safetensors file begins with 8 bytes (the header's length,
+little-endian) and a JSON header {name: {"dtype", "shape", "data_offsets"}}, so no weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train.errors import BadInput
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is a tokenizer
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+# PEFT finds a module's layer by the first number between dots, here too: model.layers.7.self_attn.q_proj -> 7.
+LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
+SAMPLE_BYTES = 2**14
+
+Shape = tuple[int, ...]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that could not be trained on.
+
+    Raises:
+        BadInput: naming what is missing and what was looked for.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"model.source={str(folder)!r} is no folder; give the folder that holds the model's {CONFIG}.")
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"model folder {folder} has no {CONFIG}; give the folder of a Hugging Face model.")
+    if "quantization_config" in _read_config(folder):
+        raise BadInput(
+            f"model folder {folder} holds weights that are quantised already; give the unquantised model, "
+            "and quant=nf4 quantises it while loading."
+        )
+    weight_files(folder)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise BadInput(
+            f"model folder {folder} has no tokenizer (looked for {', '.join(TOKENIZERS)}); save it there too."
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load, by name.
+
+    Raises:
+        BadInput: there are none, or one that the index names is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).is_file():
+        raise BadInput(
+            f"model folder {folder} has no weights: looked for {WEIGHTS} and {WEIGHTS_INDEX}; pickled weights "
+            "(*.bin, *.pt) are not read, since they can run code: save them with safe_serialization=True."
+        )
+    index = _read_json(folder / WEIGHTS_INDEX)
+    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise BadInput(f"model folder {folder} lacks {', '.join(missing)} of {WEIGHTS_INDEX}; fetch the model again.")
+    return files
+
+
+def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
+    """(out, in) features of every linear layer of the decoder, layer by layer; no embedding, norm or head.
+
+    Raises:
+        BadInput: the weights are missing or damaged.
+    """
+    shapes = _tensor_shapes(model_dir)
+    found = {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and LAYER_INDEX.match(name)
+    }
+    return dict(sorted(found.items(), key=lambda item: _by_layer(item[0])))
+
+
+def linear_modules(model_dir: Path) -> list[str]:
+    """The names of `linear_shapes`."""
+    return list(linear_shapes(model_dir))
+
+
+def parameter_count(model_dir: Path) -> int:
+    """All parameters of the model; a head that is tied to the embedding counts once, buffers do not count.
+
+    Raises:
+        BadInput: the weights are missing or damaged.
+    """
+    shapes = _tensor_shapes(model_dir)
+    if _read_config(model_dir).get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq"))
+
+
+def weight_samples(file: Path) -> Iterator[bytes]:
+    """The header of a safetensors file, and the first bytes (`SAMPLE_BYTES`) of each of its tensors.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    header = _read_header(file)
+    yield json.dumps(header, sort_keys=True).encode()
+    begins = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+    with file.open("rb") as stream:
+        data_start = 8 + struct.unpack("<Q", stream.read(8))[0]
+        for begin, end in begins:
+            stream.seek(data_start + begin)
+            yield stream.read(min(SAMPLE_BYTES, end - begin))
+
+
+def _tensor_shapes(folder: Path) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for file in weight_files(folder):
+        header = _read_header(file)
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file whose size agrees with it."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = stream.read(length_bytes) if 0 < length_bytes <= LONGEST_HEADER_BYTES else b""
+    try:
+        header: dict[str, Any] = json.loads(text)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError) as exc:
+        raise BadInput(f"{file} is no safetensors file (perhaps a Git LFS pointer?); fetch the model again.") from exc
+    if file.stat().st_size < 8 + length_bytes + end:
+        raise BadInput(f"{file} is cut short: {file.stat().st_size} of {8 + length_bytes + end} bytes; fetch it again.")
+    return header
+
+
+def _by_layer(name: str) -> tuple[int, str]:
+    match = LAYER_INDEX.match(name)
+    return (int(match["idx"]) if match else -1, name)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / CONFIG)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as exc:
+        raise BadInput(f"{path} is no JSON ({exc}); fetch the model again.") from exc
+    return value

