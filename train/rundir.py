@@ -129,6 +129,11 @@ class SweepDir:
     path: Path
 
     @property
+    def lease(self) -> Path:
+        """Which launcher submits to this sweep and watches it now."""
+        return self.path / "lease.json"
+
+    @property
     def plans(self) -> Path:
         """Folder of the accepted plans, ``<n>.json`` from 1."""
         return self.path / "plans"
@@ -171,6 +176,14 @@ class CacheDir:
     def model(self, key: str) -> Path:
         """Folder of a fetched or converted model, complete if it exists."""
         return self.path / "models" / key
+
+    def model_lock(self, key: str) -> Path:
+        """Held by the process that makes the model, so that others wait for it instead of doing the same."""
+        return self.path / "models" / f"{key}.lock"
+
+    def download(self, key: str) -> Path:
+        """Folder of a model's files while they are fetched: what arrived before an interruption is not fetched again."""
+        return self.path / "downloads" / key
 
     def tokens(self, key: str) -> Path:
         """Folder of tokenised data (`TokensDir`), complete if it exists."""
@@ -285,17 +298,35 @@ def read_lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def last_line(path: Path, tail_bytes: int = 4096) -> Record | None:
-    """The last whole line of a growing JSON-lines file, without reading the rest; None where there is none."""
+def read_first_line(path: Path) -> Record | None:
+    """The first whole line of a growing JSON-lines file; None where there is none."""
     try:
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - tail_bytes))
-            whole = file.read().rpartition(b"\n")[0]
+            line = file.readline()
     except FileNotFoundError:
         return None
-    record: Record | None = json.loads(whole.rpartition(b"\n")[2]) if whole else None
+    record: Record | None = json.loads(line) if line.endswith(b"\n") else None
     return record
+
+
+def tail_lines(path: Path, tail_bytes: int = 4096) -> list[Record]:
+    """The whole lines in the last `tail_bytes` of a growing JSON-lines file, without reading the rest."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - tail_bytes)
+            file.seek(start)
+            whole = file.read().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        return []
+    if start > 0:
+        whole = whole.partition(b"\n")[2] if b"\n" in whole else b""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def last_line(path: Path) -> Record | None:
+    """The last whole line of a growing JSON-lines file, without reading the rest; None where there is none."""
+    lines = tail_lines(path)
+    return lines[-1] if lines else None
 
 
 def make_folder(path: Path) -> Path:
