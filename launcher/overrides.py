@@ -85,7 +85,7 @@ def check_option(group: str, option: Any, groups: Groups) -> str:
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """`` ; did you mean …?`` for the nearest of `valid`, or just the end of the clause."""
+    """The end of a clause about a wrong `word`: the nearest of `valid` if there is one, else a full stop."""
     near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else "."
 

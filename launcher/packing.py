@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Callable
 
@@ -45,23 +46,26 @@ def pack_id(runs: list[Run], prior_plans: int) -> str:
 def _cut(
     group: list[Run], largest: int, work_of: Callable[[Run], float], fits: Callable[[list[Run]], bool]
 ) -> list[list[Run]]:
-    """Try more and more packs until each one fits."""
-    count = math.ceil(len(group) / largest)
-    while True:
-        packs = _balanced(group, count, work_of)
-        if count == len(group) or all(fits(pack) for pack in packs):
-            return packs
-        count = min(len(group), count + max(1, count // 8))
+    """Try more and more packs until each one fits; what does not fit alone is set apart first."""
+    modest = [run for run in group if fits([run])]
+    fitting = {run.id for run in modest}
+    alone = [[run] for run in group if run.id not in fitting]
+    count = math.ceil(len(modest) / largest)
+    packs = _balanced(modest, count, work_of)
+    while not all(fits(pack) for pack in packs):
+        count = min(len(modest), count + max(1, count // 8))
+        packs = _balanced(modest, count, work_of)
+    return packs + alone
 
 
 def _balanced(group: list[Run], count: int, work_of: Callable[[Run], float]) -> list[list[Run]]:
     """`count` packs of nearly equal size: the longest run first, each to the least loaded pack that has room."""
-    room = math.ceil(len(group) / count)
     order = {run.id: place for place, run in enumerate(group)}
     packs: list[list[Run]] = [[] for _ in range(count)]
-    load = [0.0] * count
+    open_packs = [(0.0, 0, index) for index in range(count)]  # a heap of load, runs and place of each pack with room
     for run in sorted(group, key=work_of, reverse=True):
-        index = min((i for i in range(count) if len(packs[i]) < room), key=lambda i: (load[i], len(packs[i])))
+        load, size, index = heapq.heappop(open_packs)
         packs[index].append(run)
-        load[index] += work_of(run)
+        if size + 1 < math.ceil(len(group) / count):
+            heapq.heappush(open_packs, (load + work_of(run), size + 1, index))
     return [sorted(pack, key=lambda run: order[run.id]) for pack in packs if pack]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.sources import data_path
 from train.targets import trainable_parameters
-from train.token_table import read_facts
 
 from launcher.shapes import ModelShape
 from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from train.errors import BadInput
-from train.row_files import read_rows
+from train.reading import read_split
 from train.rows import AlpacaRow, Row
 from train.rundir import CacheDir
+from train.sources import data_path
+from train.token_table import read_facts
 
 CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
 TEMPLATE_TOKENS = 25  # a chat template's marks and system prompt
@@ -44,7 +44,7 @@ def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
     """Counted where the data is tokenised already, else guessed from its rows.
 
     Raises:
-        BadInput: a local file has a malformed row, or none.
+        BadInput: a local file has a malformed row, or fewer rows than asked for.
     """
     facts = read_facts(config.data, config.model, cache)
     if facts is not None:
@@ -82,21 +82,13 @@ def adapter_parameters(lora: LoraConfig, shape: ModelShape) -> int:
 
 
 def _guessed_facts(data: DataConfig) -> DataFacts:
-    """Rows as the file has them, tokens by characters; a hub's data set is taken for one like Alpaca."""
-    path = data_path(data.source)
-    if path is None:
-        rows, tokens = HUB_ROWS, HUB_TOKENS_PER_ROW
-    else:
-        texts = [_characters(row) for row in read_rows(path, data.format)]
-        rows, tokens = len(texts), TEMPLATE_TOKENS + sum(texts) / CHARACTERS_PER_TOKEN / len(texts)
-    rows = min(rows, data.train_rows or rows)
-    return DataFacts(rows, _guessed_eval_rows(data), min(tokens, data.max_length))
-
-
-def _guessed_eval_rows(data: DataConfig) -> int:
-    """As many as asked for, or as the held-out file has."""
-    path = data_path(data.eval_source) if data.eval_source else None
-    return data.eval_rows if path is None else min(data.eval_rows, len(read_rows(path, data.format)))
+    """Rows as the files have them, tokens by characters; a hub's data set is taken for one like Alpaca."""
+    if any(data_path(source) is None for source in (data.source, data.eval_source or data.source)):
+        rows = min(HUB_ROWS, data.train_rows or HUB_ROWS)
+        return DataFacts(rows, data.eval_rows, min(HUB_TOKENS_PER_ROW, data.max_length))
+    learnt, held_out, _ = read_split(data)
+    tokens = TEMPLATE_TOKENS + sum(map(_characters, learnt)) / CHARACTERS_PER_TOKEN / len(learnt)
+    return DataFacts(len(learnt), len(held_out), min(tokens, data.max_length))
 
 
 def _characters(row: Row) -> int:

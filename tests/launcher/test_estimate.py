@@ -165,9 +165,9 @@ def test_a_target_that_a_staged_model_lacks_is_refused(tiny_model: tuple[ModelCo
 def test_data_that_is_not_tokenised_yet_is_guessed_from_its_file(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "count the letters of apple", "output": "5"}\n' * 200)
-    data = DataConfig(name="rows", source=str(rows), fingerprint="d", train_rows=150)
+    data = DataConfig(name="rows", source=str(rows), fingerprint="d", train_rows=150, eval_rows=20)
     facts = data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
-    assert facts.train_rows == 150
+    assert (facts.train_rows, facts.eval_rows) == (150, 20)
     assert 20 < facts.tokens_per_row < 60
 
 

@@ -209,8 +209,9 @@ def test_packs_are_the_fewest_that_fit_and_of_similar_length(tmp_path: Path) -> 
 
 def test_a_run_too_large_for_the_forecast_still_gets_its_pack(tmp_path: Path) -> None:
     sweep = tiny_sweep(tmp_path)
-    packs = pack_runs(list(sweep.runs), sweep.cluster, lambda run: 1.0, lambda runs: False)
-    assert [len(pack) for pack in packs] == [1, 1, 1, 1]
+    giant = sweep.runs[1]
+    packs = pack_runs(list(sweep.runs), sweep.cluster, lambda run: 1.0, lambda runs: giant not in runs)
+    assert [[run.axes["lora.r"] for run in pack] for pack in packs] == [[4, 16, 32], [8]]
 
 
 def test_a_missing_target_is_refused_before_anything_is_queued(
