@@ -100,9 +100,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 if None in values or None in fields:
                     raise BadInput(f"{path}:{rows_end}: the row has not as many fields as the header; quote commas.")
                 yield f"{path}:{rows_end - sum(field.count(chr(10)) for field in fields)}", values
-        except (
-            csv.Error
-        ) as exc:  # a quote that is never closed runs to the end: the row's first line is the one to look at
+        except csv.Error as exc:  # an open quote swallows the lines behind it, so the row's first line is named
             raise BadInput(f"{path}:{rows_end + 1}: this is no CSV ({exc}); correct it.") from exc
 
 

@@ -70,6 +70,8 @@ def _parse_chat(values: Values, where: str) -> ChatRow:
     if not isinstance(messages, list) or not messages:
         raise BadInput(f"{where}: messages has to be a list of {{role, content}}, not {_shown(messages)}.")
     turns = tuple(_parse_turn(turn, f"{where}: messages[{i}]") for i, turn in enumerate(messages))
+    if turns[0]["role"] == "assistant":
+        raise BadInput(f"{where}: the assistant speaks first; begin with a message of the user or the system.")
     if turns[-1]["role"] != "assistant":
         raise BadInput(f"{where}: the last message is of {turns[-1]['role']!r}; it has to be the assistant's answer.")
     if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):

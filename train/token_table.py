@@ -17,6 +17,7 @@ from train.config import HOW_KEYS, DataConfig, ModelConfig
 from train.rundir import CacheDir, TokensDir, read_json, write_folder, write_json
 
 FORMAT_VERSION = 1  # of the arrays and of the rendering: raise it when either changes
+IGNORED_LABEL = -100  # of tokens that are read but not learnt
 PARTS = ("tokens", "labels", "offsets")
 
 
@@ -26,7 +27,7 @@ class TokenTable:
 
     Attributes:
         tokens: [T] int32.
-        labels: [T] int32; the token itself where it is learnt, -100 where not. Not shifted.
+        labels: [T] int32; the token itself where it is learnt, `IGNORED_LABEL` where not. Not shifted.
         offsets: [rows + 1] int64; row i is ``offsets[i]:offsets[i + 1]``.
     """
 

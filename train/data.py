@@ -1,0 +1,91 @@
+"""Data for one run: read, split, tokenise, cache.
+
+    source file or hub -> rows -> train and held-out rows -> text -> tokens and labels -> arrays in the cache
+
+The cache's key is a fingerprint of everything that decides the tokens, so the runs of a sweep tokenise once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from train.config import DataConfig, ModelConfig
+from train.reading import read_split
+from train.rundir import CacheDir
+from train.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, tokens_key, write_tokenised
+from train.tokenising import Tokeniser
+
+__all__ = ["TokenTable", "TokenisedData", "load_tokenised", "summary", "tokens_key"]
+
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+def load_tokenised(
+    data: DataConfig, model: ModelConfig, model_dir: Path, cache: CacheDir, stop: Callable[[], None] = lambda: None
+) -> TokenisedData:
+    """The tokenised data from the cache, made now if it is not there. `stop` may raise, between batches of rows.
+
+    Raises:
+        BadInput: the data cannot be read or leave nothing to learn.
+        StorageError: the cache cannot be written.
+    """
+    folder = cache.tokens(tokens_key(data, model))
+    cached = read_tokenised(folder)
+    if cached is not None:
+        return cached
+    made = tokenise(data, model, model_dir, stop)
+    write_tokenised(folder, made)
+    return read_tokenised(folder) or made
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """One line for the terminal: how many rows there are, and how many were cut or dropped and why."""
+    reasons = ", ".join(f"{count:,} because {reason}" for reason, count in facts["dropped"].items())
+    return (
+        f"{facts['train_rows']:,} rows to learn, {facts['eval_rows']:,} held out; "
+        f"{facts['cut']:,} cut at {facts['max_length']:,} tokens, "
+        f"{sum(facts['dropped'].values()):,} dropped{f' ({reasons})' if reasons else ''}; "
+        f"{facts['train_tokens'] / facts['train_rows']:.0f} tokens per row"
+    )
+
+
+def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callable[[], None]) -> TokenisedData:
+    """Read, split and tokenise, with a progress bar where somebody watches."""
+    from transformers import AutoTokenizer
+
+    train_rows, eval_rows, dropped = read_split(data)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
+    tokeniser = Tokeniser(tokenizer, data)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"tokenising {data.name}", total=len(train_rows) + len(eval_rows))
+        train, held_out = (
+            tokeniser.tokenise(rows, stop, lambda count: progress.advance(bar, count))
+            for rows in (train_rows, eval_rows)
+        )
+    facts = {
+        "max_length": data.max_length,
+        "cut": tokeniser.tally.cut,
+        "dropped": dict(dropped + tokeniser.tally.dropped),
+    }
+    return TokenisedData(train, held_out, _facts(train, held_out) | facts)
+
+
+def _facts(train: TokenTable, held_out: TokenTable) -> dict[str, Any]:
+    lengths = train.lengths()
+    firsts = train.labels[train.offsets[:-1]] != IGNORED_LABEL  # never predicted, so not learnt
+    return {
+        "train_rows": len(train),
+        "eval_rows": len(held_out),
+        "train_tokens": len(train.tokens),
+        "train_label_tokens": int((train.labels != IGNORED_LABEL).sum() - firsts.sum()),
+        "eval_tokens": len(held_out.tokens),
+        "longest": int(max(lengths.max(), held_out.lengths().max())),
+        "length_quantiles": {str(q): int(np.quantile(lengths, q)) for q in QUANTILES},
+    }

@@ -1,0 +1,97 @@
+"""Rows as the text that the model reads, with the spans of it that are the model's own words.
+
+With a chat template every row is a conversation and the template writes it. Without one Stanford Alpaca's prompt is used,
+and the end-of-text token closes the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from train.errors import BadInput
+from train.prompts import alpaca_prompt, user_content
+from train.rows import AlpacaRow, ChatRow, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        text: what is tokenised.
+        answers: (start, end) characters of everything that the model says, with the marks that close it.
+        closed: whether the text itself holds the last closing mark; otherwise the end-of-text token has to follow.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    closed: bool
+
+
+def render(row: Row, tokenizer: PreTrainedTokenizerBase, mark_answers: bool = True) -> Rendered:
+    """`row` as text; without `mark_answers` its `answers` are left empty, for which any chat template will do.
+
+    Raises:
+        BadInput: the tokenizer's chat template refuses the row, or there is none for a conversation.
+    """
+    if tokenizer.chat_template:
+        return _render_chat(as_messages(row), tokenizer, mark_answers)
+    if isinstance(row, ChatRow):
+        raise BadInput(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so rows with messages cannot be written as it "
+            "reads them; choose an instruction-tuned model, or rows with instruction, input and output."
+        )
+    prompt = alpaca_prompt(row.instruction, row.input)
+    return Rendered(prompt + row.output, ((len(prompt), len(prompt + row.output)),), closed=False)
+
+
+def as_messages(row: Row) -> Messages:
+    """`row` as a conversation."""
+    if isinstance(row, AlpacaRow):
+        question = {"role": "user", "content": user_content(row.instruction, row.input)}
+        return [question, {"role": "assistant", "content": row.output}]
+    return list(row.messages)
+
+
+def _render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, mark_answers: bool) -> Rendered:
+    """A conversation through the chat template; line ends behind the last mark are left off, since nobody reads them."""
+    text = _apply_template(messages, tokenizer).rstrip()
+    turns = [i for i, message in enumerate(messages) if mark_answers and message["role"] == "assistant"]
+    answers = tuple(_answer_span(messages, i, text, tokenizer) for i in turns)
+    return Rendered(text, answers, closed=not text.endswith(messages[-1]["content"].strip()))
+
+
+def _answer_span(messages: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Where the assistant's `turn` stands in `text`: between what asks for it and what follows it.
+
+    Both ends are found by rendering the conversation up to there, which tells the truth only if that is how `text` goes.
+    """
+    before = _apply_template(messages[:turn], tokenizer, add_generation_prompt=True)
+    through = _apply_template(messages[: turn + 1], tokenizer).rstrip()
+    if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+        raise BadInput(
+            f"the chat template of {tokenizer.name_or_path} writes the beginning of a conversation differently once it goes "
+            f"on, so the answer {messages[turn]['content'][:40]!r} cannot be told from its prompt; use data.response_only=false, "
+            "conversations with a single answer, or another tokenizer."
+        )
+    return len(before), len(through)
+
+
+def _apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as exc:
+        roles = ", ".join(message["role"] for message in messages)
+        raise BadInput(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({exc}), which ends with "
+            f"{messages[-1]['content'][:40]!r}; correct the row."
+        ) from exc
+    return text
