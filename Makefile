@@ -1,0 +1,51 @@
+# lorapack: what a newcomer and CI type. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO := runs/rank-smollm2-tasks
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+install: $(VENV)/.installed ## create .venv with the pinned versions
+
+run: install ## train the default sweep (four LoRA ranks) here, end to end, and report
+	$(BIN)/python -m launcher sweep=rank
+
+test: $(VENV)/.tested ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.tested ## check style and types (ruff, mypy --strict)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.tested ## bring the code into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the targets made: .venv, caches, the default sweep (other sweeps stay)
+	rm -rf $(VENV) cache $(DEMO) *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rmdir runs 2>/dev/null || true
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lorapack needs Python 3.11 or later, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv: apt-get install python3-venv, or make PYTHON=/path/to/another" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the pinned packages into $(VENV) (about 2 GB)"
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the pinned packages and the tools for tests into $(VENV) (about 2 GB)"
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
