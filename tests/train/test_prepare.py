@@ -1,0 +1,84 @@
+"""The process that the launcher asks for models and data: one JSON answer on stdout, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.config import DataConfig, ModelConfig
+from train.rundir import CacheDir
+from train.sources import data_fingerprint, model_fingerprint
+from train.token_table import read_facts
+
+TINY = ModelConfig(name="tiny", source="builtin:tiny")
+MODEL = TINY.model_copy(update={"fingerprint": model_fingerprint(TINY)})
+
+
+def data_config(source: Path, **values: Any) -> DataConfig:
+    data = DataConfig(name="rows", source=str(source), **values)
+    return data.model_copy(update={"fingerprint": data_fingerprint(data)})
+
+
+def write_rows(path: Path, *answers: str) -> Path:
+    rows = [{"instruction": f"Say {i}", "output": answer} for i, answer in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ask(document: str) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    process = subprocess.run(
+        [sys.executable, "-m", "train.prepare"], input=document, capture_output=True, text=True, check=False
+    )
+    assert process.stdout.count("\n") == 1, process.stdout
+    return json.loads(process.stdout), process
+
+
+def document(cache: Path, *requests: DataConfig) -> str:
+    pairs = [{"model": MODEL.model_dump(), "data": data.model_dump()} for data in requests]
+    return json.dumps({"cache": str(cache), "requests": pairs})
+
+
+def test_models_and_tokens_are_there_afterwards_and_the_facts_are_told(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", *["yes"] * 30)
+    several = [data_config(path, eval_rows=10), data_config(path, eval_rows=5, response_only=False)]
+    answer, process = ask(document(tmp_path / "cache", *several))
+    assert answer["ok"], answer
+    assert process.returncode == 0
+    assert [facts["train_rows"] for facts in answer["facts"]] == [20, 25]
+    for data, facts in zip(several, answer["facts"], strict=True):
+        model_dir = facts.pop("model_dir")
+        assert (Path(model_dir) / "config.json").is_file()
+        assert read_facts(data, MODEL, CacheDir(tmp_path / "cache")) == facts
+    assert "20 rows to learn, 10 held out; 0 cut at 512 tokens, 0 dropped" in process.stderr
+
+
+def test_a_users_mistake_is_an_answer(tmp_path: Path) -> None:
+    answer, process = ask(document(tmp_path / "cache", data_config(write_rows(tmp_path / "rows.jsonl", "yes", ""))))
+    assert answer["ok"] is False
+    assert (answer["error"], answer["exit_code"], process.returncode) == ("BadInput", 2, 2)
+    assert f"{tmp_path}/rows.jsonl:2: output is empty" in answer["message"]
+    assert "Traceback" not in process.stderr
+
+
+def test_a_mistake_of_the_caller_is_an_answer_too() -> None:
+    answer, process = ask("{")
+    assert (answer["ok"], answer["exit_code"], process.returncode) == (False, 1, 1)
+    assert "Traceback" in process.stderr
+
+
+def test_what_libraries_print_goes_to_stderr() -> None:
+    code = """
+import os
+from train.prepare import guarded_stdout
+with guarded_stdout() as out:
+    os.system("echo from a library")
+    print("from Python")
+    out.write("the answer\\n")
+print("afterwards")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines() == ["the answer", "afterwards"]
+    assert set(process.stderr.splitlines()) == {"from a library", "from Python"}

@@ -1,0 +1,93 @@
+"""Fetch models and tokenise data before any job needs them: ``python -m train.prepare``.
+
+The launcher runs this as a process of its own, so that it never imports torch. On stdin comes one JSON document
+``{"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig}, …]}``; on stdout goes exactly one:
+``{"ok": true, "facts": [{…, "model_dir": …}, …]}`` or ``{"ok": false, "error": …, "exit_code": …, "message": …}``.
+All else (progress, what libraries print) goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from train.config import DataConfig, ModelConfig, parse_section
+from train.errors import LorapackError
+from train.rundir import CacheDir
+
+Json = dict[str, Any]
+
+
+def main() -> int:
+    """Answer one document of requests; the exit status is that of the answer."""
+    with guarded_stdout() as out:
+        answer = answer_document(sys.stdin.read())
+        out.write(json.dumps(answer) + "\n")
+    exit_code: int = answer.get("exit_code", 0)
+    return exit_code
+
+
+@contextmanager
+def guarded_stdout() -> Iterator[TextIO]:
+    """Give the real stdout, while everything that this process and its libraries print there goes to stderr."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(real), "w") as out:
+            yield out
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def answer_document(document: str) -> Json:
+    """The answer to one JSON document of requests; errors are answers too."""
+    try:
+        request = json.loads(document)
+        cache = CacheDir(Path(request["cache"]))
+        return {"ok": True, "facts": [prepare(item, cache) for item in request["requests"]]}
+    except LorapackError as exc:
+        return _failure(exc, exc.exit_code)
+    except Exception as exc:  # the last seam before the launcher, which shows the message and points to stderr
+        traceback.print_exc()
+        return _failure(exc, 1)
+
+
+def prepare(request: Json, cache: CacheDir) -> Json:
+    """Make the model and the tokenised data of one request available; the facts of the data and where the model lies.
+
+    Raises:
+        BadInput: the model or the data cannot be used.
+        StorageError: the cache cannot be written.
+    """
+    from train.data import load_tokenised, summary  # heavy
+    from train.staging import stage_model
+
+    model = parse_section(ModelConfig, request["model"], "model")
+    data = parse_section(DataConfig, request["data"], "data")
+    model_dir = stage_model(model, cache)
+    facts = load_tokenised(data, model, model_dir, cache).facts
+    print(f"{data.name} for {model.name}: {summary(facts)}", file=sys.stderr, flush=True)
+    return facts | {"model_dir": str(model_dir)}
+
+
+def _failure(exc: Exception, exit_code: int) -> Json:
+    """An answer that names the member of this project's family of errors, or the foreign error with its name."""
+    families = [kind.__name__ for kind in type(exc).__mro__ if kind.__module__ == LorapackError.__module__]
+    message = str(exc) if families else f"{type(exc).__name__}: {exc}"
+    return {"ok": False, "error": (families or [type(exc).__name__])[0], "exit_code": exit_code, "message": message}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C, as shells count it; what was fetched so far is kept, what was half written is gone
