@@ -29,7 +29,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
-# PEFT finds a module's layer by the first number between dots, here too: model.layers.7.self_attn.q_proj -> 7.
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 SAMPLE_BYTES = 2**14
@@ -112,6 +111,12 @@ def parameter_count(model_dir: Path) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq"))
 
 
+def layer_index(name: str) -> int | None:
+    """The layer of a module by PEFT's rule, the first number between dots: model.layers.7.self_attn.q_proj -> 7."""
+    match = LAYER_INDEX.match(name)
+    return int(match["idx"]) if match else None
+
+
 def weight_samples(file: Path) -> Iterator[bytes]:
     """The header of a safetensors file, and the first bytes (`SAMPLE_BYTES`) of each of its tensors.
 
@@ -153,8 +158,8 @@ def _read_header(file: Path) -> dict[str, Any]:
 
 
 def _by_layer(name: str) -> tuple[int, str]:
-    match = LAYER_INDEX.match(name)
-    return (int(match["idx"]) if match else -1, name)
+    index = layer_index(name)
+    return (-1 if index is None else index, name)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
