@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from train.config import DataConfig, ModelConfig, parse_section
@@ -122,6 +122,36 @@ def test_without_a_chat_template_the_words_are_those_of_stanford_alpaca() -> Non
     assert learnt_texts(tokenizer, table, 0) == ["3<|im_end|>"]
     assert learnt_texts(tokenizer, table, 1) == ["Ho<|im_end|>"]
     assert "Input" not in alpaca_prompt("Hi", "")
+
+
+def test_marks_that_the_tokenizer_adds_itself_are_neither_learnt_nor_doubled() -> None:
+    tokenizer = byte_tokenizer()
+    marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=marks
+    )
+    table, _ = tokenise(tokenizer, AlpacaRow("Hi", "", "Ho"))
+    assert tokenizer.decode(table.tokens.tolist()) == f"<|im_start|>{alpaca_prompt('Hi', '')}Ho<|im_end|>"
+    assert learnt_texts(tokenizer, table) == ["Ho<|im_end|>"]
+
+
+def test_answers_are_found_where_a_space_belongs_to_the_next_word() -> None:
+    words = ["▁", "▁Ho", "▁ho", "▁Hi", "▁user:", "▁assistant:", "\n", *"Hioserant: ", "</s>"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0 / len(word)) for word in words], 0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(["</s>"])
+    llama = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %} {% endfor %}"
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=llama + "{% if add_generation_prompt %}assistant:{% endif %}",
+        eos_token="</s>",
+    )
+    table, _ = tokenise(fast, AlpacaRow("Hi", "", "Ho ho"))
+    tokens, labels = table.row(0)
+    assert fast.convert_ids_to_tokens(tokens[labels != IGNORED_LABEL].tolist()) == ["▁Ho", "▁ho", "</s>"]
 
 
 def test_a_template_that_closes_no_turn_gets_the_end_of_text_token() -> None:
