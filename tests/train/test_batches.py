@@ -1,0 +1,65 @@
+"""The order of data, the cutting of steps and the indices of packs."""
+
+import numpy as np
+import packs
+import torch
+
+from train.batches import MicroBatch, Padding, Sequence, cut, epoch_order, rows_of_step, sequences_of
+
+
+def test_an_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
+    train = packs.run_config(train={"batch_size": 7, "seed": 3}).train
+    steps = train.steps_per_epoch(50)
+    epochs = [np.concatenate([rows_of_step(train, 50, e * steps + s) for s in range(steps)]) for e in range(2)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epoch_order(4, 0, 50))
+
+
+def test_the_order_is_the_same_today_as_when_it_was_written() -> None:
+    """A resume under another version of numpy has to see the same rows."""
+    assert epoch_order(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
+
+
+def test_cutting_keeps_every_sequence_and_the_limit() -> None:
+    table = packs.random_table(30, 0)
+    sequences = [s for run in range(3) for s in sequences_of(run, table, np.arange(10 * run, 10 * run + 4 + run))]
+    chunks = list(cut(sequences, 60))
+    assert sorted((s.run, s.index) for chunk in chunks for s in chunk) == sorted((s.run, s.index) for s in sequences)
+    assert all(sum(len(s.tokens) for s in chunk) <= 60 for chunk in chunks)
+    assert [len(chunk) for chunk in cut(sequences, 1)] == [1] * len(sequences)
+
+
+def test_padding_and_back() -> None:
+    flat = torch.arange(10.0).view(10, 1)
+    padding = Padding.of(np.array([0, 3, 4]), np.array([3, 1, 6]), 10, packs.CPU)
+    padded = padding.pad(flat)
+    assert padded.shape == (3, 6, 1)
+    assert padded[1].flatten().tolist() == [3.0] * 6, "fillers repeat their own group's first token"
+    assert padding.pad_with_zeros(flat)[1].flatten().tolist() == [3.0, 0, 0, 0, 0, 0]
+    assert torch.equal(padding.unpad(padded, 10), flat)
+
+
+def test_tokens_outside_of_all_groups_come_back_as_zero() -> None:
+    flat = torch.arange(1.0, 11.0)
+    padding = Padding.of(np.array([2, 6]), np.array([2, 3]), 10, packs.CPU)
+    assert padding.unpad(padding.pad(flat), 10).tolist() == [0, 0, 3, 4, 0, 0, 7, 8, 9, 0]
+
+
+def test_one_group_of_everything_is_a_view() -> None:
+    flat = torch.arange(10.0)
+    padding = Padding.of(np.array([0]), np.array([10]), 10, packs.CPU)
+    assert padding.pad(flat).data_ptr() == flat.data_ptr()
+
+
+def test_a_route_holds_the_members_that_have_tokens_here() -> None:
+    tokens = np.arange(4, dtype=np.int32)
+    batch = MicroBatch([Sequence(run, 0, tokens, tokens) for run in (0, 2, 3)], 4, packs.CPU)
+    route = batch.route((1, 2, 3))
+    assert route is not None
+    assert route.rows is not None
+    assert route.rows.tolist() == [2, 3]
+    assert batch.route((1,)) is None
+    everyone = MicroBatch([Sequence(run, 0, tokens, tokens) for run in range(4)], 4, packs.CPU).route((0, 1, 2, 3))
+    assert everyone is not None
+    assert everyone.rows is None

@@ -1,0 +1,175 @@
+"""A job as the cluster runs it: one process, one pack file, every ending with its cause on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from train.config import DataConfig, ModelConfig, parse_run_config
+from train.rundir import CacheDir, RunDir, make_folder, read_json, read_lines, write_json, write_text
+
+MakePack = Callable[..., Path]
+
+
+@pytest.fixture
+def make_pack(tmp_path: Path, tiny_model: tuple[ModelConfig, CacheDir, Path]) -> MakePack:
+    """Write the folders of a pack of two runs over builtin:tiny, and return the pack's file."""
+    model, cache, _ = tiny_model
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def make(**train: Any) -> Path:
+        names = []
+        for r in (2, 4):
+            config = parse_run_config(
+                {
+                    "model": model.model_dump(),
+                    "data": DataConfig(
+                        name="rows", source=str(tmp_path / "rows.json"), eval_rows=5, fingerprint="rows"
+                    ).model_dump(),
+                    "lora": {"r": r, "lora_alpha": 8.0, "target_modules": ["q_proj"]},
+                    "quant": {"load_in_4bit": True},
+                    "train": {"learning_rate": 1e-3, "batch_size": 2, "max_steps": 3, "save_steps": 2} | train,
+                }
+            )
+            run = RunDir(make_folder(tmp_path / "sweep" / f"r{r}-{config.run_id()}"))
+            write_text(run.config, yaml.safe_dump(config.model_dump()))
+            names.append(run.path.name)
+        pack = make_folder(tmp_path / "sweep" / "jobs" / "p1") / "pack.json"
+        write_json(pack, {"id": "p1", "sweep_dir": str(tmp_path / "sweep"), "cache": str(cache.path), "runs": names})
+        return pack
+
+    return make
+
+
+def start(pack: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.job", str(pack)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run_job(pack: Path) -> tuple[str, str]:
+    """Standard output and error of a job run to its end; the process itself never fails."""
+    process = start(pack)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def runs_of(pack: Path) -> list[RunDir]:
+    content = read_json(pack)
+    return [RunDir(Path(content["sweep_dir"]) / name) for name in content["runs"]]
+
+
+def causes(pack: Path) -> list[list[str]]:
+    return [[line["cause"] for line in read_lines(run.attempts)] for run in runs_of(pack)]
+
+
+def test_from_pack_file_to_results_and_not_again(make_pack: MakePack) -> None:
+    pack = make_pack()
+    out, _ = run_job(pack)
+    assert "trainable params: " in out
+    assert causes(pack) == [["done"], ["done"]]
+    for run in runs_of(pack):
+        result = read_json(run.result)
+        assert result["run_id"] == run.id
+        assert result["steps"] == 3
+        assert result["eval_loss"] > 0
+        assert result["attempts"] == 1
+        assert not run.lease.exists()
+        assert not run.checkpoints.exists()
+    began = time.monotonic()
+    out, _ = run_job(pack)
+    assert "nothing to train" in out
+    assert time.monotonic() - began < 10, "a job that Slurm requeued after its runs were done has to end at once"
+
+
+def test_a_signal_saves_and_the_next_attempt_goes_on(make_pack: MakePack) -> None:
+    pack = make_pack(max_steps=100_000, save_steps=100_000)
+    process = start(pack)
+    first = runs_of(pack)[0]
+    deadline = time.monotonic() + 120
+    while not any("loss" in line for line in read_lines(first.journal)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "preempted: SIGTERM" in out
+    (line,) = read_lines(first.attempts)
+    assert line["cause"] == "preempted"
+    assert line["last_step"] == read_lines(first.journal)[-1]["step"] > 0
+    assert first.checkpoint(line["last_step"]).exists()
+    assert not first.lease.exists()
+
+
+def test_a_signal_during_loading_ends_the_job_before_training(make_pack: MakePack) -> None:
+    pack = make_pack()
+    process = start(pack)
+    assert process.stdout is not None
+    assert "importing torch" in process.stdout.readline()
+    process.send_signal(signal.SIGUSR2)
+    process.communicate(timeout=60)
+    assert causes(pack) == [["preempted"], ["preempted"]]
+    assert not any(run.journal.exists() for run in runs_of(pack))
+
+
+def test_a_cancelled_run_leaves_and_the_others_go_on(make_pack: MakePack) -> None:
+    pack = make_pack(max_steps=2000)
+    cancelled, other = runs_of(pack)
+    write_json(cancelled.cancel_request, {"time": 0})
+    process = start(pack)
+    deadline = time.monotonic() + 120
+    while not cancelled.attempts.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    before = len(read_lines(other.journal))
+    time.sleep(3)
+    assert len(read_lines(other.journal)) > before
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert causes(pack) == [["cancelled"], ["preempted"]]
+
+
+def test_bad_input_found_on_the_node_is_named_as_such(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack()
+    (tmp_path / "rows.json").write_text("[")
+    out, _ = run_job(pack)
+    assert "ended: bad_input" in out
+    assert causes(pack) == [["bad_input"], ["bad_input"]]
+
+
+def test_a_full_disk_is_a_storage_error(make_pack: MakePack) -> None:
+    """/dev/full answers every write as a full disk does."""
+    pack = make_pack()
+    first, second = runs_of(pack)
+    os.symlink("/dev/full", first.pace)
+    out, _ = run_job(pack)
+    assert "ended: storage" in out
+    assert "the disk is full" in out
+    assert causes(pack) == [["storage"], ["storage"]]
+    assert not first.result.exists()
+    assert not second.lease.exists()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(make_pack: MakePack) -> None:
+    pack = make_pack(max_steps=100_000)
+    owner = start(pack)
+    deadline = time.monotonic() + 120
+    while not runs_of(pack)[1].lease.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    out, _ = run_job(pack)
+    assert f"is being trained by process {owner.pid}" in out
+    assert owner.poll() is None
+    owner.send_signal(signal.SIGTERM)
+    owner.communicate(timeout=60)

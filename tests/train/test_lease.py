@@ -1,0 +1,124 @@
+"""One live process per run folder; a dead one's place is taken over and its attempt accounted for."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from train.attempts import open_attempt
+from train.errors import LeaseHeld
+from train.lease import STALE_SECONDS, Heartbeat, acquire, process_started, read_lease, release
+from train.rundir import RunDir, append_lines, read_lines
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def _take_and_die(path: str) -> None:
+    open_attempt(RunDir(Path(path)))
+
+
+def in_another_process(run: RunDir) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_take_and_die, args=(str(run.path),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def rewrite(run: RunDir, **changes: object) -> None:
+    run.lease.write_text(json.dumps(json.loads(run.lease.read_text()) | changes))
+
+
+def test_a_live_lease_is_refused_with_its_owner_named(run: RunDir) -> None:
+    acquire(run, job="1", attempt=1)
+    with pytest.raises(LeaseHeld, match=str(os.getpid())):
+        acquire(run, job="2", attempt=1)
+
+
+def test_a_dead_lease_gives_way_and_leaves_a_line(run: RunDir) -> None:
+    append_lines(run.journal, [{"step": 17, "loss": 1.0}])
+    in_another_process(run)
+    dead = read_lease(run)
+    assert dead is not None
+    assert not dead.alive()
+    lease = open_attempt(run)
+    assert lease.attempt == 2
+    (line,) = read_lines(run.attempts)
+    assert (line["attempt"], line["cause"], line["last_step"]) == (1, "node_fail", 17)
+    assert str(dead.pid) in line["detail"]
+
+
+def test_an_accounted_dead_lease_leaves_no_second_line(run: RunDir) -> None:
+    in_another_process(run)
+    append_lines(run.attempts, [{"attempt": 1, "cause": "preempted"}])
+    assert open_attempt(run).attempt == 2
+    assert len(read_lines(run.attempts)) == 1
+
+
+def test_a_pid_that_another_process_got_is_not_the_owner(run: RunDir) -> None:
+    acquire(run, job="1", attempt=1)
+    rewrite(run, pid_started=1)
+    assert acquire(run, job="2", attempt=1).job == "2"
+
+
+def test_elsewhere_the_heartbeat_decides(run: RunDir) -> None:
+    acquire(run, job="1", attempt=1)
+    rewrite(run, host="another-node")
+    lease = read_lease(run)
+    assert lease is not None
+    assert lease.alive()
+    old = time.time() - STALE_SECONDS - 1
+    os.utime(run.lease, (old, old))
+    assert acquire(run, job="2", attempt=1).host == socket.gethostname()
+
+
+def test_release_leaves_a_successor_alone(run: RunDir) -> None:
+    mine = acquire(run, job="1", attempt=1)
+    rewrite(run, token="successor")
+    release(run, mine)
+    assert run.lease.exists()
+
+
+def test_the_heartbeat_beats(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.lease.HEARTBEAT_SECONDS", 0.02)
+    acquire(run, job="1", attempt=1)
+    os.utime(run.lease, (0, 0))
+    with Heartbeat([run]):
+        time.sleep(0.2)
+    lease = read_lease(run)
+    assert lease is not None
+    assert time.time() - lease.heartbeat < 5
+
+
+def _race(path: str, barrier: object, winners: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        acquire(RunDir(Path(path)), job="x", attempt=1)
+    except LeaseHeld:
+        return
+    winners.put(os.getpid())  # type: ignore[attr-defined]
+    time.sleep(2)
+
+
+def test_of_many_that_want_a_dead_lease_one_wins(run: RunDir) -> None:
+    in_another_process(run)
+    context = multiprocessing.get_context("fork")
+    barrier, winners = context.Barrier(6), context.Queue()
+    processes = [context.Process(target=_race, args=(str(run.path), barrier, winners)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert winners.get(timeout=1) is not None
+    assert winners.empty()
+
+
+def test_a_process_is_known_by_its_start_time() -> None:
+    assert process_started(os.getpid()) is not None
+    assert process_started(2**22 + 1) is None

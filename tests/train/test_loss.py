@@ -1,0 +1,51 @@
+"""Chunked cross-entropy against torch's, values and gradient, and sums that keep runs apart."""
+
+import numpy as np
+import packs
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from train.batches import MicroBatch, Sequence
+from train.loss import CHUNK_TOKENS, sums_per_run, target_losses
+
+
+@pytest.mark.parametrize("tokens", [1, 7, CHUNK_TOKENS + 3])
+def test_losses_and_gradient_are_those_of_torch(tokens: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(31, 8, dtype=torch.float64)
+    targets, weights = torch.randint(31, (tokens,)), torch.rand(tokens, dtype=torch.float64)
+    found = target_losses(hidden.detach(), head, targets, weights)
+    logits = linear(hidden, head)
+    expected = cross_entropy(logits, targets, reduction="none")
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.losses, expected.detach())
+    torch.testing.assert_close(found.gradient, hidden.grad)
+    assert torch.equal(found.correct, logits.argmax(1) == targets)
+
+
+def test_without_weights_no_gradient_is_made() -> None:
+    assert target_losses(torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 1, 2]), None).gradient is None
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    hidden, head = torch.randn(5, 8), torch.randn(31, 8)
+    found = target_losses(hidden.bfloat16(), head.bfloat16(), torch.arange(5), torch.ones(5))
+    assert found.losses.dtype == torch.float32
+    assert found.gradient is not None
+    assert found.gradient.dtype == torch.bfloat16
+
+
+def sequence(run: int, length: int) -> Sequence:
+    tokens = np.arange(length, dtype=np.int32)
+    return Sequence(run, 0, tokens, tokens)
+
+
+def test_sums_stay_in_their_run() -> None:
+    batch = MicroBatch([sequence(0, 5), sequence(2, 3), sequence(3, 9)], 4, packs.CPU)
+    values = torch.arange(len(batch.targets), dtype=torch.float64)
+    values[5] = float("nan")  # the second target of run 2
+    sums = sums_per_run(values, batch)
+    assert sums[[0, 1, 3]].tolist() == [0 + 1 + 2 + 3, 0, sum(range(6, 14))]
+    assert sums[2].isnan()
