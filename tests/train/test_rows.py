@@ -70,7 +70,10 @@ def test_chat_rows_and_rows_without_input_are_told_by_their_columns(tmp_path: Pa
         ({"messages": ["Hi"]}, "messages[0] has to be an object"),
         ({"messages": [{"role": "user", "content": "Hi"}]}, "has to be the assistant's answer"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "the assistant speaks first"),
-        ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": ""}]}, "an answer of the assistant is empty"),
+        (
+            {"messages": [CHAT["messages"][0], {"role": "assistant", "content": ""}]},
+            "an answer of the assistant is empty",
+        ),
     ],
 )
 def test_a_malformed_row_is_named_with_file_and_line(bad: Any, said: str, tmp_path: Path) -> None:
