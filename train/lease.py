@@ -13,14 +13,28 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from train.errors import LeaseHeld
-from train.rundir import RunDir, storage_errors
+from train.rundir import storage_errors
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
+
+
+class Leased(Protocol):
+    """A folder that one process at a time may work on: a run's, or a sweep's for its launcher."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+
+    @property
+    def lease(self) -> Path:
+        """Its lease file."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Lease:
         return time.time() - self.heartbeat < STALE_SECONDS
 
 
-def read_lease(run: RunDir) -> Lease | None:
+def read_lease(run: Leased) -> Lease | None:
     """The lease on a run folder, live or dead, or None."""
     try:
         values = json.loads(run.lease.read_bytes())
@@ -52,7 +66,7 @@ def read_lease(run: RunDir) -> Lease | None:
         return None
 
 
-def acquire(run: RunDir, *, job: str, attempt: int) -> Lease:
+def acquire(run: Leased, *, job: str, attempt: int) -> Lease:
     """Take the run folder for this process; a dead lease gives way.
 
     Raises:
@@ -75,7 +89,7 @@ def acquire(run: RunDir, *, job: str, attempt: int) -> Lease:
             _retire(run.lease, held.token)
 
 
-def release(run: RunDir, lease: Lease) -> None:
+def release(run: Leased, lease: Lease) -> None:
     """Give the run folder back, if it is still ours."""
     held = read_lease(run)
     if held is not None and held.token == lease.token:
@@ -85,7 +99,7 @@ def release(run: RunDir, lease: Lease) -> None:
 class Heartbeat:
     """A thread that keeps leases fresh, also while the main thread loads a model or saves for minutes."""
 
-    def __init__(self, runs: list[RunDir]) -> None:
+    def __init__(self, runs: Sequence[Leased]) -> None:
         self._paths = [run.lease for run in runs]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)

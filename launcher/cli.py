@@ -1,0 +1,151 @@
+"""``python -m launcher [VERB] [key=value …]``: finds the verb, runs it, and turns errors into a paragraph and an exit code.
+
+Exit codes: 0; 2 for a mistake of the user; 1 for anything that failed; 130 after Ctrl-C. Light: a verb imports what it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import textwrap
+
+from launcher import verbs
+from launcher.arguments import PROGRAM, Verb, parse
+from train.errors import BadInput, LorapackError
+
+OVERRIDES = "[key=value ...]"
+
+VERBS = {
+    "": Verb(
+        verbs.train,
+        OVERRIDES,
+        "Compose a sweep, plan it, train what is missing, compare all",
+        """examples:
+  python -m launcher sweep=rank
+  python -m launcher sweep=rank model=llama2_7b data=alpaca
+  python -m launcher 'sweep.grid={lora.r:[8,16],train.learning_rate:[1e-4,3e-4]}'
+
+Ctrl-C saves a checkpoint; the same command goes on from it.""",
+        json=True,
+    ),
+    "plan": Verb(
+        verbs.plan,
+        OVERRIDES,
+        "Show what would be trained, in which packs, and change nothing",
+        "example:\n  python -m launcher plan sweep=rank_alpha train.max_steps=200",
+        json=True,
+    ),
+    "stage": Verb(
+        verbs.stage,
+        OVERRIDES,
+        "Fetch the model and tokenise the data into the cache, and train nothing",
+        "example:\n  python -m launcher stage model=llama2_7b data=alpaca cache=/shared/cache",
+        json=True,
+    ),
+    "status": Verb(
+        verbs.status,
+        "[SWEEP] [root=DIR]",
+        "Show where every run is: state, step, loss, speed, how it last ended",
+        json=True,
+    ),
+    "list": Verb(verbs.list_sweeps, "[root=DIR]", "List the sweeps below the root", json=True),
+    "logs": Verb(verbs.logs, "[RUN] [root=DIR]", "Print what the jobs of a run wrote", follow=True),
+    "cancel": Verb(
+        verbs.cancel, "[SWEEP or RUN] [root=DIR]", "Stop runs in training; each saves a checkpoint first", json=True
+    ),
+    "resume": Verb(
+        verbs.resume,
+        "[SWEEP] [root=DIR]",
+        "Train what is unfinished in a sweep, failed runs too, packed afresh",
+        "It uses the configurations that are frozen in the sweep's folder.",
+        json=True,
+    ),
+    "report": Verb(
+        verbs.report, "[SWEEP] [root=DIR]", "Rank the finished runs; write report.html and plots/*.png", json=True
+    ),
+    "merge": Verb(
+        verbs.merge,
+        "[RUN] [root=DIR] [cache=DIR]",
+        "Merge a run's adapter into its base, as an ordinary model folder",
+        json=True,
+    ),
+    "chat": Verb(
+        verbs.chat,
+        '[RUN] ["PROMPT"] [root=DIR] [cache=DIR]',
+        "Talk to the model that a run tuned, on the CPU",
+        'example:\n  python -m launcher chat r16 "Convert 3 km to metres."',
+        json=True,
+    ),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the program; the exit code."""
+    debug = "--debug" in arguments
+    try:
+        return _dispatch(arguments)
+    except LorapackError as exc:
+        if debug:
+            raise
+        return _say_error(str(exc), exc.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as exc:
+        if debug:
+            raise
+        return _say_error(f"{type(exc).__name__}: {exc}. This is a defect; --debug shows where.", 1)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Split off the verb and run it; without one, ``-h`` is the help of the program."""
+    if arguments in (["-h"], ["--help"], ["help"]):
+        print(program_help())
+        return 0
+    first = next((word for word in arguments if not word.startswith("-")), "")
+    is_override = "=" in first or first.startswith("~")
+    name = "" if is_override else first
+    if name not in VERBS:
+        raise BadInput(_unknown_verb(name))
+    rest = list(arguments)
+    if name:
+        rest.remove(name)
+    verb = VERBS[name]
+    return verb.function(parse(name, verb, rest))
+
+
+def program_help() -> str:
+    """The table of verbs, and how to go on from there."""
+    lines = [f"  {name or '(none)':<8} {verb.summary}" for name, verb in VERBS.items()]
+    return f"""usage: {PROGRAM} [VERB] [key=value ...]
+
+LoRA and QLoRA hyper-parameter sweeps, trained together over one copy of the base model.
+
+verbs:
+{chr(10).join(lines)}
+
+'{PROGRAM} VERB -h' explains a verb. A SWEEP or RUN is a name, a unique part of one, or nothing for the newest.
+--json prints one JSON document and nothing else; --debug shows tracebacks.
+
+examples:
+  {PROGRAM} sweep=rank                        four LoRA ranks on a small model, on this machine
+  {PROGRAM} plan sweep=rank model=llama2_7b   what that would take
+  {PROGRAM} lora.r=8,16 train.max_steps=100   a sweep without a file
+  {PROGRAM} status                            the newest sweep"""
+
+
+def _unknown_verb(name: str) -> str:
+    near = difflib.get_close_matches(name, filter(None, VERBS), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown verb {name!r}{hint} Verbs are {', '.join(filter(None, VERBS))}; settings look like lora.r=8."
+
+
+def _say_error(message: str, exit_code: int) -> int:
+    paragraph = " ".join(message.split())
+    print(textwrap.fill(f"error: {paragraph}", 110, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    return exit_code

@@ -1,0 +1,197 @@
+"""Jobs on this machine, through submitit: the only file that knows submitit and the cluster's commands.
+
+A job is its own process. It survives its launcher, a Ctrl-C and a closed terminal; how it ended is read from run folders, never
+from submitit's pickles. Waiting jobs are the launcher's: they are planned anew if it goes away.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.jobs import runs_of_pack
+from launcher.records import ClusterConfig
+from train.lease import process_started, read_lease
+from train.rundir import PackDir, RunDir, make_folder, write_json
+
+TEN_YEARS_MIN = 10 * 365 * 24 * 60  # submitit's local default of 2 minutes is for tests
+COMMAND_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """A started job; `handle` is submitit's."""
+
+    pack: PackDir
+    id: str
+    gpu: str | None
+    handle: Any
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone; a look also frees the process-table entry."""
+        return bool(self.handle.done())
+
+    def runs(self) -> list[RunDir]:
+        """The runs that it trains."""
+        return runs_of_pack(self.pack)
+
+    def pids(self) -> set[int]:
+        """The processes of this job that hold runs: their signal handlers stand."""
+        leases = (read_lease(run) for run in self.runs())
+        return {lease.pid for lease in leases if lease is not None and lease.job == self.id and lease.alive()}
+
+
+class LocalQueue:
+    """Packs that train on this machine in order, `slots` at a time, each on a GPU of its own where there are any."""
+
+    def __init__(self, packs: list[PackDir], code: Path, slots: int, gpus: list[str]) -> None:
+        self.waiting, self.running = deque(packs), list[LocalJob]()
+        self._code, self._gpus = code, gpus
+        self._slots = min(slots, len(gpus)) if gpus else slots
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return bool(self.running or self.waiting)
+
+    def advance(self) -> list[LocalJob]:
+        """Let the next jobs start; those that ended since the last call are returned."""
+        ended = [job for job in self.running if job.ended]
+        self.running = [job for job in self.running if job not in ended]
+        while self.waiting and len(self.running) < self._slots:
+            pack = self.waiting.popleft()
+            if not all(run.cancel_request.exists() for run in runs_of_pack(pack)):
+                self.running.append(start_job(pack, self._code, self._free_gpu()))
+        return ended
+
+    def drop_waiting(self) -> None:
+        """Forget what has not started."""
+        self.waiting.clear()
+
+    def _free_gpu(self) -> str | None:
+        taken = {job.gpu for job in self.running}
+        return next((gpu for gpu in self._gpus if gpu not in taken), None)
+
+
+def open_queue(packs: list[PackDir], code: Path, cluster: ClusterConfig) -> LocalQueue:
+    """A queue whose first jobs are started."""
+    queue = LocalQueue(packs, code, cluster.max_parallel, visible_gpus())
+    queue.advance()
+    return queue
+
+
+def start_job(pack: PackDir, code: Path, gpu: str | None) -> LocalJob:
+    """Start one pack as a process of its own, importing from `code`, and note its id in ``job.json``."""
+    from submitit import LocalExecutor
+
+    from train.job import PackJob
+
+    executor = LocalExecutor(make_folder(pack.submitit), python=_job_python(code, gpu))
+    executor.update_parameters(timeout_min=TEN_YEARS_MIN)
+    with _inherited_by_jobs():
+        handle = executor.submit(PackJob(str(pack.pack)))
+    pid = int(handle.job_id)  # submitit's controller, the parent of the process that trains
+    facts = {"job": handle.job_id, "executor": "local", "pid": pid, "pid_started": process_started(pid)}
+    write_json(pack.job, facts | {"host": socket.gethostname(), "submitted": time.time()})
+    return LocalJob(pack, handle.job_id, gpu, handle)
+
+
+def log_files(pack: PackDir) -> list[Path]:
+    """The logs of every attempt, the oldest first; of each attempt stdout, then stderr."""
+    outputs = sorted(pack.submitit.glob("*_log.out"), key=lambda path: path.stat().st_mtime)
+    return [file for output in outputs for file in (output, output.with_suffix(".err")) if file.exists()]
+
+
+def explain_choice(cluster: ClusterConfig) -> str:
+    """A line that says where the jobs will run, and why."""
+    if cluster.kind == "local":
+        return "cluster=local: training on this machine"
+    if slurm_answers():
+        return "cluster=auto: Slurm answers here, but this version trains on this machine only"
+    return "cluster=auto: no Slurm here, training on this machine"
+
+
+def slurm_answers() -> bool:
+    """Whether a Slurm controller answers ``sinfo`` in time."""
+    return _output_of("sinfo", "--noheader", "--format=%P") is not None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them; the user's own setting is respected."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in {"", "-1"}]
+    listing = _output_of("nvidia-smi", "-L") or ""
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
+
+
+def _output_of(*command: str) -> str | None:
+    """What a command prints, None if it is not there, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout
+
+
+def _job_python(code: Path, gpu: str | None) -> str:
+    """The interpreter with the job's environment: the frozen code first, nothing from the working folder, its own GPU.
+
+    It goes through env(1) because submitit sets CUDA_VISIBLE_DEVICES itself, and only to whole numbers.
+    """
+    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+        "CUDA_VISIBLE_DEVICES": gpu or "",
+        "SUBMITIT_LOG_LEVEL": "WARNING",  # the log is the trainer's
+    }
+    return shlex.join(["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])
+
+
+@contextmanager
+def _inherited_by_jobs() -> Iterator[None]:
+    """What processes started in here keep for life: deaf to Ctrl-C and hang-up until they say otherwise, files private.
+
+    submitit's controller would otherwise die of the terminal's Ctrl-C and kill its job a second later.
+    """
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    umask = os.umask(0o077)
+    try:
+        with _without_terminal():
+            yield
+    finally:
+        os.umask(umask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _without_terminal() -> Iterator[None]:
+    """Standard streams that lead nowhere: a job that outlives its launcher must not keep the reader of a pipe waiting."""
+    null = os.open(os.devnull, os.O_RDWR)
+    saved = [os.dup(stream) for stream in (0, 1, 2)]
+    try:
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        yield
+    finally:
+        for stream, copy in enumerate(saved):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(null)

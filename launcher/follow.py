@@ -1,0 +1,93 @@
+"""From started jobs to the end of the queue: the next ones start, progress is shown, failures are explained."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+
+from launcher.cluster import LocalJob, LocalQueue
+from launcher.jobs import runs_of_pack
+from launcher.logs import activity, complaint
+from launcher.progress import Progress, open_progress
+from launcher.records import RunStatus, State
+from launcher.stopping import Interrupts, Stopper
+from launcher.track import track
+from train.rundir import PackDir, RunDir, SweepDir, last_line
+
+TICK_SECONDS = 0.5
+SILENT_ENDS = {None: "its job ended before it began", "node_fail": "its process was killed (out of memory?)"}
+EXPLAINED_BY_STDERR = {None, "crash", "out_of_memory"}  # the other causes come with a sentence of their own
+
+
+def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
+    """Show the jobs of the queue until all have ended, or until the user stopped them."""
+    board = _Board(queue, sweep)
+    stopper = Stopper(queue, interrupts, console.print)
+    with open_progress(console) as progress:
+        while queue.busy and not stopper.gives_up:
+            ended = queue.advance()
+            board.update(queue.running + ended)
+            board.show(progress)
+            for job in ended:
+                _explain_failure(job, sweep, console)
+            stopper.act()
+            time.sleep(TICK_SECONDS if queue.busy else 0)
+    for job in queue.running:
+        console.print(f"job {job.id} is still saving and will end by itself; 'python -m launcher status' shows it.")
+
+
+class _Board:
+    """The last known status of every run in the queue; only those of running jobs are read again."""
+
+    def __init__(self, queue: LocalQueue, sweep: SweepDir) -> None:
+        self._sweep = sweep
+        self._packs = {
+            run.id: pack
+            for pack in [*(job.pack for job in queue.running), *queue.waiting]
+            for run in runs_of_pack(pack)
+        }
+        self._statuses = self._read([run for pack in set(self._packs.values()) for run in runs_of_pack(pack)])
+
+    def update(self, jobs: list[LocalJob]) -> None:
+        self._statuses |= self._read([run for job in jobs for run in job.runs()])
+
+    def show(self, progress: Progress) -> None:
+        progress.show(list(self._statuses.values()), lambda status: activity(self._packs[status.id]))
+
+    def _read(self, runs: list[RunDir]) -> dict[str, RunStatus]:
+        return {status.id: status for status in track(self._sweep, runs)}
+
+
+def _explain_failure(job: LocalJob, sweep: SweepDir, console: Console) -> None:
+    """Why runs of an ended job failed: a sentence per cause, the last lines of stderr where they say more, and the log."""
+    names: dict[tuple[str | None, str], list[str]] = {}
+    for run, status in zip(job.runs(), track(sweep, job.runs()), strict=True):
+        if _went_wrong(status):
+            names.setdefault((status.cause, _why(run, status)), []).append(run.name)
+    for (_, why), runs in names.items():
+        console.print(f"[red]{escape(', '.join(runs))} failed[/]: {escape(why)}", soft_wrap=True)
+    if names:
+        _show_log(job.pack, console, with_end=any(cause in EXPLAINED_BY_STDERR for cause, _ in names))
+
+
+def _went_wrong(status: RunStatus) -> bool:
+    """Whether a run of an ended job failed, was killed, or never began."""
+    return status.state is State.FAILED or (status.state is State.STOPPED and status.cause in SILENT_ENDS)
+
+
+def _why(run: RunDir, status: RunStatus) -> str:
+    if status.cause in SILENT_ENDS:
+        return SILENT_ENDS[status.cause]
+    detail = (last_line(run.attempts) or {}).get("detail")
+    return f"{status.cause}: {detail}" if detail else str(status.cause)
+
+
+def _show_log(pack: PackDir, console: Console, *, with_end: bool) -> None:
+    lines, log = complaint(pack)
+    if log is None:
+        return
+    for line in lines if with_end else []:
+        console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"its log is {log}", markup=False, highlight=False, soft_wrap=True)

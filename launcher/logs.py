@@ -1,0 +1,67 @@
+"""What jobs wrote to stdout and stderr: whole, followed, or the last lines."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.cluster import log_files
+from launcher.jobs import JobRecord, jobs_of
+from train.rundir import PackDir, RunDir, SweepDir
+
+POLL_SECONDS = 0.5
+TAIL_BYTES = 8192
+
+
+def jobs_of_run(run: RunDir) -> list[JobRecord]:
+    """The jobs that were given the run, the oldest first."""
+    return [job for job in jobs_of(SweepDir(run.path.parent)) if run.path.name in job.runs]
+
+
+def read_logs(run: RunDir, *, follow: bool) -> Iterator[str]:
+    """The logs of every job that trained the run, each file under a line with its name; `follow` goes on until no job is left."""
+    seen: dict[Path, int] = {}
+    while True:
+        jobs = jobs_of_run(run)
+        waiting = follow and any(job.alive for job in jobs)
+        for job in jobs:
+            for file in log_files(job.pack):
+                yield from _news(file, seen)
+        if not waiting:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The last lines of a log, without reading the rest."""
+    with file.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+        return log.read().decode(errors="replace").splitlines()[-count:]
+
+
+def activity(pack: PackDir) -> str:
+    """The last thing that the pack's job said, to show what it does before its first step."""
+    outputs = [file for file in log_files(pack) if file.suffix == ".out"]
+    lines = last_lines(outputs[-1], 1) if outputs else []
+    return lines[0] if lines else "starting"
+
+
+def complaint(pack: PackDir, count: int = 12) -> tuple[list[str], Path | None]:
+    """The last lines of the newest stderr, and where the rest is; nothing where the job never wrote any."""
+    errors = [file for file in log_files(pack) if file.suffix == ".err"]
+    return (last_lines(errors[-1], count), errors[-1]) if errors else ([], None)
+
+
+def _news(file: Path, seen: dict[Path, int]) -> Iterator[str]:
+    """What was appended to `file` since the last look, under its name the first time."""
+    start = seen.get(file, 0)
+    with file.open("rb") as log:
+        log.seek(start)
+        text = log.read()
+    if text and start == 0:
+        yield f"==> {file}\n"
+    if text:
+        seen[file] = start + len(text)
+        yield text.decode(errors="replace")

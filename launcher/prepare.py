@@ -1,0 +1,82 @@
+"""Model and data into the cache before anything is submitted: a process of its own, so that the launcher imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from launcher.freeze import SOURCE_DIR
+from train.config import RunConfig
+from train.errors import BadInput, LorapackError
+from train.rundir import CacheDir
+from train.sources import staged_model
+from train.token_table import read_facts
+
+Facts = dict[str, Any]
+
+
+def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
+    """Fetch each distinct model and tokenise each distinct data set of `configs`; progress goes to stderr.
+
+    Returns:
+        The facts of each distinct pair of model and data, in the order of their first appearance.
+
+    Raises:
+        BadInput: a model or a data set that cannot be trained on.
+        LorapackError: the process failed.
+    """
+    requests = [{"model": config.model.model_dump(), "data": config.data.model_dump()} for config in _distinct(configs)]
+    if not requests:
+        return []
+    answer = _ask({"cache": str(cache), "requests": requests})
+    if not answer["ok"]:
+        raise (BadInput if answer["exit_code"] == BadInput.exit_code else LorapackError)(answer["message"])
+    facts: list[Facts] = answer["facts"]
+    return facts
+
+
+def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:
+    """Those of `configs` whose model or tokenised data is not in the cache."""
+    return [config for config in _distinct(configs) if not _is_prepared(config, CacheDir(cache))]
+
+
+def train_environment() -> dict[str, str]:
+    """The environment in which ``python -m train.…`` finds this launcher's own train package, wherever it is started."""
+    paths = [str(SOURCE_DIR), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
+    """One configuration per pair of model and data."""
+    pairs: dict[str, RunConfig] = {}
+    for config in configs:
+        pairs.setdefault(config.model.model_dump_json() + config.data.model_dump_json(), config)
+    return list(pairs.values())
+
+
+def _is_prepared(config: RunConfig, cache: CacheDir) -> bool:
+    return staged_model(config.model, cache) is not None and read_facts(config.data, config.model, cache) is not None
+
+
+def _ask(question: dict[str, Any]) -> dict[str, Any]:
+    """Run ``train.prepare`` on `question`; its stderr is the terminal's."""
+    process = subprocess.run(
+        [sys.executable, "-m", "train.prepare"],
+        input=json.dumps(question),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=train_environment(),
+        check=False,
+    )
+    try:
+        answer: dict[str, Any] = json.loads(process.stdout)
+    except json.JSONDecodeError as exc:
+        raise LorapackError(
+            f"Preparing model and data failed (exit code {process.returncode}); what it said is above."
+        ) from exc
+    return answer

@@ -1,0 +1,41 @@
+"""A sweep as its folder holds it: frozen configurations and the newest accepted plan, without Hydra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
+from launcher.submit import plan_numbers
+from train.config import parse_run_config, parse_section
+from train.errors import BadInput
+from train.rundir import RunDir, SweepDir, read_json
+
+
+def frozen_sweep(sweep: SweepDir) -> Sweep:
+    """Every run of the folder, with the cache and cluster settings of its newest plan.
+
+    Raises:
+        BadInput: no plan was ever accepted there.
+    """
+    plans = [read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep)]
+    if not plans:
+        raise BadInput(f"{sweep.path} holds no accepted plan, so there is nothing to resume; start the sweep again.")
+    newest = plans[-1]
+    axes = {run["id"]: run["overrides"] for plan in plans for run in plan["runs"]}
+    return Sweep(
+        name=sweep.path.name,
+        root=sweep.path.parent,
+        cache=Path(newest["cache"]),
+        runs=tuple(_frozen_run(run, axes) for run in sweep.runs()),
+        cluster=parse_section(ClusterConfig, newest["cluster"], "cluster"),
+        tracking=parse_section(TrackingConfig, newest["tracking"], "tracking"),
+        command=newest["command"],
+    )
+
+
+def _frozen_run(run: RunDir, axes: dict[str, dict[str, Any]]) -> Run:
+    config = parse_run_config(yaml.safe_load(run.config.read_text()))
+    return Run(config, run.id, run.name, axes.get(run.id, {}))

@@ -1,0 +1,45 @@
+"""One launcher at a time submits to a sweep and keeps its queue."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from train.errors import LeaseHeld
+from train.lease import Heartbeat, acquire, read_lease, release
+from train.rundir import SweepDir, make_folder
+
+
+@contextmanager
+def sole_launcher(sweep: SweepDir) -> Iterator[None]:
+    """Own the sweep's folder, made if need be; a dead launcher's place is taken over.
+
+    If no plan was accepted, a folder that was made here disappears again: whatever refused the sweep leaves nothing behind.
+
+    Raises:
+        LeaseHeld: another live launcher has it.
+        StorageError: the folder cannot be made.
+    """
+    fresh = not sweep.path.exists()
+    make_folder(sweep.path)
+    try:
+        lease = acquire(sweep, job="launcher", attempt=0)
+    except LeaseHeld as exc:
+        raise LeaseHeld(_who_has(sweep)) from exc
+    try:
+        with Heartbeat([sweep]):
+            yield
+    finally:
+        release(sweep, lease)
+        if fresh and not any(sweep.plans.glob("*.json")):
+            shutil.rmtree(sweep.path, ignore_errors=True)
+
+
+def _who_has(sweep: SweepDir) -> str:
+    held = read_lease(sweep)
+    who = f"process {held.pid} on {held.host}" if held else "a process that just ended"
+    return (
+        f"Another launcher ({who}) is at work on the sweep {sweep.path.name}; watch it with "
+        f"'python -m launcher status {sweep.path.name}', or wait until it is done."
+    )

@@ -1,0 +1,88 @@
+"""`Plan` -> folders, frozen configuration and code, and jobs. It takes only a plan and does exactly that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from launcher.cluster import LocalQueue, open_queue
+from launcher.errors import ClusterError
+from launcher.freeze import freeze_code
+from launcher.plan import plan_json
+from launcher.records import Pack, Plan, Run
+from train.errors import BadInput, StorageError
+from train.rundir import PackDir, SweepDir, make_folder, write_json, write_text
+
+
+def submit(plan: Plan) -> LocalQueue:
+    """Write everything that the plan's packs need and start the first of them. Call it as the sweep's `sole_launcher`.
+
+    Raises:
+        BadInput: the disk refuses; no job was started.
+        ClusterError: the same packs were submitted meanwhile.
+    """
+    sweep = plan.sweep
+    try:
+        code = freeze_code(sweep.dir)
+        for run in _runs_to_train(plan):
+            _write_run(plan, run)
+        packs = [_write_pack(plan, pack) for pack in plan.packs]
+        _accept(plan)
+    except StorageError as exc:  # before a job is started a full disk is for the user to mend, like any other input
+        raise BadInput(str(exc)) from exc
+    return open_queue(packs, code, sweep.cluster)
+
+
+def accepted_plan(plan: Plan) -> dict[str, Any]:
+    """What ``plans/<n>.json`` holds: the plan, and what `resume` and the report need to know of where it came from."""
+    sweep = plan.sweep
+    return plan_json(plan) | {
+        "command": sweep.command,
+        "cache": str(sweep.cache),
+        "cluster": sweep.cluster.model_dump(),
+        "tracking": sweep.tracking.model_dump(),
+    }
+
+
+def plan_numbers(sweep: SweepDir) -> list[int]:
+    """The numbers of the accepted plans, ascending."""
+    return sorted(int(path.stem) for path in sweep.plans.glob("*.json") if path.stem.isdigit())
+
+
+def _runs_to_train(plan: Plan) -> list[Run]:
+    return [planned.run for planned in plan.runs if planned.pack is not None]
+
+
+def _write_run(plan: Plan, run: Run) -> None:
+    """The run's folder and frozen configuration. An earlier request to stop is over: the user asked for the run again."""
+    folder = plan.sweep.run_dir(run)
+    make_folder(folder.path)
+    write_text(folder.config, yaml.safe_dump(run.config.model_dump(), sort_keys=False))
+    folder.cancel_request.unlink(missing_ok=True)
+
+
+def _write_pack(plan: Plan, pack: Pack) -> PackDir:
+    sweep = plan.sweep
+    folder = sweep.dir.pack(pack.id)
+    if folder.pack.exists():
+        raise ClusterError(f"The pack {pack.id} was submitted by another launcher meanwhile; run the command again.")
+    make_folder(folder.path)
+    name_of = {planned.run.id: planned.run.folder for planned in plan.runs}
+    write_json(
+        folder.pack,
+        {
+            "id": pack.id,
+            "sweep_dir": str(sweep.dir.path),
+            "cache": str(sweep.cache),
+            "runs": [name_of[run] for run in pack.runs],
+        },
+    )
+    return folder
+
+
+def _accept(plan: Plan) -> None:
+    sweep = plan.sweep.dir
+    make_folder(sweep.plans)
+    number = max(plan_numbers(sweep), default=0) + 1
+    write_json(sweep.plans / f"{number}.json", accepted_plan(plan))

@@ -1,0 +1,185 @@
+"""The verbs: each calls one stage and prints what it gives. Imports stand inside, so that a verb loads only what it needs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.arguments import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launcher.records import Sweep
+
+
+def train(request: Request) -> int:
+    """No verb: compose, plan, train, report."""
+    from launcher.compose import compose
+
+    return _train(compose(request.words), request)
+
+
+def resume(request: Request) -> int:
+    """Train what is unfinished in a sweep, failed runs too."""
+    from launcher.find import find_sweep
+    from launcher.resume import frozen_sweep
+
+    names, root, _ = request.places()
+    return _train(frozen_sweep(find_sweep(root, *names or [""])), request, retry_failed=True)
+
+
+def plan(request: Request) -> int:
+    """Show the plan, change nothing."""
+    from launcher.compose import compose
+    from launcher.plan import make_plan, plan_json
+    from launcher.view import print_plan
+
+    made = make_plan(compose(request.words))
+    if request.json:
+        return _print_json(plan_json(made))
+    print_plan(made, _console())
+    return 0
+
+
+def stage(request: Request) -> int:
+    """Fill the cache."""
+    from launcher.compose import compose
+    from launcher.prepare import prepare
+
+    sweep = compose(request.words)
+    facts = prepare((run.config for run in sweep.runs), sweep.cache)
+    if request.json:
+        return _print_json({"cache": str(sweep.cache), "staged": facts})
+    for item in facts:
+        print(f"staged {item['model_dir']}: {item['train_rows']:,} rows to train on, {item['eval_rows']:,} held out")
+    return 0
+
+
+def status(request: Request) -> int:
+    """Where every run of a sweep is."""
+    from launcher.find import find_sweep
+    from launcher.track import status_json, track
+    from launcher.view import print_statuses
+
+    names, root, _ = request.places()
+    sweep = find_sweep(root, *names or [""])
+    statuses = track(sweep)
+    if request.json:
+        return _print_json(status_json(sweep, statuses))
+    print_statuses(statuses, sweep.path.name, _console())
+    return 0
+
+
+def list_sweeps(request: Request) -> int:
+    """The sweeps below the root."""
+    from launcher.find import sweeps
+    from launcher.listing import sweep_facts
+    from launcher.view import print_sweeps
+
+    _, root, _ = request.places(names=0)
+    rows = [sweep_facts(sweep) for sweep in sweeps(root)]
+    if request.json:
+        return _print_json({"root": str(root), "sweeps": rows})
+    print_sweeps(rows, str(root), _console())
+    return 0
+
+
+def logs(request: Request) -> int:
+    """What the jobs of a run wrote."""
+    from launcher.find import find_run
+    from launcher.logs import read_logs
+
+    names, root, _ = request.places()
+    for text in read_logs(find_run(root, *names or [""]), follow=request.follow):
+        print(text, end="", flush=True)
+    return 0
+
+
+def cancel(request: Request) -> int:
+    """Stop runs in training."""
+    from launcher.cancel import cancel_runs
+    from launcher.find import find_runs
+    from launcher.view import print_statuses
+
+    names, root, _ = request.places()
+    statuses = cancel_runs(find_runs(root, *names or [""]))
+    if request.json:
+        return _print_json({"runs": [{"id": s.id, "name": s.name, "state": s.state} for s in statuses]})
+    if not statuses:
+        print("Nothing to cancel: no run there is in training or waiting.")
+        return 0
+    print_statuses(statuses, "asked to stop", _console())
+    return 0
+
+
+def report(request: Request) -> int:
+    """Compare the runs of a sweep."""
+    from launcher.find import find_sweep
+    from launcher.report import print_report, report_json, write_report
+
+    names, root, _ = request.places()
+    sweep = find_sweep(root, *names or [""])
+    written = write_report(sweep)
+    if request.json:
+        return _print_json(report_json(written))
+    print_report(written, _console())
+    print(f"report: {sweep.report}")
+    return 0
+
+
+def merge(request: Request) -> int:
+    """Merge a run's adapter into its base."""
+    from launcher.export import export
+    from launcher.find import find_run
+
+    names, root, cache = request.places()
+    run = find_run(root, *names or [""], finished=True)
+    return export("merge", run, cache, json_output=request.json)
+
+
+def chat(request: Request) -> int:
+    """Answer a prompt, or talk until the end of input."""
+    from launcher.export import export
+    from launcher.find import find_run
+
+    words, root, cache = request.places(names=2)
+    if len(words) == 1 and not re.fullmatch(r"[\w./-]+", words[0]):  # no run is called like that
+        words = ["", *words]
+    run = find_run(root, *words[:1] or [""], finished=True)
+    return export("chat", run, cache, *words[1:], json_output=request.json)
+
+
+def _train(sweep: Sweep, request: Request, *, retry_failed: bool = False) -> int:
+    """Train a sweep; with ``--json`` people read stderr, and stdout gets the comparison."""
+    from launcher.pipeline import run_sweep
+    from launcher.report import build_report, report_json
+
+    code = run_sweep(sweep, _console(to_stderr=request.json), retry_failed=retry_failed)
+    if request.json:
+        _print_json(report_json(build_report(sweep.dir)))
+    return code
+
+
+def _console(*, to_stderr: bool = False) -> Console:
+    """Where people read; in pipes and logs lines are as long as they need."""
+    from rich.console import Console
+
+    file = sys.stderr if to_stderr else sys.stdout
+    return Console(file=file, width=None if file.isatty() else 200)
+
+
+def _print_json(document: dict[str, Any]) -> int:
+    """One JSON document on stdout, nothing else; the exit code of a success."""
+    print(json.dumps(document, indent=1, allow_nan=False, default=_plain))
+    return 0
+
+
+def _plain(value: object) -> str:
+    """Paths are the only values that JSON does not know."""
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is no JSON")

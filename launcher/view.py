@@ -1,0 +1,138 @@
+"""Tables in the terminal: a plan, the states of runs, the sweeps below a root."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.records import Plan, RunStatus, State, Verdict
+from launcher.units import MISSING, count, number, seconds
+
+MOST_ROWS = 60  # of a table on the terminal; --json has all
+
+VERDICT_STYLE = {
+    Verdict.NEW: "green",
+    Verdict.RESUMABLE: "cyan",
+    Verdict.RUNNING: "blue",
+    Verdict.DONE: "dim",
+    Verdict.FAILED: "red",
+}
+STATE_STYLE = {
+    State.PENDING: "dim",
+    State.RUNNING: "blue",
+    State.STOPPED: "yellow",
+    State.CANCELLED: "yellow",
+    State.FAILED: "red",
+    State.DONE: "green",
+    State.UNKNOWN: "magenta",
+}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """A line per run with its verdict, a line per pack with its forecast."""
+    table = _table("run", "verdict", "pack", "reason", title=f"{plan.sweep.name} in {plan.sweep.root}")
+    for planned in plan.runs[:MOST_ROWS]:
+        style = VERDICT_STYLE[planned.verdict]
+        verdict = f"[{style}]{planned.verdict}[/]"
+        table.add_row(escape(planned.run.name), verdict, planned.pack or MISSING, escape(planned.reason))
+    console.print(table)
+    _say_left_out(len(plan.runs), console)
+    if plan.packs:
+        console.print(_pack_table(plan))
+
+
+def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> None:
+    """A line per run: where it is, how fast, and how it last ended."""
+    columns = ("run", "state", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
+    table = _table(*columns, title=title)
+    for status in statuses[:MOST_ROWS]:
+        table.add_row(
+            escape(status.name),
+            state_text(status.state),
+            steps(status),
+            number(status.loss, 4),
+            number(status.tokens_per_second, 0),
+            left(status),
+            count(status.attempts),
+            status.cause or MISSING,
+            escape(status.job or MISSING),
+            escape(status.node or MISSING),
+        )
+    console.print(table)
+    _say_left_out(len(statuses), console)
+    console.print(tally(statuses))
+
+
+def print_sweeps(rows: list[dict[str, Any]], root: str, console: Console) -> None:
+    """A line per sweep: how far it is, when it was last submitted, how much disk it takes."""
+    table = _table("sweep", "runs", "done", "last submitted", "size", title=f"sweeps in {root}")
+    for row in rows:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"]))
+        table.add_row(escape(row["name"]), str(row["runs"]), str(row["done"]), when, f"{row['bytes'] / 1e6:,.1f} MB")
+    console.print(table)
+
+
+def tally(statuses: list[RunStatus]) -> str:
+    """``3 done, 1 running``."""
+    counts = Counter(status.state for status in statuses)
+    return ", ".join(f"{counts[state]} {state_text(state)}" for state in State if counts[state])
+
+
+def state_text(state: State) -> str:
+    """The state in its colour."""
+    return f"[{STATE_STYLE[state]}]{state}[/]"
+
+
+def steps(status: RunStatus) -> str:
+    """``12/60``, without the end where it is not known yet."""
+    return f"{status.step}/{status.max_steps}" if status.max_steps else MISSING
+
+
+def left(status: RunStatus) -> str:
+    """The time left of a run in training."""
+    return MISSING if status.state is not State.RUNNING else seconds(status.seconds_left)
+
+
+def _pack_table(plan: Plan) -> Table:
+    table = _table("pack", "partition", "runs", "memory GiB", "time", "GPU-hours")
+    for pack in plan.packs[:MOST_ROWS]:
+        forecast = pack.forecast
+        measures = (number(forecast.vram_gib, 1), seconds(forecast.seconds), number(forecast.gpu_hours, 2))
+        table.add_row(pack.id, pack.partition, str(len(pack.runs)), *measures)
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(
+        title=None if title is None else escape(title),
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=None,
+    )
+    numbers = {
+        "step",
+        "loss",
+        "tokens/s",
+        "left",
+        "attempts",
+        "runs",
+        "done",
+        "size",
+        "memory GiB",
+        "time",
+        "GPU-hours",
+    }
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    return table
+
+
+def _say_left_out(rows: int, console: Console) -> None:
+    if rows > MOST_ROWS:
+        console.print(f"… and {rows - MOST_ROWS} more; --json shows all", style="dim")
