@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from train.errors import BadInput
@@ -207,6 +209,15 @@ def parse_run_config(values: dict[str, Any]) -> RunConfig:
         BadInput: naming every wrong key in full, its value and what is allowed.
     """
     return parse_section(RunConfig, values)
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration that is frozen in a run folder (`train.rundir.RunDir.config`).
+
+    Raises:
+        BadInput: see `parse_run_config`.
+    """
+    return parse_run_config(yaml.safe_load(path.read_text()))
 
 
 def parse_section(section: type[S], values: dict[str, Any], prefix: str = "") -> S:
