@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
-from train.rundir import storage_errors
+from train.rundir import storage_errors, write_bytes
+from train.targets import ALL_LINEAR
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -36,9 +37,9 @@ def write_adapter(folder: Path, lora: LoraConfig, model: ModelConfig, tensors: A
         for name, pair in tensors.items()
         for letter, matrix in zip("AB", pair, strict=True)
     }
+    write_bytes(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
     with storage_errors(folder):
-        save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-        peft_config(lora, model).save_pretrained(str(folder))
+        peft_config(lora, model, list(tensors)).save_pretrained(str(folder))
 
 
 def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -56,9 +57,9 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-def peft_config(lora: LoraConfig, model: ModelConfig) -> PeftLoraConfig:
-    """`lora` as PEFT writes it. LoRA+ is a way of training and no part of an adapter, so PEFT has no field for it."""
-    return PeftLoraConfig(
+def peft_config(lora: LoraConfig, model: ModelConfig, names: Sequence[str]) -> PeftLoraConfig:
+    """`lora` over the modules `names`, as PEFT writes it; LoRA+ is a way of training, so PEFT has no field for it."""
+    config = PeftLoraConfig(
         base_model_name_or_path=model.source,
         revision=model.revision,
         task_type="CAUSAL_LM",
@@ -66,10 +67,20 @@ def peft_config(lora: LoraConfig, model: ModelConfig) -> PeftLoraConfig:
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        target_modules=_spelled_out(lora.target_modules, names),
         use_rslora=lora.use_rslora,
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
     )
+    if isinstance(config.target_modules, set):  # written in the order of its hashes, which no two processes share
+        config.target_modules = sorted(config.target_modules)
+    return config
+
+
+def _spelled_out(target_modules: list[str] | str, names: Sequence[str]) -> list[str] | str:
+    """``all-linear`` by the last parts of module names, as PEFT saves it: other readers do not know the word."""
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        return [name.rpartition(".")[2] for name in names]
+    return target_modules

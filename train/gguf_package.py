@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from train.errors import BadInput, LorapackError
 from train.rundir import storage_errors
+from train.saving import save_model
 
 SAVED_DTYPE = torch.bfloat16  # GGUF's blocks of a few bits carry no more digits than that
 PIP_ERROR = re.compile(r"^ERROR: (.*)$", re.MULTILINE)
@@ -38,8 +39,8 @@ def save_packaged_model(source: str, folder: Path) -> None:
 def save_gguf(gguf: Path, folder: Path) -> None:
     """Convert one GGUF file to an ordinary folder with bf16 safetensors and the tokenizer with its chat template."""
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    _unquantised_copy(dequantised).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    save_model(_unquantised_copy(dequantised), tokenizer, folder)
 
 
 def _unquantised_copy(model: PreTrainedModel) -> PreTrainedModel:

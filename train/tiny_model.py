@@ -8,6 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from train.saving import save_model
+
 SEED = 0
 TURN_START, TURN_END, PADDING = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -19,7 +21,11 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(folder: Path) -> None:
-    """Write model and tokenizer to `folder`; the same bytes every time, and torch's random numbers go on undisturbed."""
+    """Write model and tokenizer to `folder`; the same bytes every time, and torch's random numbers go on undisturbed.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
     tokenizer = _byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -38,8 +44,7 @@ def save_tiny_model(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,190 @@
+"""A finished run as a model: merged into a plain folder, or answering prompts on the CPU.
+
+    python -m train.export merge RUN CACHE [--json]
+    python -m train.export chat RUN CACHE [PROMPT] [--json]
+
+The adapter is put onto the base as it was downloaded, in 16 or 32 bit, also after training over NF4: 4 bits cannot hold
+weight plus adapter, and rounding would lose the adapter. That adapter was fitted to the quantised base, so the logits of the
+merged model differ a little from those in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from train.adapter_file import read_adapter
+from train.config import RunConfig, read_run_config
+from train.errors import BadInput, LorapackError
+from train.rendering import render
+from train.rows import AlpacaRow
+from train.rundir import CacheDir, RunDir, write_folder
+from train.saving import save_model
+from train.sources import model_fingerprint
+from train.staging import stage_model
+from train.targets import adapted_modules
+
+ANSWER_TOKENS = 128
+
+
+def merge_run(run: RunDir, cache: CacheDir) -> Path:
+    """Write the tuned model, in the base's own dtype, and its tokenizer to the run's ``merged`` folder.
+
+    Raises:
+        BadInput: the run has no adapter, or its base is no longer the one that it was trained on.
+        StorageError: the disk is full or read-only.
+    """
+    model, tokenizer = tuned_model(run, cache, dtype="auto")
+    with write_folder(run.merged) as folder:
+        save_model(model, tokenizer, folder)
+    return run.merged
+
+
+def tuned_model(
+    run: RunDir, cache: CacheDir, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base in `dtype` (``auto`` is that of its files) with the run's adapter merged in, and its tokenizer.
+
+    Raises:
+        BadInput: see `merge_run`.
+    """
+    adapter = read_adapter(run.adapter)
+    config = read_run_config(run.config)
+    _refuse_another_base(config)
+    folder, code = stage_model(config.model, cache), config.model.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=code)
+    targets = adapted_modules(config.lora, list(adapter))
+    for name, (a, b) in adapter.items():
+        add_product(model.get_submodule(name).weight, a, b, targets[name].scaling)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+
+
+@torch.no_grad()
+def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+    """weight [out, in] += scaling * b [out, r] @ a [r, in], in float32, rounded once to the weight's dtype.
+
+    One weight at a time: PEFT's `merge_and_unload` would need the whole base in float32 for that.
+    """
+    weight.copy_(weight.float() + scaling * (b @ a))
+
+
+def _refuse_another_base(config: RunConfig) -> None:
+    now = model_fingerprint(config.model)
+    if now != config.model.fingerprint:
+        raise BadInput(
+            f"the base {config.model.source!r} is not the one that the adapter was trained on (its fingerprint was "
+            f"{config.model.fingerprint}, now {now}); put the old files back."
+        )
+
+
+class Chat:
+    """Answers instructions one by one, each written for the model as in training; greedy, so the same every time."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        ends = {_closing_token(tokenizer), tokenizer.eos_token_id} - {None}
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+        model.generation_config = GenerationConfig(
+            max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=sorted(ends), pad_token_id=padding
+        )
+
+    def answer(self, prompt: str, stream: bool) -> str:
+        """The model's answer; with `stream` it is printed token by token while it comes."""
+        inputs = self.tokenizer(prompt_text(prompt, self.tokenizer), return_tensors="pt", **_special(self.tokenizer))
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs, streamer=streamer)
+        text: str = self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text.strip()
+
+
+def prompt_text(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before the answer in training: all that `train.rendering` writes until the answer begins."""
+    rendered = render(AlpacaRow(instruction, "", "answer"), tokenizer)
+    return rendered.text[: rendered.answers[0][0]]
+
+
+def _closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which training closes an answer; a base model's tokenizer may have another end-of-text token."""
+    rendered = render(AlpacaRow("question", "", "answer"), tokenizer)
+    end: int | None = tokenizer.eos_token_id
+    return int(tokenizer(rendered.text, **_special(tokenizer))["input_ids"][-1]) if rendered.closed else end
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """A chat template writes special tokens itself."""
+    return {"add_special_tokens": not tokenizer.chat_template}
+
+
+def chat(run: RunDir, cache: CacheDir, prompt: str | None, as_json: bool) -> None:
+    """Answer `prompt`, or every line of stdin, on stdout.
+
+    Raises:
+        BadInput: see `merge_run`.
+    """
+    talk = Chat(*tuned_model(run, cache, dtype=torch.float32))
+    for question in [prompt] if prompt is not None else _lines():
+        answer = talk.answer(question, stream=not as_json)
+        if as_json:
+            print(json.dumps({"prompt": question, "answer": answer}, ensure_ascii=False), flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """Lines typed or piped, without the empty ones, until the end of input."""
+    if sys.stdin.isatty():
+        print("Each line is a prompt of its own. Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def main(arguments: list[str]) -> None:
+    """Run one action; facts go to stdout, all else to stderr."""
+    chosen = _parser().parse_args(arguments)
+    run, cache = RunDir(chosen.run), CacheDir(chosen.cache)
+    if chosen.action == "chat":
+        chat(run, cache, chosen.prompt, chosen.json)
+        return
+    folder = merge_run(run, cache)
+    print(json.dumps({"merged": str(folder)}) if chosen.json else f"merged model: {folder}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train.export", description="A finished run as a model.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    merge = actions.add_parser("merge", help="write the tuned model as a plain folder")
+    talk = actions.add_parser("chat", help="answer a prompt, or every line of stdin")
+    for action in (merge, talk):
+        action.add_argument("run", type=Path, help="run folder")
+        action.add_argument("cache", type=Path, help="cache folder")
+        action.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
+    talk.add_argument("prompt", nargs="?", help="what to answer")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LorapackError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
