@@ -26,6 +26,7 @@ from train.session import RunSession
 from train.signals import StopFlag, Stopped
 
 FLUSH_SECONDS = 1.0
+POLL_SECONDS = 1.0  # between looks for requests to cancel, which cost a network file system a call per run
 
 
 class PackLoop:
@@ -53,6 +54,7 @@ class PackLoop:
         self.micro_batch_tokens, self.facts = micro_batch_tokens, facts
         self.recorder = StepRecorder(base.device, with_loss_scale=seats.optimizer.scale_losses)
         self._clock = time.monotonic()
+        self._looked_for_cancels = 0.0
         self._sit(seats)
 
     def run(self) -> None:
@@ -66,6 +68,7 @@ class PackLoop:
                 self._evaluate_due()
                 self._save_due()
                 self._end_what_is_over()
+                self._let_go_of_cancelled()
                 if self.sessions:
                     self._train_step()
         except Stopped:
@@ -123,7 +126,6 @@ class PackLoop:
         self._apply(losses, {row: sum(len(s.tokens) for s in batch) for row, batch in batches.items()})
         if self.recorder.seconds_since_flush > FLUSH_SECONDS:
             self.recorder.flush(self.sessions)
-            self._let_go_of_cancelled()
 
     # One optimizer step
 
@@ -184,8 +186,12 @@ class PackLoop:
             self._sit(take_seats(self.base, staying, states))
 
     def _let_go_of_cancelled(self) -> None:
+        if time.monotonic() - self._looked_for_cancels < POLL_SECONDS:
+            return
+        self._looked_for_cancels = time.monotonic()
         cancelled = [s for s in self.sessions if s.dir.cancel_request.exists()]
         if cancelled:
+            self.recorder.flush(self.sessions)
             self._save_all()
         for session in cancelled:
             session.end("cancelled", "cancel was asked for")
