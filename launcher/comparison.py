@@ -1,0 +1,144 @@
+"""The values of a report: what the finished runs of a sweep measured, ranked, and how sure the ranking is. Nothing is read here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+AxisScale = Literal["log2", "log10", "linear", "category"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key in which the runs differ. `values` are distinct and in order; `labels` and `positions` (0 to 1) go with them."""
+
+    key: str
+    scale: AxisScale
+    values: tuple[Any, ...]
+    labels: tuple[str, ...]
+    positions: tuple[float, ...]
+
+    def index(self, value: Any) -> int:
+        """Where `value` stands among the axis' values."""
+        return self.values.index(value)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished run. Losses are nats per response token, speeds tokens per second of this run alone; `seconds` and
+    `peak_memory_gib` are those of the whole pack that it trained in, `gpu_hours` is its share.
+    """
+
+    rank: int
+    id: str
+    name: str
+    axes: dict[str, Any]
+    pack: str | None
+    eval_loss: float | None
+    eval_exact_match: float | None
+    base_eval_loss: float | None
+    base_eval_exact_match: float | None
+    best_eval_loss: float | None
+    best_eval_step: int | None
+    train_loss: float | None
+    steps: int | None
+    tokens: int | None
+    tokens_per_second: float | None
+    seconds: float | None
+    gpu_hours: float | None
+    peak_memory_gib: float | None
+    trainable_parameters: int | None
+    total_parameters: int | None
+    adapter_mb: float | None
+    attempts: int | None
+    device: str | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run without a result: listed, never ranked. `state` is a plan's verdict on it."""
+
+    id: str
+    name: str
+    axes: dict[str, Any]
+    state: str
+    reason: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The finished runs that differ in their seed alone. `half_width` is that of the mean's 95 % interval."""
+
+    axes: dict[str, Any]
+    label: str
+    runs: tuple[str, ...]
+    mean: float
+    deviation: float | None
+    half_width: float | None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Whether the best configuration's lead is larger than the noise between seeds, in numbers and in words.
+
+    `lead`, `low` and `high` are the difference of mean eval losses with its 95 % interval; `command` finds out more.
+    """
+
+    verdict: Literal["larger", "within", "unknown"]
+    text: str
+    lead: float | None = None
+    low: float | None = None
+    high: float | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of a run over its optimizer steps. Each point of `losses` is the mean of `steps_per_point` steps."""
+
+    run: str
+    steps: tuple[float, ...]
+    losses: tuple[float, ...]
+    eval_steps: tuple[float, ...]
+    eval_losses: tuple[float, ...]
+    steps_per_point: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A sweep, compared. `rows` are ranked, best first; `groups` likewise by their mean; `commands` made the sweep."""
+
+    sweep: str
+    commands: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+    noise: Noise
+    unfinished: tuple[Unfinished, ...]
+    curves: tuple[Curve, ...]
+
+    @property
+    def runs(self) -> tuple[Row | Unfinished, ...]:
+        """Every run, ranked ones first."""
+        return (*self.rows, *self.unfinished)
+
+    @property
+    def best(self) -> Row | None:
+        """The run with the lowest eval loss."""
+        return self.rows[0] if self.rows else None
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The ranked rows with every axis, metric and cost, as one JSON document."""
+    return {
+        "sweep": report.sweep,
+        "commands": list(report.commands),
+        "axes": [axis.key for axis in report.axes],
+        "best": None if report.best is None else report.best.id,
+        "noise": asdict(report.noise),
+        "rows": [asdict(row) for row in report.rows],
+        "groups": [asdict(group) for group in report.groups],
+        "unfinished": [asdict(run) for run in report.unfinished],
+    }

@@ -1,0 +1,47 @@
+"""Loss curves from journals, thinned to what a page can show without hiding what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.comparison import Curve
+from train.rundir import Record, RunDir
+
+MAX_POINTS = 400
+Series = list[tuple[int, float]]
+
+
+def read_curve(run: RunDir) -> Curve:
+    """The curve of one run, finished or not."""
+    lines = _read_journal(run.journal)
+    training: Series = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluation: Series = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    steps, losses, steps_per_point = thin(training)
+    eval_steps, eval_losses, _ = thin(evaluation)
+    return Curve(run.id, steps, losses, eval_steps, eval_losses, steps_per_point)
+
+
+def thin(series: Sequence[tuple[int, float]]) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """At most `MAX_POINTS` points: means over runs of neighbouring points, of their steps and of their values.
+
+    Means, not samples, so that no lucky step stands for its neighbours. Returns steps, values and points per mean.
+    """
+    size = math.ceil(len(series) / MAX_POINTS) or 1
+    buckets = [series[start : start + size] for start in range(0, len(series), size)]
+    steps = tuple(sum(step for step, _ in bucket) / len(bucket) for bucket in buckets)
+    values = tuple(sum(value for _, value in bucket) / len(bucket) for bucket in buckets)
+    return steps, values, size
+
+
+def _read_journal(path: Path) -> list[Record]:
+    """`rundir.read_lines` as one JSON document: twice as fast, which counts at 500 runs of 1,000 steps."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = content[: content.rfind(b"\n") + 1].splitlines()
+    lines: list[Record] = json.loads(b"[" + b",".join(whole) + b"]")
+    return lines

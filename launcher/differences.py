@@ -1,0 +1,86 @@
+"""In which keys the runs of a sweep folder differ, whatever commands made them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.comparison import Axis, AxisScale
+from train.config import HOW_KEYS
+
+Values = dict[str, Any]  # a flat configuration: full key -> value
+
+SEED = "train.seed"
+# A fingerprint repeats what its source says, and what only changes speed or spacing is no axis.
+NO_AXES = {"model.fingerprint", "data.fingerprint"} | {f"train.{key}" for key in HOW_KEYS["train"]}
+# Where the names already differ, these tell nothing more.
+TOLD_BY_NAME = {"model": ("source", "revision", "trust_remote_code"), "data": ("source", "eval_source", "revision")}
+LOG_SPAN = 8  # the largest value over the smallest, from which on a logarithmic axis reads better
+
+
+def flat(config: dict[str, Values]) -> Values:
+    """``{"lora": {"r": 8}}`` is ``{"lora.r": 8}``; values that are dictionaries themselves stay whole."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+
+
+def swept_axes(configs: Sequence[Values]) -> tuple[Axis, ...]:
+    """The keys in which flat `configs` differ, in the order of the configuration, seeds last."""
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    differing = [key for key in keys if key not in NO_AXES and len(_distinct(configs, key)) > 1]
+    told = {
+        f"{section}.{key}" for section, keys in TOLD_BY_NAME.items() if f"{section}.name" in differing for key in keys
+    }
+    chosen = [key for key in differing if key not in told]
+    return tuple(_axis(key, _distinct(configs, key)) for key in sorted(chosen, key=lambda key: key == SEED))
+
+
+def value_label(value: Any) -> str:
+    """A value as people write it: ``q_proj+v_proj``, ``0.0003``, ``null``."""
+    if isinstance(value, list):
+        return "+".join(value_label(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def axes_label(axes: Values) -> str:
+    """The values of several axes in one line, with the last part of each key: ``r=16, lora_alpha=32``."""
+    return ", ".join(f"{key.rpartition('.')[2]}={value_label(value)}" for key, value in axes.items()) or "this run"
+
+
+def _distinct(configs: Sequence[Values], key: str) -> list[Any]:
+    """The different values of `key`, in order of appearance; lists and dictionaries compare by what they hold."""
+    return list({_identity(value): value for value in (config.get(key) for config in configs)}.values())
+
+
+def _identity(value: Any) -> str:
+    """Equal for equal values; 32 and 32.0 are."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if is_whole else value)
+
+
+def _axis(key: str, values: list[Any]) -> Axis:
+    """The axis with its values in order, placed from 0 to 1."""
+    scale = _scale(values)
+    ordered = values if scale == "category" else sorted(values)
+    labels = tuple(value_label(value) for value in ordered)
+    return Axis(key, scale, tuple(ordered), labels, _positions(scale, ordered))
+
+
+def _scale(values: list[Any]) -> AxisScale:
+    """Numbers that span a wide range are spaced by their logarithm, powers of two by that to base 2."""
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return "category"
+    if min(values) <= 0 or max(values) / min(values) < LOG_SPAN:
+        return "linear"
+    return "log2" if all(math.log2(value).is_integer() for value in values) else "log10"
+
+
+def _positions(scale: AxisScale, values: list[Any]) -> tuple[float, ...]:
+    """Where each of the ordered `values` stands between 0 and 1 on an axis of this scale."""
+    if scale == "category":
+        return tuple((index + 0.5) / len(values) for index in range(len(values)))
+    numbers = [float(value) if scale == "linear" else math.log(value) for value in values]
+    return tuple((number - numbers[0]) / (numbers[-1] - numbers[0]) for number in numbers)

@@ -1,0 +1,125 @@
+"""How much of a lead is luck: runs that differ in their seed alone, and Welch's interval for the best two configurations."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+
+from launcher.comparison import Group, Noise, Row
+from launcher.differences import SEED, axes_label
+
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; above, the normal distribution's 1.96 is within 4 %.
+T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+T_95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+NORMAL_95 = 1.96
+SEEDS_TO_START = 3
+
+
+def group_by_seed(rows: Sequence[Row]) -> tuple[Group, ...]:
+    """Finished runs that differ in the seed alone, as groups with mean and spread of their eval loss; best mean first."""
+    members: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.eval_loss is not None:
+            members.setdefault(json.dumps(_without_seed(row)), []).append(row)
+    return tuple(sorted((_group(group) for group in members.values()), key=lambda group: group.mean))
+
+
+def judge_noise(groups: Sequence[Group], *, sweep: str, commands: Sequence[str], seeds: Sequence[int]) -> Noise:
+    """Whether the first of `groups` leads the second by more than the seeds' noise.
+
+    The interval is Welch's for two means of unequal variance (Biometrika 34, 1947). Comparing the best with the runner-up
+    after looking needs no further correction (Hung and Fithian, "Rank verification for exponential families", 2019).
+    """
+    more = more_seeds_command(sweep, commands, seeds)
+    if not groups:
+        return Noise("unknown", "No run has finished yet, so there is nothing to compare.")
+    if len(groups) == 1:
+        return Noise("unknown", _spread_text(groups[0]), command=None if len(groups[0].runs) > 1 else more)
+    best, second = groups[0], groups[1]
+    lead = second.mean - best.mean
+    if best.deviation is None or second.deviation is None:
+        return Noise("unknown", _one_seed_text(best, second, lead), lead, command=more)
+    half_width = _welch_half_width(best, second)
+    low, high = lead - half_width, lead + half_width
+    verdict, text = ("larger" if low > 0 else "within"), _lead_text(best, second, low, high)
+    return (
+        Noise("larger", text, lead, low, high) if verdict == "larger" else Noise("within", text, lead, low, high, more)
+    )
+
+
+def more_seeds_command(sweep: str, commands: Sequence[str], seeds: Sequence[int]) -> str:
+    """The newest of `commands`, with twice the seeds and at least three, so that it extends this sweep."""
+    first = min(seeds, default=0)
+    wanted = max(SEEDS_TO_START, 2 * len(seeds)) if len(seeds) > 1 else SEEDS_TO_START
+    values = sorted({*seeds, *range(first, first + wanted)})
+    extra = [f"{SEED}={','.join(map(str, values))}", f"sweep.name={sweep}"]
+    composed = [words for words in map(shlex.split, commands) if all("=" in word for word in words[3:])]
+    if not composed:
+        return f"python -m launcher … {shlex.join(extra)}"
+    kept = [word for word in composed[-1] if not word.lstrip("+").startswith((f"{SEED}=", "sweep.name="))]
+    return shlex.join([*kept, *extra])
+
+
+def t_95(degrees_of_freedom: float) -> float:
+    """The two-sided 95 % quantile of Student's t, rounded to the wide side between whole degrees of freedom."""
+    whole = max(1, math.floor(degrees_of_freedom))
+    return T_95[whole - 1] if whole <= len(T_95) else NORMAL_95
+
+
+def _without_seed(row: Row) -> dict[str, object]:
+    return {key: value for key, value in row.axes.items() if key != SEED}
+
+
+def _group(rows: list[Row]) -> Group:
+    """Mean, standard deviation and the mean's interval of one configuration's eval losses."""
+    losses = [row.eval_loss for row in rows if row.eval_loss is not None]
+    deviation = statistics.stdev(losses) if len(losses) > 1 else None
+    half_width = None if deviation is None else t_95(len(losses) - 1) * deviation / math.sqrt(len(losses))
+    axes = _without_seed(rows[0])
+    return Group(axes, axes_label(axes), tuple(row.id for row in rows), statistics.fmean(losses), deviation, half_width)
+
+
+def _welch_half_width(first: Group, second: Group) -> float:
+    """Half the width of the 95 % interval of the difference of two means (Welch-Satterthwaite degrees of freedom)."""
+    errors = [((group.deviation or 0.0) ** 2 / len(group.runs), len(group.runs) - 1) for group in (first, second)]
+    total = sum(error for error, _ in errors)
+    if total == 0:
+        return 0.0
+    return t_95(total**2 / sum(error**2 / freedom for error, freedom in errors)) * math.sqrt(total)
+
+
+def _lead_text(best: Group, second: Group, low: float, high: float) -> str:
+    """The comparison of two configurations with seeds, in words."""
+    seeds = f"{len(best.runs)} and {len(second.runs)} seeds"
+    found = (
+        f"{best.label} has the lowest mean eval loss, {_plus_minus(best)}, before {second.label}, {_plus_minus(second)}"
+    )
+    interval = f"95 % interval of the lead over {seeds}: {low:.4f} to {high:.4f}"
+    if low > 0:
+        return f"{found}. The lead is larger than the noise between seeds ({interval})."
+    return f"{found}. The lead is not larger than the noise between seeds ({interval}, which includes zero)."
+
+
+def _one_seed_text(best: Group, second: Group, lead: float) -> str:
+    """What can be said where a configuration has one seed only."""
+    return (
+        f"{best.label} leads {second.label} by {lead:.4f} in eval loss. With one seed per configuration nobody can tell "
+        "whether that is more than the noise between seeds."
+    )
+
+
+def _spread_text(group: Group) -> str:
+    """What can be said of a single configuration."""
+    if group.deviation is None:
+        return "One run has finished; there is no other configuration to compare it with."
+    return (
+        f"One configuration with {len(group.runs)} seeds: eval loss {_plus_minus(group)}. "
+        "A difference between two runs has to be clearly larger than this to mean anything."
+    )
+
+
+def _plus_minus(group: Group) -> str:
+    return f"{group.mean:.4f} ± {group.deviation or 0.0:.4f}"

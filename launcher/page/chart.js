@@ -1,0 +1,75 @@
+// A plot's frame: scales, ticks, grid lines, and the tip beside the pointer.
+const PADDING = { left: 52, right: 16, top: 12, bottom: 40 };
+
+/** About `count` round numbers from `low` to `high`. */
+function niceTicks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const ticks = [];
+  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) ticks.push(Number(tick.toPrecision(12)));
+  return ticks;
+}
+
+/** The extent of `values` with some air, so that no mark lies on the frame. */
+function extent(values, air = 0.06) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
+  if (low > high) return [0, 1];
+  const margin = high > low ? (high - low) * air : Math.abs(high) * 0.1 || 1;
+  return [low - margin, high + margin];
+}
+
+const scale = ([low, high], [from, to]) => (value) => from + ((value - low) / (high - low)) * (to - from);
+
+/** An SVG with horizontal grid lines. `xTicks` are [pixel, label]; `domain` is that of the y axis. */
+function frame(box, { height, label, domain, yTicks, xTicks, xLabel, yLabel, focusable = false }) {
+  const width = Math.max(280, box.clientWidth);
+  const y = scale(domain, [height - PADDING.bottom, PADDING.top]);
+  const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label, tabindex: focusable ? 0 : null });
+  for (const [value, text] of yTicks) {
+    plot.append(svg("line", { class: "gridline", x1: PADDING.left, x2: width - PADDING.right, y1: y(value), y2: y(value) }),
+      svg("text", { x: PADDING.left - 8, y: y(value) + 4, "text-anchor": "end" }, text));
+  }
+  const floor = height - PADDING.bottom;
+  plot.append(svg("line", { class: "axis", x1: PADDING.left, x2: width - PADDING.right, y1: floor, y2: floor }));
+  for (const [place, text] of apart(xTicks)) {
+    plot.append(svg("text", { x: place, y: floor + 18, "text-anchor": "middle" }, text));
+  }
+  plot.append(svg("text", { x: (PADDING.left + width - PADDING.right) / 2, y: height - 4, "text-anchor": "middle" }, xLabel),
+    svg("text", { x: 13, y: (PADDING.top + floor) / 2, "text-anchor": "middle", transform: `rotate(-90 13 ${(PADDING.top + floor) / 2})` }, yLabel));
+  box.replaceChildren(plot);
+  return { plot, width, height, y };
+}
+
+/** The ticks whose labels do not touch, at 7 pixels a letter. */
+function apart(ticks) {
+  const kept = [];
+  let free = -Infinity;
+  for (const [place, text] of ticks) {
+    const half = (text.length * 7) / 2;
+    if (place - half < free) continue;
+    kept.push([place, text]);
+    free = place + half + 8;
+  }
+  return kept;
+}
+
+const tickText = (value) => (Math.abs(value) >= 1e4 ? compact(value) : String(Number(value.toPrecision(4))));
+
+// ---- the tip
+const tip = byId("tip");
+function showTip(text, x, y) {
+  tip.textContent = text;
+  tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - width - 8))}px`;
+  tip.style.top = `${y + 18 + height > innerHeight ? y - height - 12 : y + 18}px`;
+}
+const hideTip = () => { tip.hidden = true; };
+
+/** Point at `run` while the pointer is on `element`. */
+function pointable(element, run, text) {
+  element.addEventListener("pointerenter", (event) => { setFocus(run.id); showTip(text, event.clientX, event.clientY); });
+  element.addEventListener("pointerleave", () => { setFocus(null); hideTip(); });
+}

@@ -1,0 +1,169 @@
+// Loss curves: training, evaluation or both; on and off per run; hover, and arrow keys for those without a mouse.
+const CURVE_HEIGHT = 380;
+const curveBox = byId("curve-plot");
+// From a base model's loss down to a tuned one's, the logarithm keeps the end of the curves apart.
+const WIDE_RANGE = 2.5;
+const FEW_CURVES = 8;  // training curves of more runs are a carpet; their evaluations are not
+const curveView = { kind: firstKind(), logarithmic: isWide(doc.curves.runs.flatMap((curve) => curve.eval_losses)) };
+let curveLines = [];  // what is drawn: {run, kind, steps, losses, path}
+let curveFrame = null;
+let cursor = null;  // {line, index} of the point that the arrow keys stand on
+
+function firstKind() {
+  const evaluatedOften = doc.curves.runs.some((curve) => curve.eval_losses.length > 2);
+  return runs.length > FEW_CURVES && evaluatedOften ? "evaluation" : "both";
+}
+
+function isWide(losses) {
+  const [low, high] = extent(losses, 0);
+  return low > 0 && high / low > WIDE_RANGE;
+}
+
+function linesOf(curve) {
+  const { grids } = doc.curves;
+  const both = [
+    { kind: "training", steps: grids[curve.grid], losses: curve.losses },
+    { kind: "evaluation", steps: grids[curve.eval_grid], losses: curve.eval_losses },
+  ];
+  return both.filter((line) => line.losses.length && (curveView.kind === "both" || curveView.kind === line.kind))
+    .map((line) => ({ ...line, run: runById.get(curve.run) }));
+}
+
+function drawCurves() {
+  curveLines = doc.curves.runs.filter(({ run }) => state.on.has(run) && state.passing.has(run)).flatMap(linesOf);
+  cursor = null;
+  const level = curveView.logarithmic ? Math.log10 : (value) => value;
+  const losses = curveLines.flatMap((line) => line.losses.filter((loss) => loss > 0 || !curveView.logarithmic));
+  const domain = extent(losses.map(level), 0.04);
+  const steps = [0, curveLines.reduce((most, line) => Math.max(most, line.steps[line.steps.length - 1]), 1)];
+  const x = scale(steps, [PADDING.left, Math.max(280, curveBox.clientWidth) - PADDING.right]);
+  const { plot, y } = frame(curveBox, {
+    height: CURVE_HEIGHT, domain, focusable: true, xLabel: "optimizer step", yLabel: "loss",
+    label: `Loss over steps of ${new Set(curveLines.map((line) => line.run.id)).size} runs. Arrow keys left and right go along a curve, up and down to another run.`,
+    yTicks: lossTicks(domain), xTicks: niceTicks(...steps, 8).map((step) => [x(step), tickText(step)]),
+  });
+  curveFrame = { plot, x, y: (loss) => y(level(loss)), from: domain[0] };
+  for (const line of curveLines) plot.append(drawLine(line));
+  curveFrame.cursor = svg("g", { hidden: "" });
+  plot.append(curveFrame.cursor);
+  markCurves();
+}
+
+/** Round losses; on the logarithmic scale the places are logarithms and the texts are losses. */
+function lossTicks(domain) {
+  if (!curveView.logarithmic) return niceTicks(...domain, 6).map((value) => [value, tickText(value)]);
+  const [low, high] = domain.map((value) => 10 ** value);
+  const decades = Array.from({ length: 13 }, (_, index) => 10 ** (index - 6));
+  const round = decades.flatMap((decade) => [1, 1.5, 2, 3, 5, 7].map((factor) => Number((factor * decade).toPrecision(2))));
+  const inside = round.filter((loss) => loss >= low && loss <= high);
+  return (inside.length > 2 ? inside : niceTicks(low, high, 5)).map((loss) => [Math.log10(loss), tickText(loss)]);
+}
+
+function drawLine(line) {
+  const drawable = line.losses.map((loss, index) => [line.steps[index], loss]).filter(([, loss]) => loss > 0 || !curveView.logarithmic);
+  const points = drawable.map(([step, loss]) => `${curveFrame.x(step).toFixed(1)},${curveFrame.y(loss).toFixed(1)}`);
+  const names = ["run", "curve", line.kind, curveView.kind === "training" ? "alone" : "", isRanked(line.run) ? "" : "unfinished"];
+  line.path = svg("path", { class: names.filter(Boolean).join(" "), d: `M${points.join("L")}`, stroke: colour(line.run), "data-run": line.run.id });
+  return line.path;
+}
+
+const markCurves = () => markFocus(curveBox, curveLines.map((line) => line.path));
+
+// ---- which point is meant
+function nearestIndex(steps, step) {
+  let low = 0, high = steps.length - 1;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (steps[middle] < step) low = middle; else high = middle;
+  }
+  return step - steps[low] < steps[high] - step ? low : high;
+}
+
+function pointAt(x, y) {
+  let best = null, bestDistance = 40;  // pixels
+  const [from, to] = [curveFrame.x(0), curveFrame.x(1)];
+  const step = (x - from) / (to - from);
+  for (const line of curveLines) {
+    const index = nearestIndex(line.steps, step);
+    const distance = Math.hypot((curveFrame.x(line.steps[index]) - x) / 3, curveFrame.y(line.losses[index]) - y);
+    if (distance < bestDistance) [best, bestDistance] = [{ line, index }, distance];
+  }
+  return best;
+}
+
+function standOn(point) {
+  cursor = point;
+  if (!point) { curveFrame.cursor.setAttribute("hidden", ""); hideTip(); setFocus(null); return; }
+  const { line, index } = point;
+  const [x, y] = [curveFrame.x(line.steps[index]), curveFrame.y(line.losses[index])];
+  curveFrame.cursor.removeAttribute("hidden");
+  curveFrame.cursor.replaceChildren(
+    svg("line", { class: "cursor", x1: x, x2: x, y1: PADDING.top, y2: CURVE_HEIGHT - PADDING.bottom }),
+    svg("circle", { cx: x, cy: y, r: 5, fill: colour(line.run) }));
+  setFocus(line.run.id);
+  const bounds = curveFrame.plot.getBoundingClientRect();
+  const step = Number(line.steps[index].toFixed(1));
+  showTip(`${runLabel(line.run)}\nstep ${step}: ${line.kind} loss ${fixed(4)(line.losses[index])}`, bounds.left + x, bounds.top + y);
+}
+
+function walk(event) {
+  const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  if (event.key === "Escape") return standOn(null);
+  if (!(event.key in moves) || !curveLines.length) return undefined;
+  event.preventDefault();
+  const [sideways, along] = moves[event.key];
+  if (!cursor) return standOn({ line: curveLines[0], index: 0 });
+  const place = (curveLines.indexOf(cursor.line) + sideways + curveLines.length) % curveLines.length;
+  const line = curveLines[place];
+  const index = sideways ? nearestIndex(line.steps, cursor.line.steps[cursor.index]) : cursor.index + along;
+  return standOn({ line, index: Math.max(0, Math.min(line.steps.length - 1, index)) });
+}
+
+curveBox.addEventListener("pointermove", (event) => {
+  const bounds = curveFrame.plot.getBoundingClientRect();
+  standOn(pointAt(event.clientX - bounds.left, event.clientY - bounds.top));
+});
+curveBox.addEventListener("pointerleave", () => standOn(null));
+curveBox.addEventListener("keydown", walk);
+curveBox.addEventListener("focusout", () => standOn(null));
+
+// ---- legend and controls
+function drawLegend() {
+  const passing = runs.filter((run) => state.passing.has(run.id));
+  const listed = runs.length > MANY_CURVES ? passing.filter((run) => state.on.has(run.id)) : passing;
+  byId("legend").replaceChildren(...listed.map((run) => {
+    const button = html("button", { type: "button", "aria-pressed": String(state.on.has(run.id)), "data-run": run.id,
+      onclick: () => { toggleRun(run); byId("legend").querySelector(`[data-run="${run.id}"]`)?.focus(); } }, swatch(run), runLabel(run));
+    button.addEventListener("pointerenter", () => setFocus(run.id));
+    button.addEventListener("pointerleave", () => setFocus(null));
+    return button;
+  }));
+  const means = Math.max(1, ...doc.curves.runs.map((curve) => curve.steps_per_point));
+  byId("curve-caption").textContent = [
+    means > 1 ? `Each point of a training curve is the mean of ${means} steps.` : "Each point of a training curve is one optimizer step.",
+    curveView.kind === "both" ? "Thin: training; thick: evaluation on held-out rows." : "",
+    doc.unfinished.length ? "Dashed: not finished." : "",
+    runs.length > MANY_CURVES ? `${state.on.size} of ${runs.length} runs are on; the boxes in the table switch more on.` : "",
+  ].filter(Boolean).join(" ");
+}
+
+function toggleRun(run) {
+  if (!state.on.delete(run.id)) state.on.add(run.id);
+  redraw();
+}
+
+function switchOn(chosen) {
+  state.on = new Set(chosen.map((run) => run.id));
+  redraw();
+}
+
+function curveControls() {
+  const some = runs.length > FIRST_CURVES;
+  byId("curve-controls").append(
+    segments("Which loss", [["both", "Both"], ["training", "Training"], ["evaluation", "Evaluation"]], curveView.kind, (kind) => { curveView.kind = kind; drawCurves(); drawLegend(); }),
+    segments("Loss axis", [[false, "Linear"], [true, "Log"]], curveView.logarithmic, (chosen) => { curveView.logarithmic = chosen; drawCurves(); }),
+    html("div", { class: "segments", role: "group", "aria-label": "Curves" },
+      html("button", { type: "button", onclick: () => switchOn(runs) }, "All"),
+      some ? html("button", { type: "button", onclick: () => switchOn(runs.slice(0, FIRST_CURVES)) }, `Best ${FIRST_CURVES}`) : null,
+      html("button", { type: "button", onclick: () => switchOn([]) }, "None")));
+}

@@ -1,0 +1,106 @@
+"""Run folders -> `Report`: which configuration won, by how much, at what cost; in the terminal, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from launcher.comparison import Report, Row, Unfinished, report_json
+from launcher.curves import read_curve
+from launcher.differences import SEED, Values, flat, swept_axes
+from launcher.noise import group_by_seed, judge_noise
+from launcher.report_page import render_page
+from launcher.report_table import print_report
+from launcher.verdict import judge
+from train.rundir import Record, RunDir, SweepDir, make_folder, read_json, write_bytes, write_text
+
+__all__ = ["build_report", "print_report", "report_json", "write_report"]
+
+# Reading 500 configurations takes 3 s with the parser written in Python.
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MEASURED = [key for key in Row.__dataclass_fields__ if key not in {"rank", "id", "name", "axes", "pack"}]
+
+
+def build_report(sweep_dir: SweepDir) -> Report:
+    """Compare the runs of a sweep folder by what is on disk; nothing is written."""
+    runs = sweep_dir.runs()
+    configs = {run.id: flat(yaml.load(run.config.read_bytes(), YAML_LOADER)) for run in runs}
+    axes = swept_axes(list(configs.values()))
+    points = {run: {axis.key: config.get(axis.key) for axis in axes} for run, config in configs.items()}
+    rows = _ranked(runs, points, _packs(sweep_dir))
+    finished = {row.id for row in rows}
+    groups, commands = group_by_seed(rows), _commands(sweep_dir)
+    seeds = sorted({config.get(SEED, 0) for config in configs.values()})
+    return Report(
+        sweep=sweep_dir.path.name,
+        commands=commands,
+        axes=axes,
+        rows=rows,
+        groups=groups,
+        noise=judge_noise(groups, sweep=sweep_dir.path.name, commands=commands, seeds=seeds),
+        unfinished=tuple(_unfinished(run, points[run.id]) for run in runs if run.id not in finished),
+        curves=tuple(read_curve(run) for run in runs),
+    )
+
+
+def write_report(sweep_dir: SweepDir) -> Report:
+    """Compare the runs and write ``report.html`` and ``plots/*.png``.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+    """
+    from launcher.plots import draw_plots  # matplotlib takes half a second, and only this verb needs it
+
+    report = build_report(sweep_dir)
+    write_text(sweep_dir.report, render_page(report))
+    make_folder(sweep_dir.plots)
+    for name, image in draw_plots(report).items():
+        write_bytes(sweep_dir.plots / name, image)
+    return report
+
+
+def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, str]) -> tuple[Row, ...]:
+    """The finished runs by eval loss, lowest first; equal ones by name. A run that measured none comes last."""
+    results = [(run, result) for run in runs if (result := read_json(run.result)) is not None]
+
+    def order(finished: tuple[RunDir, Record]) -> tuple[bool, float, str]:
+        loss = finished[1].get("eval_loss")
+        return (loss is None, loss or 0.0, finished[0].name)
+
+    return tuple(
+        Row(
+            rank=rank,
+            id=run.id,
+            name=run.name,
+            axes=points[run.id],
+            pack=packs.get(run.path.name),
+            **{key: result.get(key) for key in MEASURED},
+        )
+        for rank, (run, result) in enumerate(sorted(results, key=order), start=1)
+    )
+
+
+def _unfinished(run: RunDir, point: Values) -> Unfinished:
+    """A run without a result, with the verdict that a plan has on it."""
+    judgement = judge(run, retry_failed=False)
+    return Unfinished(run.id, run.name, point, judgement.verdict.value, judgement.reason, judgement.step)
+
+
+def _packs(sweep_dir: SweepDir) -> dict[str, str]:
+    """Run folder -> the newest pack that it trained in."""
+    files = sorted(sweep_dir.jobs.glob("*/pack.json"), key=lambda file: file.stat().st_mtime)
+    packs = [read_json(file) for file in files]
+    return {run: pack["id"] for pack in packs for run in pack["runs"]}
+
+
+def _commands(sweep_dir: SweepDir) -> tuple[str, ...]:
+    """The command lines of the accepted plans, oldest first, each once."""
+    files = sorted((file for file in sweep_dir.plans.glob("*.json") if file.stem.isdigit()), key=_plan_number)
+    plans = [json.loads(file.read_bytes()) for file in files]
+    return tuple(dict.fromkeys(plan["command"] for plan in plans if plan.get("command")))
+
+
+def _plan_number(file: Path) -> int:
+    return int(file.stem)

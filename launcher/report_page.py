@@ -1,0 +1,92 @@
+"""`Report` -> one HTML file that needs nothing else: style, script and data are inside, and its policy forbids every request."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher.axis_charts import axis_charts
+from launcher.comparison import Curve, Report, report_json
+from launcher.differences import axes_label, value_label
+
+PAGE_DIR = Path(__file__).parent / "page"
+# In the order in which they use each other; together they are one script.
+SCRIPTS = ("core.js", "chart.js", "curves.js", "axes.js", "parallel.js", "bars.js", "table.js", "main.js")
+
+
+def render_page(report: Report) -> str:
+    """The whole page. Only the hashes of its own script and style are allowed to run (Content-Security-Policy)."""
+    style = (PAGE_DIR / "page.css").read_text("utf-8")
+    script = (
+        "(() => {\n'use strict';\n" + "\n".join((PAGE_DIR / name).read_text("utf-8") for name in SCRIPTS) + "})();\n"
+    )
+    parts = {
+        "policy": _policy(script, style),
+        "title": html.escape(report.sweep),
+        "style": style,
+        "data": embedded_json(page_document(report)),
+        "script": script,
+    }
+    page = (PAGE_DIR / "page.html").read_text("utf-8")
+    for name, text in parts.items():
+        before, _, after = page.partition(f"<!--{name}-->")
+        page = before + text + after
+    return page
+
+
+def page_document(report: Report) -> dict[str, Any]:
+    """Everything that the page shows: the report as `launcher report --json` gives it, with curves and charts."""
+    return report_json(report) | {
+        "axes": [asdict(axis) for axis in report.axes],
+        "labels": {run.id: _labels(run.axes) for run in report.runs},
+        "charts": [asdict(chart) | {"axis": chart.axis.key} for chart in axis_charts(report)],
+        "curves": _packed_curves(report.curves),
+    }
+
+
+def embedded_json(document: Any) -> str:
+    """`document` as JSON that cannot end its script element: ``<`` is written as an escape, NaN is refused."""
+    text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _labels(axes: dict[str, Any]) -> dict[str, Any]:
+    """A run's axes in one line, and each value as people write it."""
+    return {"run": axes_label(axes), "axes": {key: value_label(value) for key, value in axes.items()}}
+
+
+def _packed_curves(curves: tuple[Curve, ...]) -> dict[str, Any]:
+    """The curves with five significant digits; step numbers, mostly the same for all runs, are kept once in `grids`."""
+    grids: dict[tuple[float, ...], int] = {}
+    runs = [
+        {
+            "run": curve.run,
+            "grid": grids.setdefault(curve.steps, len(grids)),
+            "losses": [_five_digits(loss) for loss in curve.losses],
+            "eval_grid": grids.setdefault(curve.eval_steps, len(grids)),
+            "eval_losses": [_five_digits(loss) for loss in curve.eval_losses],
+            "steps_per_point": curve.steps_per_point,
+        }
+        for curve in curves
+    ]
+    return {"grids": list(grids), "runs": runs}
+
+
+def _five_digits(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _policy(script: str, style: str) -> str:
+    """The policy that lets a browser run this script and this style, and fetch nothing from anywhere."""
+    rules = ("default-src 'none'", f"script-src '{_sha256(script)}'", f"style-src '{_sha256(style)}'", "img-src data:")
+    return "; ".join((*rules, "base-uri 'none'", "form-action 'none'"))
+
+
+def _sha256(text: str) -> str:
+    """The source expression of an inline element with this content (W3C Content Security Policy, level 2)."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
