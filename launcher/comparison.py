@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run without a result: listed, never ranked. `state` is a plan's verdict on it."""
+    """A run without a result: listed, never ranked. `state` is a `records.State`, `reason` what a plan says of it."""
 
     id: str
     name: str

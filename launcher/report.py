@@ -13,6 +13,7 @@ from launcher.differences import SEED, Values, flat, swept_axes
 from launcher.noise import group_by_seed, judge_noise
 from launcher.report_page import render_page
 from launcher.report_table import print_report
+from launcher.track import track
 from launcher.verdict import judge
 from train.rundir import Record, RunDir, SweepDir, make_folder, read_json, write_bytes, write_text
 
@@ -40,7 +41,7 @@ def build_report(sweep_dir: SweepDir) -> Report:
         rows=rows,
         groups=groups,
         noise=judge_noise(groups, sweep=sweep_dir.path.name, commands=commands, seeds=seeds),
-        unfinished=tuple(_unfinished(run, points[run.id]) for run in runs if run.id not in finished),
+        unfinished=_unfinished(sweep_dir, [run for run in runs if run.id not in finished], points),
         curves=tuple(read_curve(run) for run in runs),
     )
 
@@ -82,10 +83,13 @@ def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, str]
     )
 
 
-def _unfinished(run: RunDir, point: Values) -> Unfinished:
-    """A run without a result, with the verdict that a plan has on it."""
-    judgement = judge(run, retry_failed=False)
-    return Unfinished(run.id, run.name, point, judgement.verdict.value, judgement.reason, judgement.step)
+def _unfinished(sweep_dir: SweepDir, runs: list[RunDir], points: dict[str, Values]) -> tuple[Unfinished, ...]:
+    """The runs without a result: their state now, and what a plan would say of them."""
+    reasons = {run.id: judge(run, retry_failed=False).reason for run in runs}
+    return tuple(
+        Unfinished(status.id, status.name, points[status.id], status.state.value, reasons[status.id], status.step)
+        for status in track(sweep_dir, runs)
+    )
 
 
 def _packs(sweep_dir: SweepDir) -> dict[str, str]:

@@ -90,7 +90,7 @@ function drawUnfinished() {
   const listed = doc.unfinished.filter((run) => state.passing.has(run.id));
   const lines = listed.map((run) => html("tr", { "data-run": run.id }, nameCell(run, html("span", { class: "name" }, run.name)),
     html("td", {}, html("span", { class: "state" }, run.state)), html("td", {}, String(run.step)), html("td", { class: "words" }, run.reason)));
-  const titles = ["run", "state", "from step", "reason"].map((title, index) => html("th", { scope: "col", class: ["run-cell", null, null, "words"][index] }, title));
+  const titles = ["run", "state", "step", "reason"].map((title, index) => html("th", { scope: "col", class: ["run-cell", null, null, "words"][index] }, title));
   byId("unfinished").replaceChildren(...(listed.length ? [html("h3", {}, "Without a result, not ranked"),
     html("div", { class: "scroll" }, html("table", {}, html("thead", {}, html("tr", {}, ...titles)), html("tbody", {}, ...lines)))] : []));
 }

@@ -104,8 +104,10 @@ def test_runs_without_a_result_are_listed_and_never_ranked(sweep: SyntheticSweep
     report = build_report(sweep.dir)
     assert [row.axes["lora.r"] for row in report.rows] == [8]
     states = {run.axes["lora.r"]: (run.state, run.reason) for run in report.unfinished}
+    assert {run.step for run in report.unfinished} == {30}
     assert states[16][0] == "failed"
     assert "diverged at step 30: loss is nan" in states[16][1]
+    assert states[32][0] == "stopped"
     assert "preempted" in states[32][1]
     assert {curve.run for curve in report.curves} == {run.id for run in report.runs}
 
