@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file, save
 
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
 from train.rundir import storage_errors, write_bytes
 from train.targets import ALL_LINEAR
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftLoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -59,6 +62,8 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def peft_config(lora: LoraConfig, model: ModelConfig, names: Sequence[str]) -> PeftLoraConfig:
     """`lora` over the modules `names`, as PEFT writes it; LoRA+ is a way of training, so PEFT has no field for it."""
+    from peft import LoraConfig as PeftLoraConfig  # slow, and reading an adapter does without
+
     config = PeftLoraConfig(
         base_model_name_or_path=model.source,
         revision=model.revision,

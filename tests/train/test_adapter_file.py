@@ -1,0 +1,105 @@
+"""Adapter files: stock PEFT loads them and computes what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_targets import CASES, lora
+from transformers import AutoModelForCausalLM
+
+from train.adapter_file import read_adapter, write_adapter
+from train.config import LoraConfig, ModelConfig
+from train.errors import BadInput
+from train.rundir import CacheDir
+from train.sources import linear_shapes
+from train.targets import adapted_modules
+
+Tiny = tuple[ModelConfig, CacheDir, Path]
+Tensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+
+
+def random_adapter(config: LoraConfig, folder: Path) -> Tensors:
+    """Both matrices far from zero, so that an adapter left out or scaled wrongly shows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = linear_shapes(folder)
+    return {
+        name: (
+            0.1 * torch.randn(target.r, shapes[name][1], generator=generator),
+            0.1 * torch.randn(shapes[name][0], target.r, generator=generator),
+        )
+        for name, target in adapted_modules(config, list(shapes)).items()
+    }
+
+
+@torch.no_grad()
+def logits_with(config: LoraConfig, adapter: Tensors, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base's logits, and those with scaling * B A added to its weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bare = model(TOKENS).logits
+    targets = adapted_modules(config, list(linear_shapes(folder)))
+    for name, (a, b) in adapter.items():
+        model.get_submodule(name).weight += targets[name].scaling * b @ a
+    return bare, model(TOKENS).logits
+
+
+@pytest.mark.parametrize("case", ["patterns", "layers", "rsLoRA", "all-linear", "regex"])
+@torch.no_grad()
+def test_stock_peft_computes_what_the_file_says(case: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    model, _, folder = tiny_model
+    config = lora(**CASES[case], lora_dropout=0.3, loraplus_lr_ratio=4.0)
+    adapter = random_adapter(config, folder)
+    write_adapter(tmp_path, config, model, adapter)
+    bare, expected = logits_with(config, adapter, folder)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)(TOKENS).logits
+    assert (expected - bare).abs().max() > 0.1
+    torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_written_is_read(tiny_model: Tiny, tmp_path: Path) -> None:
+    model, _, folder = tiny_model
+    config = lora(["q_proj", "down_proj"])
+    adapter = random_adapter(config, folder)
+    write_adapter(
+        tmp_path, config, model, {n: (a.double(), b.double().T.contiguous().T) for n, (a, b) in adapter.items()}
+    )
+    read = read_adapter(tmp_path)
+    assert read.keys() == adapter.keys()
+    for name, pair in adapter.items():
+        for ours, back in zip(pair, read[name], strict=True):
+            assert back.dtype == torch.float32
+            assert torch.equal(ours, back)
+
+
+def test_the_configuration_names_the_base(tmp_path: Path) -> None:
+    model = ModelConfig(name="m", source="org/name", revision="v1")
+    write_adapter(
+        tmp_path, lora("all-linear"), model, {"model.layers.0.mlp.up_proj": (torch.ones(8, 2), torch.ones(3, 8))}
+    )
+    written: dict[str, Any] = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = {
+        "base_model_name_or_path": "org/name",
+        "revision": "v1",
+        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "target_modules": ["up_proj"],  # spelled out for readers that do not know all-linear
+    }
+    assert expected.items() <= written.items()
+
+
+def test_targets_are_written_in_an_order_that_every_process_shares(tmp_path: Path) -> None:
+    names = ["v_proj", "q_proj", "up_proj", "k_proj", "o_proj", "down_proj", "gate_proj"]
+    write_adapter(tmp_path, lora(names), ModelConfig(name="m", source="a/b"), {})
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
+
+
+def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no adapter"):
+        read_adapter(tmp_path)

@@ -1,0 +1,173 @@
+"""Merging and chatting: the tuned model is base plus adapter, prompts are those of training."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from test_adapter_file import TOKENS, random_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from train.adapter_file import write_adapter
+from train.config import ModelConfig, RunConfig, parse_run_config
+from train.errors import BadInput
+from train.export import Chat, chat, main, merge_run, prompt_text
+from train.prompts import alpaca_prompt
+from train.rundir import CacheDir, RunDir, make_folder, write_folder, write_text
+from train.sources import model_fingerprint
+from train.staging import stage_model
+
+Tiny = tuple[ModelConfig, CacheDir, Path]
+
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}}
+
+
+def run_config(model: ModelConfig) -> RunConfig:
+    return parse_run_config(
+        {
+            "model": model.model_dump(),
+            "data": {"name": "d", "source": "builtin:tasks", "fingerprint": "d"},
+            "lora": LORA,
+            "quant": {"load_in_4bit": True},
+            "train": {"learning_rate": 1e-3, "batch_size": 1},
+        }
+    )
+
+
+def finished_run(path: Path, model: ModelConfig, model_dir: Path) -> RunDir:
+    """A run folder with a frozen configuration and an adapter that changes much."""
+    run, config = RunDir(make_folder(path)), run_config(model)
+    write_text(run.config, yaml.safe_dump(config.model_dump()))
+    with write_folder(run.adapter) as folder:
+        write_adapter(folder, config.lora, config.model, random_adapter(config.lora, model_dir))
+    return run
+
+
+@pytest.fixture
+def run(tiny_model: Tiny, tmp_path: Path) -> RunDir:
+    return finished_run(tmp_path / "run-1", tiny_model[0], tiny_model[2])
+
+
+@torch.no_grad()
+def test_the_merged_folder_is_the_tuned_model(run: RunDir, tiny_model: Tiny) -> None:
+    _, cache, base_dir = tiny_model
+    merged_dir = merge_run(run, cache)
+    assert merged_dir == run.merged
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), run.adapter)(TOKENS).logits
+    merged = AutoModelForCausalLM.from_pretrained(merged_dir)
+    torch.testing.assert_close(merged(TOKENS).logits, tuned, atol=1e-5, rtol=1e-5)
+    words = AutoTokenizer.from_pretrained(merged_dir)
+    assert words.chat_template == AutoTokenizer.from_pretrained(base_dir).chat_template
+    assert not (merged_dir / "adapter_config.json").exists()
+
+
+def test_a_16_bit_base_stays_16_bit_and_is_rounded_once(tiny_model: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model[2], dtype=torch.bfloat16)
+    base.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model[2]).save_pretrained(folder)
+    model = ModelConfig(name="own", source=str(folder))
+    model = model.model_copy(update={"fingerprint": model_fingerprint(model)})
+    run = finished_run(tmp_path / "run-1", model, folder)
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(wide, run.adapter).merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(merge_run(run, CacheDir(tmp_path / "cache"))).state_dict()
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert all(torch.equal(merged[name], expected[name].bfloat16()) for name in expected)
+
+
+def test_merging_again_replaces_the_folder(run: RunDir, tiny_model: Tiny) -> None:
+    merge_run(run, tiny_model[1])
+    (run.merged / "config.json").write_text("broken")
+    merge_run(run, tiny_model[1])
+    assert json.loads((run.merged / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_run_without_adapter_is_refused(run: RunDir, tiny_model: Tiny) -> None:
+    shutil.rmtree(run.adapter)
+    with pytest.raises(BadInput, match="no adapter"):
+        merge_run(run, tiny_model[1])
+    assert not run.merged.exists()
+
+
+def test_a_base_that_changed_since_training_is_refused(tiny_model: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model[2], tmp_path / "base"))
+    model = ModelConfig(name="own", source=str(folder))
+    model = model.model_copy(update={"fingerprint": model_fingerprint(model)})
+    run = finished_run(tmp_path / "run-1", model, folder)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(BadInput, match="not the one"):
+        merge_run(run, tiny_model[1])
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Tiny) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model[2])
+
+
+def test_prompts_are_written_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert prompt_text("Add 2 and 3.", tokenizer) == "<|im_start|>user\nAdd 2 and 3.<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer.chat_template = None
+    assert prompt_text("Add 2 and 3.", tokenizer) == alpaca_prompt("Add 2 and 3.", "")
+
+
+def test_an_answer_ends_with_the_token_that_training_teaches(tiny_model: Tiny) -> None:
+    """Base models often have another end-of-text token than the one that closes a turn of their chat template."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model[2])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model[2], eos_token="<|pad|>")
+    talk = Chat(model, tokenizer)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|pad|>"])
+    assert talk.model.generation_config.eos_token_id == sorted(ends)
+
+
+def taught_to_say(word: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make `model` say the letters of `word`, each once and in their order, then close: a chain from token to token."""
+    chain = [*tokenizer("\n").input_ids, *tokenizer(word).input_ids, tokenizer.eos_token_id]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    for token, following in itertools.pairwise(chain):
+        model.lm_head.weight.data[following] = 9 * model.model.embed_tokens.weight.data[token]
+
+
+def test_the_answer_is_streamed_and_stops(tiny_model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model[2])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model[2])
+    taught_to_say("42 km", model, tokenizer)
+    assert Chat(model, tokenizer).answer("How far?", stream=True) == "42 km"
+    assert capsys.readouterr().out == "42 km\n"
+
+
+def test_every_line_of_stdin_is_a_prompt(
+    run: RunDir, tiny_model: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.export.ANSWER_TOKENS", 4)
+    monkeypatch.setattr("sys.stdin", io.StringIO("One?\n\n  Two?"))
+    chat(run, tiny_model[1], None, as_json=True)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["One?", "Two?"]
+    assert all(answer.keys() == {"prompt", "answer"} for answer in answers)
+
+
+def test_the_command_prints_one_json_document(
+    run: RunDir, tiny_model: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.export.ANSWER_TOKENS", 4)
+    main(["chat", str(run.path), str(tiny_model[1].path), "-2 + 3 = ?", "--json"])
+    assert json.loads(capsys.readouterr().out)["prompt"] == "-2 + 3 = ?"
+    main(["merge", str(run.path), str(tiny_model[1].path), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"merged": str(run.merged)}
+
+
+def test_a_missing_base_is_made_again(run: RunDir, tmp_path: Path, tiny_model: Tiny) -> None:
+    cache = CacheDir(tmp_path / "other")
+    merge_run(run, cache)
+    assert stage_model(tiny_model[0], cache).is_relative_to(tmp_path / "other")
