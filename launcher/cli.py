@@ -11,6 +11,7 @@ import textwrap
 
 from launcher import verbs
 from launcher.arguments import PROGRAM, Verb, parse
+from launcher.freeze import SOURCE_DIR
 from train.errors import BadInput, LorapackError
 
 OVERRIDES = "[key=value ...]"
@@ -121,22 +122,32 @@ def _dispatch(arguments: list[str]) -> int:
 
 def program_help() -> str:
     """The table of verbs, and how to go on from there."""
-    lines = [f"  {name or '(none)':<8} {verb.summary}" for name, verb in VERBS.items()]
+    verbs_table = "\n".join(f"  {name or '(none)':<8} {verb.summary}" for name, verb in VERBS.items())
     return f"""usage: {PROGRAM} [VERB] [key=value ...]
 
 LoRA and QLoRA hyper-parameter sweeps, trained together over one copy of the base model.
 
 verbs:
-{chr(10).join(lines)}
+{verbs_table}
 
 '{PROGRAM} VERB -h' explains a verb. A SWEEP or RUN is a name, a unique part of one, or nothing for the newest.
 --json prints one JSON document and nothing else; --debug shows tracebacks.
+
+choices (any other key of the configuration can be given too, as in lora.r=32):
+{_choices()}
 
 examples:
   {PROGRAM} sweep=rank                        four LoRA ranks on a small model, on this machine
   {PROGRAM} plan sweep=rank model=llama2_7b   what that would take
   {PROGRAM} lora.r=8,16 train.max_steps=100   a sweep without a file
   {PROGRAM} status                            the newest sweep"""
+
+
+def _choices() -> str:
+    """A line per group of the configuration with the files in it."""
+    groups = sorted(folder for folder in (SOURCE_DIR / "conf").iterdir() if folder.is_dir())
+    names = {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
+    return "\n".join(f"  {group}={'|'.join(options)}" for group, options in names.items())
 
 
 def _unknown_verb(name: str) -> str:

@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from launcher.cluster import LocalJob, LocalQueue
 from launcher.jobs import runs_of_pack
-from launcher.logs import activity, complaint
-from launcher.progress import Progress, open_progress
+from launcher.logs import JobVoice, complaint
+from launcher.progress import open_progress
 from launcher.records import RunStatus, State
 from launcher.stopping import Interrupts, Stopper
 from launcher.track import track
@@ -23,13 +23,14 @@ EXPLAINED_BY_STDERR = {None, "crash", "out_of_memory"}  # the other causes come 
 
 def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
     """Show the jobs of the queue until all have ended, or until the user stopped them."""
-    board = _Board(queue, sweep)
+    board, voice = _Board(queue, sweep), JobVoice()
     stopper = Stopper(queue, interrupts, console.print)
     with open_progress(console) as progress:
         while queue.busy and not stopper.gives_up:
             ended = queue.advance()
-            board.update(queue.running + ended)
-            board.show(progress)
+            for job in queue.running + ended:
+                _repeat(voice.new_lines(job.pack), console)
+            progress.show(board.update(queue.running + ended))
             for job in ended:
                 _explain_failure(job, sweep, console)
             stopper.act()
@@ -43,21 +44,21 @@ class _Board:
 
     def __init__(self, queue: LocalQueue, sweep: SweepDir) -> None:
         self._sweep = sweep
-        self._packs = {
-            run.id: pack
-            for pack in [*(job.pack for job in queue.running), *queue.waiting]
-            for run in runs_of_pack(pack)
-        }
-        self._statuses = self._read([run for pack in set(self._packs.values()) for run in runs_of_pack(pack)])
+        packs = [*(job.pack for job in queue.running), *queue.waiting]
+        self._statuses = self._read([run for pack in packs for run in runs_of_pack(pack)])
 
-    def update(self, jobs: list[LocalJob]) -> None:
+    def update(self, jobs: list[LocalJob]) -> list[RunStatus]:
         self._statuses |= self._read([run for job in jobs for run in job.runs()])
-
-    def show(self, progress: Progress) -> None:
-        progress.show(list(self._statuses.values()), lambda status: activity(self._packs[status.id]))
+        return list(self._statuses.values())
 
     def _read(self, runs: list[RunDir]) -> dict[str, RunStatus]:
         return {status.id: status for status in track(self._sweep, runs)}
+
+
+def _repeat(lines: list[str], console: Console) -> None:
+    """Say what a job said."""
+    for line in lines:
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _explain_failure(job: LocalJob, sweep: SweepDir, console: Console) -> None:
@@ -88,6 +89,5 @@ def _show_log(pack: PackDir, console: Console, *, with_end: bool) -> None:
     lines, log = complaint(pack)
     if log is None:
         return
-    for line in lines if with_end else []:
-        console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    _repeat([f"  {line}" for line in lines] if with_end else [], console)
     console.print(f"its log is {log}", markup=False, highlight=False, soft_wrap=True)

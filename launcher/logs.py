@@ -1,4 +1,4 @@
-"""What jobs wrote to stdout and stderr: whole, followed, or the last lines."""
+"""What jobs wrote to stdout and stderr: whole, followed, line by line, or the last lines."""
 
 from __future__ import annotations
 
@@ -41,11 +41,23 @@ def last_lines(file: Path, count: int) -> list[str]:
         return log.read().decode(errors="replace").splitlines()[-count:]
 
 
-def activity(pack: PackDir) -> str:
-    """The last thing that the pack's job said, to show what it does before its first step."""
-    outputs = [file for file in log_files(pack) if file.suffix == ".out"]
-    lines = last_lines(outputs[-1], 1) if outputs else []
-    return lines[0] if lines else "starting"
+class JobVoice:
+    """What jobs say on stdout, line by line as it comes."""
+
+    def __init__(self) -> None:
+        self._read_bytes: dict[Path, int] = {}
+
+    def new_lines(self, pack: PackDir) -> list[str]:
+        """The whole lines of the pack's newest attempt that were not given before."""
+        outputs = [file for file in log_files(pack) if file.suffix == ".out"]
+        if not outputs:
+            return []
+        start = self._read_bytes.get(outputs[-1], 0)
+        with outputs[-1].open("rb") as log:
+            log.seek(start)
+            whole = log.read().rpartition(b"\n")[0]
+        self._read_bytes[outputs[-1]] = start + len(whole) + (1 if whole else 0)
+        return whole.decode(errors="replace").splitlines()
 
 
 def complaint(pack: PackDir, count: int = 12) -> tuple[list[str], Path | None]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -18,9 +17,8 @@ from launcher.units import number
 from launcher.view import left, state_text, steps, tally
 
 LINE_SECONDS = 10.0
+JUSTIFIED: tuple[JustifyMethod, ...] = ("right", "right", "left", "right", "right")  # the columns after the bar
 OVER = {State.DONE, State.FAILED, State.CANCELLED, State.STOPPED}
-
-Activity = Callable[[RunStatus], str]
 
 
 class TerminalProgress:
@@ -39,9 +37,9 @@ class TerminalProgress:
     ) -> None:
         self._live.stop()
 
-    def show(self, statuses: list[RunStatus], activity: Activity) -> None:
-        """Draw the present states; `activity` tells what the job of a run does before its first step."""
-        self._live.update(progress_table(statuses, activity), refresh=True)
+    def show(self, statuses: list[RunStatus]) -> None:
+        """Draw the present states."""
+        self._live.update(progress_table(statuses), refresh=True)
 
 
 class PlainProgress:
@@ -58,7 +56,7 @@ class PlainProgress:
     def __exit__(self, *_exc: object) -> None:
         return
 
-    def show(self, statuses: list[RunStatus], activity: Activity) -> None:
+    def show(self, statuses: list[RunStatus]) -> None:
         """Print what is due."""
         over = [status for status in statuses if status.state in OVER and status.id not in self._over]
         self._over |= {status.id for status in over}
@@ -67,7 +65,7 @@ class PlainProgress:
             self._printed_at = time.monotonic()
             running = [status for status in statuses if status.state is State.RUNNING]
         for status in over + running:
-            self._console.print(progress_line(status, activity), highlight=False, soft_wrap=True)
+            self._console.print(progress_line(status), highlight=False, soft_wrap=True)
 
 
 Progress = TerminalProgress | PlainProgress
@@ -78,41 +76,31 @@ def open_progress(console: Console) -> Progress:
     return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
 
 
-def progress_table(statuses: list[RunStatus], activity: Activity) -> RenderableType:
+def progress_table(statuses: list[RunStatus]) -> RenderableType:
     """A row per run that is not waiting, and a line that counts them all."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(min_width=10, max_width=30)
-    for _ in range(4):
-        table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
+    for justify in JUSTIFIED:
+        table.add_column(justify=justify, no_wrap=True)
     order = {State.RUNNING: 0, State.FAILED: 1}
     started = [status for status in statuses if status.state is not State.PENDING or len(statuses) == 1]
     for status in sorted(started, key=lambda status: order.get(status.state, 2)):
-        table.add_row(*_cells(status, activity))
+        table.add_row(*_cells(status))
     return Group(table, tally(statuses))
 
 
-def progress_line(status: RunStatus, activity: Activity) -> str:
+def progress_line(status: RunStatus) -> str:
     """``r8  running  12/60  loss 1.2345  321 tokens/s  41 s left``."""
     words = [escape(status.name), status.state.value]
-    if is_before_first_step(status):
-        return "  ".join([*words, escape(activity(status))])
     words += [steps(status), f"loss {number(status.loss, 4)}"]
     if status.state is State.RUNNING:
         words += [f"{number(status.tokens_per_second, 0)} tokens/s", f"{left(status)} left"]
     return "  ".join(words)
 
 
-def is_before_first_step(status: RunStatus) -> bool:
-    """Whether a live run has no step to show yet."""
-    return status.state in {State.RUNNING, State.PENDING} and status.step == 0
-
-
-def _cells(status: RunStatus, activity: Activity) -> list[RenderableType]:
+def _cells(status: RunStatus) -> list[RenderableType]:
     bar = ProgressBar(total=status.max_steps or 1, completed=status.step, width=None)
-    doing = state_text(status.state)
-    if is_before_first_step(status):
-        doing = f"[dim]{escape(activity(status)[:60])}[/]"
-    speed = f"{number(status.tokens_per_second, 0)} tok/s"
-    return [escape(status.name), bar, steps(status), f"loss {number(status.loss, 4)}", speed, left(status), doing]
+    loss, speed = f"loss {number(status.loss, 4)}", f"{number(status.tokens_per_second, 0)} tok/s"
+    # What a narrow window cuts off comes last.
+    return [escape(status.name), bar, steps(status), loss, state_text(status.state), left(status), speed]

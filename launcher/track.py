@@ -5,6 +5,7 @@ Truth order: ``result.json`` > lease and attempts > the job that was given the r
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -30,14 +31,20 @@ STATE_AFTER = {
 
 
 def track(sweep: SweepDir, runs: Iterable[RunDir] | None = None) -> list[RunStatus]:
-    """The status of `runs`, by default of every run of the sweep. Reads only the ends of journals."""
+    """The status of `runs`, by default of every run of the sweep, r8 before r16. Reads only the ends of journals."""
     jobs = newest_job_per_run(sweep)
-    return [_status(run, jobs.get(run.path.name)) for run in (sweep.runs() if runs is None else runs)]
+    listed = sorted(sweep.runs(), key=_natural_order) if runs is None else runs
+    return [_status(run, jobs.get(run.path.name)) for run in listed]
 
 
 def status_json(sweep: SweepDir, statuses: list[RunStatus]) -> dict[str, Any]:
     """The statuses as one JSON document."""
     return {"sweep": sweep.path.name, "runs": [asdict(status) for status in statuses]}
+
+
+def _natural_order(run: RunDir) -> list[tuple[int, str]]:
+    """Numbers in a name count as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", run.name)]
 
 
 def _status(run: RunDir, job: JobRecord | None) -> RunStatus:

@@ -50,9 +50,9 @@ def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> N
     """A line per run: where it is, how fast, and how it last ended."""
     columns = ("run", "state", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
     table = _table(*columns, title=title)
-    for status in statuses[:MOST_ROWS]:
+    for status, label in zip(statuses[:MOST_ROWS], labels(statuses), strict=False):
         table.add_row(
-            escape(status.name),
+            escape(label),
             state_text(status.state),
             steps(status),
             number(status.loss, 4),
@@ -75,6 +75,12 @@ def print_sweeps(rows: list[dict[str, Any]], root: str, console: Console) -> Non
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"]))
         table.add_row(escape(row["name"]), str(row["runs"]), str(row["done"]), when, f"{row['bytes'] / 1e6:,.1f} MB")
     console.print(table)
+
+
+def labels(statuses: list[RunStatus]) -> list[str]:
+    """What to call each run: its name, with the run id where another one has the same name."""
+    uses = Counter(status.name for status in statuses)
+    return [status.name if uses[status.name] == 1 else f"{status.name}-{status.id}" for status in statuses]
 
 
 def tally(statuses: list[RunStatus]) -> str:
