@@ -108,7 +108,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep, compared. `rows` are ranked, best first; `groups` likewise by their mean; `commands` made the sweep."""
+    """A sweep, compared. `rows` are ranked, best first; `groups` likewise by their mean; `curves` in the order of
+    `runs`; `commands` made the sweep, oldest first.
+    """
 
     sweep: str
     commands: tuple[str, ...]

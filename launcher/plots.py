@@ -33,10 +33,9 @@ def _loss_curves(report: Report) -> bytes:
     """Training and evaluation loss of the best runs over their steps."""
     figure = _figure(11.0)
     training, evaluation = figure.subplots(1, 2)
-    by_id = {curve.run: curve for curve in report.curves}
-    drawn = report.runs[:DRAWN_CURVES]
-    for index, run in enumerate(drawn):
-        curve, color = by_id[run.id], _color(report, run.axes, index)
+    drawn = list(zip(report.runs, report.curves, strict=True))[:DRAWN_CURVES]
+    for index, (run, curve) in enumerate(drawn):
+        color = _color(report, run.axes, index)
         label = _plain(axes_label(run.axes)) if index < LEGEND_ROWS else None
         training.plot(curve.steps, curve.losses, color=color, lw=1.3, label=label)
         evaluation.plot(curve.eval_steps, curve.eval_losses, color=color, lw=1.6, marker="o", ms=3)

@@ -32,6 +32,8 @@ def build_report(sweep_dir: SweepDir) -> Report:
     points = {run: {axis.key: config.get(axis.key) for axis in axes} for run, config in configs.items()}
     rows = _ranked(runs, points, _packs(sweep_dir))
     finished = {row.id for row in rows}
+    unfinished = _unfinished(sweep_dir, [run for run in runs if run.id not in finished], points)
+    folders, ranked = {run.id: run for run in runs}, [run.id for run in rows] + [run.id for run in unfinished]
     groups, commands = group_by_seed(rows), _commands(sweep_dir)
     seeds = sorted({config.get(SEED, 0) for config in configs.values()})
     return Report(
@@ -41,8 +43,8 @@ def build_report(sweep_dir: SweepDir) -> Report:
         rows=rows,
         groups=groups,
         noise=judge_noise(groups, sweep=sweep_dir.path.name, commands=commands, seeds=seeds),
-        unfinished=_unfinished(sweep_dir, [run for run in runs if run.id not in finished], points),
-        curves=tuple(read_curve(run) for run in runs),
+        unfinished=unfinished,
+        curves=tuple(read_curve(folders[run_id]) for run_id in ranked),
     )
 
 

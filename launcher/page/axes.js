@@ -1,22 +1,22 @@
 // Final evaluation loss against each swept axis: runs as points, the best configuration at each value as a line.
 const AXIS_HEIGHT = 280;
-let axisMarks = [];
+let axisFrames = [];
 
 function drawAxes() {
   const box = byId("axes");
-  axisMarks = [];
   const charts = doc.charts.filter((chart) => chart.points.length);
   box.hidden = !charts.length;
   box.replaceChildren(...charts.map((chart) => {
     const withSeeds = chart.best.some((best) => has(best.half_width));
     return html("div", { class: "card" }, html("div", { class: "head" }, html("h2", {}, `Eval loss by ${chart.axis}`)),
-      html("div", { class: "plot" }), html("p", { class: "caption" }, axisCaption(withSeeds)));
+      html("div", { class: "plot" }), html("p", { class: "caption" }, axisCaption(chart, withSeeds)));
   }));
-  charts.forEach((chart, index) => drawAxis(box.children[index].querySelector(".plot"), chart));
+  axisFrames = charts.map((chart, index) => drawAxis(box.children[index].querySelector(".plot"), chart));
   markAxes();
 }
 
-function axisCaption(withSeeds) {
+function axisCaption(chart, withSeeds) {
+  if (!chart.best.length) return "Points are runs that differ in their seed alone: their spread is the noise.";
   const others = doc.axes.filter((axis) => axis.key !== SEED).length > 1;
   const line = others ? "the best configuration at each value" : "the value's loss";
   return withSeeds
@@ -30,18 +30,20 @@ function drawAxis(box, chart) {
   const domain = extent([...chart.points.map(([, , loss]) => loss), ...ends], 0.1);
   const width = Math.max(280, box.clientWidth);
   const x = scale([0, 1], [PADDING.left + 28, width - PADDING.right - 28]);
-  const { plot, y } = frame(box, {
+  const drawn = frame(box, {
     height: AXIS_HEIGHT, domain, xLabel: chart.axis, yLabel: "final eval loss",
     label: `Final eval loss by ${chart.axis}. ${chart.best.map((best) => `${best.value}: ${fixed(4)(best.mean)}`).join(", ")}.`,
     yTicks: niceTicks(...domain, 5).map((value) => [value, tickText(value)]),
     xTicks: chart.ticks.map(([position, text]) => [x(position), text]),
   });
+  const { plot, marks, y } = drawn;
   const isWords = axisByKey.get(chart.axis).scale === "category";
-  const line = chart.best.map((best) => `${x(best.position).toFixed(1)},${y(best.mean).toFixed(1)}`).join("L");
-  plot.append(svg("path", { class: isWords ? "best-line words" : "best-line", d: `M${line}` }));
+  const line = chart.best.map((best) => `${x(best.position).toFixed(1)},${y(best.mean).toFixed(1)}`);
+  plot.append(svg("path", { class: isWords ? "best-line words" : "best-line", d: through(line) }));
   for (const best of chart.best) plot.append(svg("circle", { class: "best-dot", cx: x(best.position), cy: y(best.mean), r: 6.5 }));
-  for (const [id, position, loss] of points) plot.append(drawPoint(runById.get(id), x(position), y(loss), loss));
-  for (const best of chart.best) plot.append(...drawInterval(best, x(best.position), y));
+  marks.append(...points.map(([id, position, loss]) => drawPoint(runById.get(id), x(position), y(loss), loss)));
+  marks.append(...chart.best.flatMap((best) => drawInterval(best, x(best.position), y)));
+  return drawn;
 }
 
 function drawInterval(best, x, y) {
@@ -54,8 +56,7 @@ function drawInterval(best, x, y) {
 function drawPoint(run, cx, cy, loss) {
   const point = svg("circle", { class: "point", cx, cy, r: 4.5, fill: colour(run), "data-run": run.id });
   pointable(point, run, `${runLabel(run)}\neval loss ${fixed(4)(loss)}, rank ${run.rank}`);
-  axisMarks.push(point);
   return point;
 }
 
-const markAxes = () => markFocus(byId("axes"), axisMarks);
+const markAxes = () => axisFrames.forEach(lift);

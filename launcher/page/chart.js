@@ -22,7 +22,23 @@ function extent(values, air = 0.06) {
 
 const scale = ([low, high], [from, to]) => (value) => from + ((value - low) / (high - low)) * (to - from);
 
-/** An SVG with horizontal grid lines. `xTicks` are [pixel, label]; `domain` is that of the y axis. */
+/** Fill `box` with three layers: `plot` for the frame, `marks` for all runs, and `above` for the run that is pointed at.
+ *  Pointing dims the marks as a whole and copies a few of them: no other mark is drawn again, which counts at 500 runs. */
+function layered(box, plot, width, height) {
+  const layer = (name) => svg("svg", { class: name, viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
+  const [marks, above] = [layer("marks"), layer("above")];
+  box.replaceChildren(html("div", { class: "layers" }, plot, marks, above));
+  return { plot, marks, above };
+}
+
+/** Lift the marks of the run that is pointed at above those of all others. */
+function lift({ marks, above }) {
+  const chosen = state.focus === null ? [] : [...marks.querySelectorAll(`[data-run="${CSS.escape(state.focus)}"]`)];
+  marks.classList.toggle("dim", chosen.length > 0);
+  above.replaceChildren(...chosen.map((mark) => mark.cloneNode()));
+}
+
+/** A plot with horizontal grid lines. `xTicks` are [pixel, label]; `domain` is that of the y axis. */
 function frame(box, { height, label, domain, yTicks, xTicks, xLabel, yLabel, focusable = false }) {
   const width = Math.max(280, box.clientWidth);
   const y = scale(domain, [height - PADDING.bottom, PADDING.top]);
@@ -38,8 +54,7 @@ function frame(box, { height, label, domain, yTicks, xTicks, xLabel, yLabel, foc
   }
   plot.append(svg("text", { x: (PADDING.left + width - PADDING.right) / 2, y: height - 4, "text-anchor": "middle" }, xLabel),
     svg("text", { x: 13, y: (PADDING.top + floor) / 2, "text-anchor": "middle", transform: `rotate(-90 13 ${(PADDING.top + floor) / 2})` }, yLabel));
-  box.replaceChildren(plot);
-  return { plot, width, height, y };
+  return { ...layered(box, plot, width, height), y };
 }
 
 /** The ticks whose labels do not touch, at 7 pixels a letter. */
@@ -54,6 +69,9 @@ function apart(ticks) {
   }
   return kept;
 }
+
+/** The `d` of a path through points written as "x,y"; none through no points. */
+const through = (points) => (points.length ? `M${points.join("L")}` : null);
 
 const tickText = (value) => (Math.abs(value) >= 1e4 ? compact(value) : String(Number(value.toPrecision(4))));
 

@@ -29,12 +29,6 @@ function setFocus(id) {
   state.focus = id;
   listeners.focus.forEach((mark) => mark());
 }
-/** Give elements the class `focus` that belong to the run pointed at; `box` tells that one is. */
-function markFocus(box, elements) {
-  const focused = state.focus !== null && elements.some((element) => element.dataset.run === state.focus);
-  box.classList.toggle("focusing", focused);
-  for (const element of elements) element.classList.toggle("focus", element.dataset.run === state.focus);
-}
 
 // ---- elements; text goes in as text, never as HTML
 function fill(element, attributes, children) {

@@ -5,7 +5,7 @@ const curveBox = byId("curve-plot");
 const WIDE_RANGE = 2.5;
 const FEW_CURVES = 8;  // training curves of more runs are a carpet; their evaluations are not
 const curveView = { kind: firstKind(), logarithmic: isWide(doc.curves.runs.flatMap((curve) => curve.eval_losses)) };
-let curveLines = [];  // what is drawn: {run, kind, steps, losses, path}
+let curveLines = [];  // what is drawn: {run, kind, steps, losses}
 let curveFrame = null;
 let cursor = null;  // {line, index} of the point that the arrow keys stand on
 
@@ -37,15 +37,13 @@ function drawCurves() {
   const domain = extent(losses.map(level), 0.04);
   const steps = [0, curveLines.reduce((most, line) => Math.max(most, line.steps[line.steps.length - 1]), 1)];
   const x = scale(steps, [PADDING.left, Math.max(280, curveBox.clientWidth) - PADDING.right]);
-  const { plot, y } = frame(curveBox, {
+  const { plot, marks, above, y } = frame(curveBox, {
     height: CURVE_HEIGHT, domain, focusable: true, xLabel: "optimizer step", yLabel: "loss",
     label: `Loss over steps of ${new Set(curveLines.map((line) => line.run.id)).size} runs. Arrow keys left and right go along a curve, up and down to another run.`,
     yTicks: lossTicks(domain), xTicks: niceTicks(...steps, 8).map((step) => [x(step), tickText(step)]),
   });
-  curveFrame = { plot, x, y: (loss) => y(level(loss)), from: domain[0] };
-  for (const line of curveLines) plot.append(drawLine(line));
-  curveFrame.cursor = svg("g", { hidden: "" });
-  plot.append(curveFrame.cursor);
+  curveFrame = { plot, marks, above, x, y: (loss) => y(level(loss)) };
+  marks.append(...curveLines.map(drawLine));
   markCurves();
 }
 
@@ -63,11 +61,19 @@ function drawLine(line) {
   const drawable = line.losses.map((loss, index) => [line.steps[index], loss]).filter(([, loss]) => loss > 0 || !curveView.logarithmic);
   const points = drawable.map(([step, loss]) => `${curveFrame.x(step).toFixed(1)},${curveFrame.y(loss).toFixed(1)}`);
   const names = ["run", "curve", line.kind, curveView.kind === "training" ? "alone" : "", isRanked(line.run) ? "" : "unfinished"];
-  line.path = svg("path", { class: names.filter(Boolean).join(" "), d: `M${points.join("L")}`, stroke: colour(line.run), "data-run": line.run.id });
-  return line.path;
+  return svg("path", { class: names.filter(Boolean).join(" "), d: through(points), stroke: colour(line.run), "data-run": line.run.id });
 }
 
-const markCurves = () => markFocus(curveBox, curveLines.map((line) => line.path));
+function markCurves() {
+  lift(curveFrame);
+  if (cursor) curveFrame.above.append(...drawCursor(cursor));
+}
+
+function drawCursor({ line, index }) {
+  const [x, y] = [curveFrame.x(line.steps[index]), curveFrame.y(line.losses[index])];
+  return [svg("line", { class: "cursor", x1: x, x2: x, y1: PADDING.top, y2: CURVE_HEIGHT - PADDING.bottom }),
+    svg("circle", { cx: x, cy: y, r: 5, fill: colour(line.run) })];
+}
 
 // ---- which point is meant
 function nearestIndex(steps, step) {
@@ -93,17 +99,15 @@ function pointAt(x, y) {
 
 function standOn(point) {
   cursor = point;
-  if (!point) { curveFrame.cursor.setAttribute("hidden", ""); hideTip(); setFocus(null); return; }
+  setFocus(point ? point.line.run.id : null);
+  markCurves();
+  if (!point) return hideTip();
   const { line, index } = point;
   const [x, y] = [curveFrame.x(line.steps[index]), curveFrame.y(line.losses[index])];
-  curveFrame.cursor.removeAttribute("hidden");
-  curveFrame.cursor.replaceChildren(
-    svg("line", { class: "cursor", x1: x, x2: x, y1: PADDING.top, y2: CURVE_HEIGHT - PADDING.bottom }),
-    svg("circle", { cx: x, cy: y, r: 5, fill: colour(line.run) }));
-  setFocus(line.run.id);
   const bounds = curveFrame.plot.getBoundingClientRect();
   const step = Number(line.steps[index].toFixed(1));
   showTip(`${runLabel(line.run)}\nstep ${step}: ${line.kind} loss ${fixed(4)(line.losses[index])}`, bounds.left + x, bounds.top + y);
+  return undefined;
 }
 
 function walk(event) {
@@ -127,10 +131,12 @@ curveBox.addEventListener("pointerleave", () => standOn(null));
 curveBox.addEventListener("keydown", walk);
 curveBox.addEventListener("focusout", () => standOn(null));
 
-// ---- legend and controls
+// ---- legend and controls; of many runs it lists those that were on since the last choice of all, best or none
+const inLegend = new Set();
 function drawLegend() {
   const passing = runs.filter((run) => state.passing.has(run.id));
-  const listed = runs.length > MANY_CURVES ? passing.filter((run) => state.on.has(run.id)) : passing;
+  for (const id of state.on) inLegend.add(id);
+  const listed = runs.length > MANY_CURVES ? passing.filter((run) => inLegend.has(run.id)) : passing;
   byId("legend").replaceChildren(...listed.map((run) => {
     const button = html("button", { type: "button", "aria-pressed": String(state.on.has(run.id)), "data-run": run.id,
       onclick: () => { toggleRun(run); byId("legend").querySelector(`[data-run="${run.id}"]`)?.focus(); } }, swatch(run), runLabel(run));
@@ -140,7 +146,7 @@ function drawLegend() {
   }));
   const means = Math.max(1, ...doc.curves.runs.map((curve) => curve.steps_per_point));
   byId("curve-caption").textContent = [
-    means > 1 ? `Each point of a training curve is the mean of ${means} steps.` : "Each point of a training curve is one optimizer step.",
+    curveView.kind === "evaluation" ? "Loss on held-out rows." : means > 1 ? `Each point of a training curve is the mean of ${means} steps.` : "Each point of a training curve is one optimizer step.",
     curveView.kind === "both" ? "Thin: training; thick: evaluation on held-out rows." : "",
     doc.unfinished.length ? "Dashed: not finished." : "",
     runs.length > MANY_CURVES ? `${state.on.size} of ${runs.length} runs are on; the boxes in the table switch more on.` : "",
@@ -154,6 +160,7 @@ function toggleRun(run) {
 
 function switchOn(chosen) {
   state.on = new Set(chosen.map((run) => run.id));
+  inLegend.clear();
   redraw();
 }
 

@@ -87,6 +87,7 @@ addEventListener("resize", later(() => { if (innerWidth !== drawnWidth) { drawnW
 byId("sweep").textContent = doc.sweep;
 byId("subtitle").textContent = [`${runs.length} ${runs.length === 1 ? "run" : "runs"}`,
   doc.axes.length ? `over ${doc.axes.map((axis) => axis.key).join(", ")}` : ""].filter(Boolean).join(" ");
+if (doc.axes.length) byId("filter").placeholder = `Filter: ${shortKey(doc.axes[0].key)}=${doc.axes[0].labels[0]}`;
 colourChoice();
 curveControls();
 barControls();

@@ -6,7 +6,7 @@ const MEASURES = [
   { key: "eval_exact_match", title: "exact match", text: percent },
   { key: "eval_loss", title: "eval loss", text: fixed(3), reversed: true },
 ];
-let parallelLines = [];
+let parallelFrame = null;
 
 function columns() {
   const hyperparameters = doc.axes.filter((axis) => axis.key !== SEED);
@@ -37,17 +37,17 @@ function drawParallel() {
   const y = scale([0, 1], [PARALLEL_HEIGHT - 24, 46]);
   const plot = svg("svg", { viewBox: `0 0 ${width} ${PARALLEL_HEIGHT}`, height: PARALLEL_HEIGHT, role: "img",
     "aria-label": `Parallel coordinates of ${doc.rows.length} runs over ${all.map((column) => column.title).join(", ")}; the table of runs has the same numbers.` });
-  plot.style.minWidth = `${width}px`;
   const passing = doc.rows.filter((row) => state.passing.has(row.id)).reverse();  // the best one is drawn last, on top
-  parallelLines = passing.map((row) => {
+  const lines = passing.map((row) => {
     const points = all.map((column, index) => [x(index), y(column.place(row))]);
     const path = svg("path", { class: "run curve", d: smooth(points), stroke: colour(row), "data-run": row.id });
     pointable(path, row, `${runLabel(row)}\neval loss ${fixed(4)(row.eval_loss)}, rank ${row.rank}`);
     return path;
   });
+  parallelFrame = layered(box, plot, width, PARALLEL_HEIGHT);
+  plot.parentElement.style.minWidth = `${width}px`;
   // texts come last, so that they stay readable on the lines
-  plot.append(...parallelLines, ...all.flatMap((column, index) => drawColumn(column, x(index), y, index === all.length - 1)));
-  box.replaceChildren(plot);
+  parallelFrame.marks.append(...lines, ...all.flatMap((column, index) => drawColumn(column, x(index), y, index === all.length - 1)));
   markParallel();
 }
 
@@ -75,4 +75,4 @@ function smooth(points) {
   }, "");
 }
 
-const markParallel = () => markFocus(byId("parallel"), parallelLines);
+const markParallel = () => { if (parallelFrame) lift(parallelFrame); };

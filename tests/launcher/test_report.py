@@ -109,7 +109,7 @@ def test_runs_without_a_result_are_listed_and_never_ranked(sweep: SyntheticSweep
     assert "diverged at step 30: loss is nan" in states[16][1]
     assert states[32][0] == "stopped"
     assert "preempted" in states[32][1]
-    assert {curve.run for curve in report.curves} == {run.id for run in report.runs}
+    assert [curve.run for curve in report.curves] == [run.id for run in report.runs]
 
 
 def test_a_run_that_measured_no_eval_loss_comes_last(sweep: SyntheticSweep):
