@@ -77,7 +77,7 @@ def _nothing_to_train(plan: Plan, console: Console) -> int:
 
 def _stopped(sweep: Sweep, console: Console) -> int:
     print_statuses(track(sweep.dir), sweep.name, console)
-    console.print("Stopped. Go on from the checkpoints with the same command:")
+    console.print("Stopped. The same command goes on from the last checkpoint:")
     console.print(f"  {sweep.command}", markup=False, highlight=False, soft_wrap=True)
     return INTERRUPTED
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.freeze import SOURCE_DIR
 from train.config import RunConfig
-from train.errors import BadInput, LorapackError
+from train.errors import BadInput, LorapackError, StorageError
 from train.rundir import CacheDir
 from train.sources import staged_model
 from train.token_table import read_facts
@@ -35,7 +35,9 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
         return []
     answer = _ask({"cache": str(cache), "requests": requests})
     if not answer["ok"]:
-        raise (BadInput if answer["exit_code"] == BadInput.exit_code else LorapackError)(answer["message"])
+        # Before anything is started a full disk is for the user to mend, like any other input.
+        users = answer["exit_code"] == BadInput.exit_code or answer["error"] == StorageError.__name__
+        raise (BadInput if users else LorapackError)(answer["message"])
     facts: list[Facts] = answer["facts"]
     return facts
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from train.errors import LeaseHeld
+from train.errors import BadInput, LeaseHeld, StorageError
 from train.lease import Heartbeat, acquire, read_lease, release
 from train.rundir import SweepDir, make_folder
 
@@ -19,14 +19,16 @@ def sole_launcher(sweep: SweepDir) -> Iterator[None]:
 
     Raises:
         LeaseHeld: another live launcher has it.
-        StorageError: the folder cannot be made.
+        BadInput: the folder cannot be made.
     """
     fresh = not sweep.path.exists()
-    make_folder(sweep.path)
     try:
+        make_folder(sweep.path)
         lease = acquire(sweep, job="launcher", attempt=0)
     except LeaseHeld as exc:
         raise LeaseHeld(_who_has(sweep)) from exc
+    except StorageError as exc:  # before anything is started a full disk is for the user to mend, like any other input
+        raise BadInput(str(exc)) from exc
     try:
         with Heartbeat([sweep]):
             yield

@@ -1,6 +1,7 @@
 """Ctrl-C: the first asks the jobs to save and stop, the second kills them.
 
-Jobs do not hear the terminal's Ctrl-C themselves (see `cluster`), so that the launcher alone decides.
+A terminal's Ctrl-C reaches the jobs as well once their own handlers stand; until then they are deaf (see `cluster`). Asking by
+signal makes sure that it arrives, wherever the launcher's SIGINT came from.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def submit(plan: Plan) -> LocalQueue:
             _write_run(plan, run)
         packs = [_write_pack(plan, pack) for pack in plan.packs]
         _accept(plan)
-    except StorageError as exc:  # before a job is started a full disk is for the user to mend, like any other input
+    except StorageError as exc:  # as in `sole_launcher`: no job was started yet
         raise BadInput(str(exc)) from exc
     return open_queue(packs, code, sweep.cluster)
 

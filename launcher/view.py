@@ -47,25 +47,31 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> None:
-    """A line per run: where it is, how fast, and how it last ended."""
+    """A line per run: where it is, how fast, and how it last ended. A column that would be empty is left out."""
     columns = ("run", "state", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
-    table = _table(*columns, title=title)
-    for status, label in zip(statuses[:MOST_ROWS], labels(statuses), strict=False):
-        table.add_row(
-            escape(label),
-            state_text(status.state),
-            steps(status),
-            number(status.loss, 4),
-            number(status.tokens_per_second, 0),
-            left(status),
-            count(status.attempts),
-            status.cause or MISSING,
-            escape(status.job or MISSING),
-            escape(status.node or MISSING),
-        )
+    rows = [_status_cells(*pair) for pair in zip(statuses[:MOST_ROWS], labels(statuses), strict=False)]
+    told = [i for i in range(len(columns)) if any(row[i] != MISSING for row in rows)]
+    table = _table(*(columns[i] for i in told), title=title)
+    for row in rows:
+        table.add_row(*(row[i] for i in told))
     console.print(table)
     _say_left_out(len(statuses), console)
     console.print(tally(statuses))
+
+
+def _status_cells(status: RunStatus, label: str) -> list[str]:
+    return [
+        escape(label),
+        state_text(status.state),
+        steps(status),
+        number(status.loss, 4),
+        number(status.tokens_per_second, 0),
+        left(status),
+        count(status.attempts),
+        status.cause or MISSING,
+        escape(status.job or MISSING),
+        escape(status.node or MISSING),
+    ]
 
 
 def print_sweeps(rows: list[dict[str, Any]], root: str, console: Console) -> None:
@@ -135,7 +141,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
         "GPU-hours",
     }
     for name in columns:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != "reason")
     return table
 
 
