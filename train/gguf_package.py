@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.errors import BadInput, LorapackError
 from train.rundir import storage_errors
@@ -40,7 +40,16 @@ def save_gguf(gguf: Path, folder: Path) -> None:
     """Convert one GGUF file to an ordinary folder with bf16 safetensors and the tokenizer with its chat template."""
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    _name_special_tokens(tokenizer, dequantised.config)
     save_model(_unquantised_copy(dequantised), tokenizer, folder)
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give the tokenizer the model's own special tokens: some releases of transformers read the wrong ones from GGUF."""
+    for role in ("bos_token", "eos_token", "pad_token"):
+        token_id = getattr(config, f"{role}_id", None)
+        if token_id is not None:
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _unquantised_copy(model: PreTrainedModel) -> PreTrainedModel:

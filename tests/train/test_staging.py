@@ -228,7 +228,7 @@ def write_gguf(source: Path, path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    tokens[255] = "ab"  # a merge has to make a token, and GGUF cannot say that there are no merges
+    tokens[254:256] = ["ab", "aba"]  # a merge has to make a token, and GGUF cannot say that there are no merges
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -242,7 +242,8 @@ def write_gguf(source: Path, path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])  # 3: control, 1: normal
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab a"])
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
     writer.add_chat_template(CHAT_TEMPLATE)
