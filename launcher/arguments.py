@@ -21,13 +21,13 @@ class Request:
     json: bool = False
     follow: bool = False
 
-    def places(self, *, names: int = 1) -> tuple[list[str], Path, Path]:
-        """The words that are names, the root and the cache, for verbs that look at what exists.
+    def places(self, *, names: int = 1) -> tuple[list[str], Path, Path | None]:
+        """The words that are names, the root, and the cache if one is given, for verbs that look at what exists.
 
         Raises:
             BadInput: more than `names` names, or another ``key=value`` than root= and cache=.
         """
-        found = {"root": "runs", "cache": "cache"}
+        found = {"root": "runs", "cache": ""}
         rest = []
         for word in self.words:
             key, equals, value = word.partition("=")
@@ -37,7 +37,7 @@ class Request:
                 rest.append(word)
         _refuse_excess(rest, names)
         root, cache = (Path(found[key]).expanduser().absolute() for key in ("root", "cache"))
-        return rest, root, cache
+        return rest, root, cache if found["cache"] else None
 
 
 @dataclass(frozen=True)

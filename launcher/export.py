@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.prepare import train_environment
+from launcher.resume import frozen_cache
 from launcher.stopping import Interrupts
-from train.rundir import RunDir
+from train.rundir import RunDir, SweepDir
 
 
-def export(action: Literal["merge", "chat"], run: RunDir, cache: Path, *prompt: str, json_output: bool) -> int:
-    """Run ``train.export``; the exit code of the program. A Ctrl-C is that process's business."""
+def export(action: Literal["merge", "chat"], run: RunDir, cache: Path | None, *prompt: str, json_output: bool) -> int:
+    """Run ``train.export``; the exit code of the program. Without a `cache` the one of the training is used.
+
+    A Ctrl-C is that process's business.
+
+    Raises:
+        BadInput: the run's sweep holds no plan.
+    """
+    cache = cache or frozen_cache(SweepDir(run.path.parent))
     options = ["--json"] if json_output else []
     command = [sys.executable, "-m", "train.export", action, str(run.path), str(cache), *prompt, *options]
     with Interrupts().counted():

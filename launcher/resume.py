@@ -20,9 +20,7 @@ def frozen_sweep(sweep: SweepDir) -> Sweep:
     Raises:
         BadInput: no plan was ever accepted there.
     """
-    plans = [read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep)]
-    if not plans:
-        raise BadInput(f"{sweep.path} holds no accepted plan, so there is nothing to resume; start the sweep again.")
+    plans = _accepted_plans(sweep)
     newest = plans[-1]
     axes = {run["id"]: run["overrides"] for plan in plans for run in plan["runs"]}
     return Sweep(
@@ -34,6 +32,24 @@ def frozen_sweep(sweep: SweepDir) -> Sweep:
         tracking=parse_section(TrackingConfig, newest["tracking"], "tracking"),
         command=newest["command"],
     )
+
+
+def frozen_cache(sweep: SweepDir) -> Path:
+    """The cache that the sweep trained from.
+
+    Raises:
+        BadInput: no plan was ever accepted there.
+    """
+    return Path(_accepted_plans(sweep)[-1]["cache"])
+
+
+def _accepted_plans(sweep: SweepDir) -> list[dict[str, Any]]:
+    plans = [read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep)]
+    if not plans:
+        raise BadInput(
+            f"{sweep.path} holds no accepted plan, so nothing was ever trained there; start the sweep again."
+        )
+    return plans
 
 
 def _frozen_run(run: RunDir, axes: dict[str, dict[str, Any]]) -> Run:

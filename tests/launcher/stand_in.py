@@ -1,7 +1,7 @@
 """A launcher whose trainer is a stand-in: everything is real (jobs, leases, signals, journals) but torch and the model.
 
-`install` copies the project and replaces two modules: ``train/pack.py`` counts steps instead of computing them, and
-``train/prepare.py`` answers without fetching anything.
+`install` copies the project and replaces three modules: ``train/pack.py`` counts steps instead of computing them,
+``train/prepare.py`` answers without fetching anything, and ``train/export.py`` says what it was asked.
 """
 
 from __future__ import annotations
@@ -87,6 +87,15 @@ facts = [{"model_dir": "/model", "train_rows": 4000, "eval_rows": 100} for _ in 
 print(json.dumps({"ok": True, "facts": facts}))
 '''
 
+EXPORT = '''
+"""Stand-in: says what it was asked."""
+
+import json
+import sys
+
+print(json.dumps(sys.argv[1:]))
+'''
+
 SMALL = ["model=tiny", "train.max_steps=5"]
 
 
@@ -97,6 +106,7 @@ def install(folder: Path) -> Path:
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     (folder / "train" / "pack.py").write_text(PACK)
     (folder / "train" / "prepare.py").write_text(PREPARE)
+    (folder / "train" / "export.py").write_text(EXPORT)
     return folder
 
 

@@ -219,3 +219,16 @@ def test_logs_print_what_the_job_said(program: Program) -> None:
     assert "loading the stand-in" in printed
     assert printed.count("==> ") >= 1
     assert program("logs", "--follow").stdout == printed
+
+
+def test_merge_and_chat_find_the_run_and_the_cache_it_was_trained_from(program: Program) -> None:
+    assert program("lora.r=4,8", "cache=my_cache", *SMALL).returncode == 0
+    run = next(run for run in sweep_of(program).runs() if run.name == "r8")
+    cache = str(program.cwd / "my_cache")
+    assert json.loads(program("merge", "r8").stdout) == ["merge", str(run.path), cache]
+    assert json.loads(program("chat", "r8", "2+2=?", "cache=other").stdout)[2:] == [str(program.cwd / "other"), "2+2=?"]
+    newest = json.loads(program("chat", "how many?", "--json").stdout)
+    assert newest[2:] == [cache, "how many?", "--json"]
+    ambiguous = program("merge", "r")
+    assert ambiguous.returncode == 2
+    assert "r4-" in ambiguous.stderr
