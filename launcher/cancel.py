@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from launcher.records import RunStatus, State
-from launcher.track import track
+from launcher.track.tracker import track
 from train.rundir import RunDir, SweepDir, write_json
 
 STOPPABLE = {State.PENDING, State.RUNNING, State.UNKNOWN}

@@ -11,7 +11,7 @@ import textwrap
 
 from launcher import verbs
 from launcher.arguments import PROGRAM, Verb, parse
-from launcher.freeze import SOURCE_DIR
+from launcher.submit.freeze import SOURCE_DIR
 from train.errors import BadInput, LorapackError
 
 OVERRIDES = "[key=value ...]"

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from launcher.prepare import train_environment
 from launcher.resume import frozen_cache
 from launcher.stopping import Interrupts
+from launcher.submit.prepare import train_environment
 from train.rundir import RunDir, SweepDir
 
 

@@ -9,11 +9,11 @@ from rich.markup import escape
 
 from launcher.cluster import LocalJob, LocalQueue
 from launcher.jobs import runs_of_pack
-from launcher.logs import JobVoice, complaint
 from launcher.progress import open_progress
 from launcher.records import RunStatus, State
 from launcher.stopping import Interrupts, Stopper
-from launcher.track import track
+from launcher.track.logs import JobVoice, complaint
+from launcher.track.tracker import track
 from train.rundir import PackDir, RunDir, SweepDir, last_line
 
 TICK_SECONDS = 0.5

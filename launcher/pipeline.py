@@ -6,14 +6,14 @@ from rich.console import Console
 
 from launcher.cluster import explain_choice
 from launcher.follow import follow
-from launcher.plan import make_plan
-from launcher.prepare import prepare, unprepared
+from launcher.plan.planner import make_plan
 from launcher.records import Plan, State, Sweep, Verdict
-from launcher.report import print_report, write_report
-from launcher.sole import sole_launcher
+from launcher.report.writer import print_report, write_report
 from launcher.stopping import Interrupts
-from launcher.submit import submit
-from launcher.track import track
+from launcher.submit.prepare import prepare, unprepared
+from launcher.submit.sole import sole_launcher
+from launcher.submit.submission import submit
+from launcher.track.tracker import track
 from launcher.view import print_plan, print_statuses
 from train.rundir import SweepDir
 

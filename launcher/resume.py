@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
-from launcher.submit import plan_numbers
+from launcher.submit.submission import plan_numbers
 from train.config import parse_run_config, parse_section
 from train.errors import BadInput
 from train.rundir import RunDir, SweepDir, read_json

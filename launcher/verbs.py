@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 def train(request: Request) -> int:
     """No verb: compose, plan, train, report."""
-    from launcher.compose import compose
+    from launcher.compose.composer import compose
 
     return _train(compose(request.words), request)
 
 
 def resume(request: Request) -> int:
     """Train what is unfinished in a sweep, failed runs too."""
-    from launcher.find import find_sweep
     from launcher.resume import frozen_sweep
+    from launcher.track.find import find_sweep
 
     names, root, _ = request.places()
     return _train(frozen_sweep(find_sweep(root, *names or [""])), request, retry_failed=True)
@@ -34,8 +34,8 @@ def resume(request: Request) -> int:
 
 def plan(request: Request) -> int:
     """Show the plan, change nothing."""
-    from launcher.compose import compose
-    from launcher.plan import make_plan, plan_json
+    from launcher.compose.composer import compose
+    from launcher.plan.planner import make_plan, plan_json
     from launcher.view import print_plan
 
     made = make_plan(compose(request.words))
@@ -47,8 +47,8 @@ def plan(request: Request) -> int:
 
 def stage(request: Request) -> int:
     """Fill the cache."""
-    from launcher.compose import compose
-    from launcher.prepare import prepare
+    from launcher.compose.composer import compose
+    from launcher.submit.prepare import prepare
 
     sweep = compose(request.words)
     facts = prepare((run.config for run in sweep.runs), sweep.cache)
@@ -61,8 +61,8 @@ def stage(request: Request) -> int:
 
 def status(request: Request) -> int:
     """Where every run of a sweep is."""
-    from launcher.find import find_sweep
-    from launcher.track import status_json, track
+    from launcher.track.find import find_sweep
+    from launcher.track.tracker import status_json, track
     from launcher.view import print_statuses
 
     names, root, _ = request.places()
@@ -76,8 +76,8 @@ def status(request: Request) -> int:
 
 def list_sweeps(request: Request) -> int:
     """The sweeps below the root."""
-    from launcher.find import sweeps
-    from launcher.listing import sweep_facts
+    from launcher.track.find import sweeps
+    from launcher.track.listing import sweep_facts
     from launcher.view import print_sweeps
 
     _, root, _ = request.places(names=0)
@@ -90,8 +90,8 @@ def list_sweeps(request: Request) -> int:
 
 def logs(request: Request) -> int:
     """What the jobs of a run wrote."""
-    from launcher.find import find_run
-    from launcher.logs import read_logs
+    from launcher.track.find import find_run
+    from launcher.track.logs import read_logs
 
     names, root, _ = request.places()
     for text in read_logs(find_run(root, *names or [""]), follow=request.follow):
@@ -102,7 +102,7 @@ def logs(request: Request) -> int:
 def cancel(request: Request) -> int:
     """Stop runs in training."""
     from launcher.cancel import cancel_runs
-    from launcher.find import find_runs
+    from launcher.track.find import find_runs
     from launcher.view import print_statuses
 
     names, root, _ = request.places()
@@ -118,8 +118,8 @@ def cancel(request: Request) -> int:
 
 def report(request: Request) -> int:
     """Compare the runs of a sweep."""
-    from launcher.find import find_sweep
-    from launcher.report import print_report, report_json, write_report
+    from launcher.report.writer import print_report, report_json, write_report
+    from launcher.track.find import find_sweep
 
     names, root, _ = request.places()
     sweep = find_sweep(root, *names or [""])
@@ -134,7 +134,7 @@ def report(request: Request) -> int:
 def merge(request: Request) -> int:
     """Merge a run's adapter into its base."""
     from launcher.export import export
-    from launcher.find import find_run
+    from launcher.track.find import find_run
 
     names, root, cache = request.places()
     run = find_run(root, *names or [""], finished=True)
@@ -144,7 +144,7 @@ def merge(request: Request) -> int:
 def chat(request: Request) -> int:
     """Answer a prompt, or talk until the end of input."""
     from launcher.export import export
-    from launcher.find import find_run
+    from launcher.track.find import find_run
 
     words, root, cache = request.places(names=2)
     if len(words) == 1 and not re.fullmatch(r"[\w./-]+", words[0]):  # no run is called like that
@@ -156,7 +156,7 @@ def chat(request: Request) -> int:
 def _train(sweep: Sweep, request: Request, *, retry_failed: bool = False) -> int:
     """Train a sweep; with ``--json`` people read stderr, and stdout gets the comparison."""
     from launcher.pipeline import run_sweep
-    from launcher.report import build_report, report_json
+    from launcher.report.writer import build_report, report_json
 
     code = run_sweep(sweep, _console(to_stderr=request.json), retry_failed=retry_failed)
     if request.json:

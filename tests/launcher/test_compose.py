@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import compose
-from launcher.naming import MAX_RUN_NAME, run_name, source_name
+from launcher.compose.composer import compose
+from launcher.compose.naming import MAX_RUN_NAME, run_name, source_name
 from launcher.records import Sweep
 from train.config import NAME_PATTERN
 from train.errors import BadInput

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic_core import PydanticUndefined
 
-from launcher.compose import CONF_DIR, compose
+from launcher.compose.composer import CONF_DIR, compose
 from launcher.records import ClusterConfig, SweepConfig, TrackingConfig
 from train.config import RunConfig
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from launcher.devices import GIB, DeviceFacts, cpu_device, gpu_device, local_device
-from launcher.estimate import Correction, fits, forecast, memory_bytes, training_seconds
-from launcher.history import median_ratio
-from launcher.shapes import model_shape, staged_shape, typical_shape
-from launcher.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
+from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
+from launcher.estimate.devices import GIB, DeviceFacts, cpu_device, gpu_device, local_device
+from launcher.estimate.history import median_ratio
+from launcher.estimate.shapes import model_shape, staged_shape, typical_shape
+from launcher.estimate.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
 from train.errors import BadInput
 from train.rundir import CacheDir

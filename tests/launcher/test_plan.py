@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.compose import compose
-from launcher.devices import cpu_device
-from launcher.forecaster import Forecaster
-from launcher.packing import pack_runs
-from launcher.plan import make_plan, plan_json
+from launcher.compose.composer import compose
+from launcher.estimate.devices import cpu_device
+from launcher.estimate.forecaster import Forecaster
+from launcher.plan.packing import pack_runs
+from launcher.plan.planner import make_plan, plan_json
 from launcher.records import ClusterConfig, Run, Sweep, Verdict
 from train.config import ModelConfig
 from train.errors import BadInput
@@ -253,7 +253,7 @@ def test_the_json_contract(tmp_path: Path) -> None:
 
 def test_a_thousand_runs_are_planned_in_three_seconds_without_torch(tmp_path: Path) -> None:
     script = (
-        "import sys; from launcher.compose import compose; from launcher.plan import make_plan; "
+        "import sys; from launcher.compose.composer import compose; from launcher.plan.planner import make_plan; "
         "plan = make_plan(compose(sys.argv[1:])); "
         "print(len(plan.runs), len(plan.packs), *{'torch', 'transformers', 'datasets', 'wandb'} & sys.modules.keys())"
     )

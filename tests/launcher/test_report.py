@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
 
-from launcher.axis_charts import axis_charts
-from launcher.curves import MAX_POINTS, read_curve, thin
-from launcher.differences import flat, swept_axes
-from launcher.noise import T_95, more_seeds_command, t_95
-from launcher.report import build_report, print_report, report_json, write_report
+from launcher.report.axis_charts import axis_charts
+from launcher.report.curves import MAX_POINTS, read_curve, thin
+from launcher.report.differences import flat, swept_axes
+from launcher.report.noise import T_95, more_seeds_command, t_95
+from launcher.report.writer import build_report, print_report, report_json, write_report
 from train.rundir import append_lines, write_json
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -278,6 +278,6 @@ def test_markup_in_names_and_commands_is_printed_as_it_is(sweep: SyntheticSweep)
 
 def test_importing_the_report_loads_no_plotting_and_no_training_library():
     heavy = ("matplotlib", "torch", "transformers", "datasets", "wandb", "numpy")
-    code = f"import sys, launcher.report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, launcher.report.writer; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from synthetic_sweeps import SyntheticSweep
 
-from launcher.report import build_report, report_json
-from launcher.report_page import PAGE_DIR, SCRIPTS, embedded_json, page_document, render_page
+from launcher.report.html_page import PAGE_DIR, SCRIPTS, embedded_json, page_document, render_page
+from launcher.report.writer import build_report, report_json
 
 
 class Page(HTMLParser):

@@ -6,15 +6,15 @@ import pytest
 import yaml
 from stand_in import SMALL, install, wait_for
 
-import launcher.submit
-from launcher.compose import compose
+import launcher.submit.submission
+from launcher.compose.composer import compose
 from launcher.errors import ClusterError
-from launcher.freeze import freeze_code
-from launcher.plan import make_plan, plan_json
+from launcher.plan.planner import make_plan, plan_json
 from launcher.records import Plan, Verdict
 from launcher.resume import frozen_sweep
-from launcher.sole import sole_launcher
-from launcher.submit import submit
+from launcher.submit.freeze import freeze_code
+from launcher.submit.sole import sole_launcher
+from launcher.submit.submission import submit
 from train.config import parse_run_config
 from train.errors import BadInput, LeaseHeld
 from train.lease import acquire
@@ -33,7 +33,7 @@ def plan(tmp_path: Path) -> Plan:
 
 def run_to_end(plan: Plan, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submit with the stand-in as the frozen code, and wait for the jobs."""
-    monkeypatch.setattr(launcher.submit, "freeze_code", lambda _sweep: code)
+    monkeypatch.setattr(launcher.submit.submission, "freeze_code", lambda _sweep: code)
     queue = submit(plan)
     wait_for(lambda: queue.advance() is not None and not queue.busy)
 
@@ -98,7 +98,7 @@ def test_a_disk_that_refuses_leaves_no_sweep(plan: Plan, monkeypatch: pytest.Mon
         append_lines(full, [{"no": "space"}])
         return sweep.path
 
-    monkeypatch.setattr(launcher.submit, "freeze_code", freeze_to_full_disk)
+    monkeypatch.setattr(launcher.submit.submission, "freeze_code", freeze_to_full_disk)
     with pytest.raises(BadInput, match="disk is full"), sole_launcher(plan.sweep.dir):
         submit(plan)
     assert list(plan.sweep.root.iterdir()) == []

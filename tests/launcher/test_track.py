@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.find import find_run, find_runs, find_sweep
 from launcher.records import RunStatus, State
-from launcher.track import status_json, track
+from launcher.track.find import find_run, find_runs, find_sweep
+from launcher.track.tracker import status_json, track
 from train.attempts import attempt_line
 from train.errors import BadInput
 from train.lease import acquire

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.text import Text
 from stand_in import SMALL
 
-from launcher.compose import compose
-from launcher.plan import make_plan
+from launcher.compose.composer import compose
+from launcher.plan.planner import make_plan
 from launcher.progress import PlainProgress, TerminalProgress, open_progress, progress_table
 from launcher.records import RunStatus, State
 from launcher.view import MOST_ROWS, print_plan, print_statuses, print_sweeps

@@ -17,8 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher.axes import RUN_GROUPS, Point, flatten
-from launcher.overrides import Request
+from launcher.compose.axes import RUN_GROUPS, Point, flatten
+from launcher.compose.overrides import Request
 from launcher.records import SweepConfig
 from train.config import parse_section
 from train.errors import BadInput

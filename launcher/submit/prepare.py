@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launcher.freeze import SOURCE_DIR
+from launcher.submit.freeze import SOURCE_DIR
 from train.config import RunConfig
 from train.errors import BadInput, LorapackError, StorageError
 from train.rundir import CacheDir

@@ -8,9 +8,9 @@ import yaml
 
 from launcher.cluster import LocalQueue, open_queue
 from launcher.errors import ClusterError
-from launcher.freeze import freeze_code
-from launcher.plan import plan_json
+from launcher.plan.planner import plan_json
 from launcher.records import Pack, Plan, Run
+from launcher.submit.freeze import freeze_code
 from train.errors import BadInput, StorageError
 from train.rundir import PackDir, SweepDir, make_folder, write_json, write_text
 

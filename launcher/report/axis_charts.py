@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.comparison import Axis, Group, Report
-from launcher.differences import SEED, value_label
+from launcher.report.comparison import Axis, Group, Report
+from launcher.report.differences import SEED, value_label
 
 MIN_TICK_GAP = 0.07  # of the axis' length; closer labels would touch
 

@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.sources import linear_shapes, parameter_count, staged_model
-
 from train.config import ModelConfig
 from train.rundir import CacheDir
+from train.sources import linear_shapes, parameter_count, staged_model
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from launcher.devices import GIB, DeviceFacts
-from launcher.estimate import Correction, fits, forecast, memory_bytes, training_seconds
-from launcher.history import Measured, measured_packs, median_ratio
-from launcher.packing import BaseKey, base_key
+from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
+from launcher.estimate.devices import GIB, DeviceFacts
+from launcher.estimate.history import Measured, measured_packs, median_ratio
+from launcher.estimate.shapes import ModelShape, model_shape
+from launcher.estimate.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
+from launcher.plan.packing import BaseKey, base_key
 from launcher.records import Forecast, Run, Sweep
-from launcher.shapes import ModelShape, model_shape
-from launcher.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from train.rundir import CacheDir
 

@@ -8,8 +8,8 @@ import shlex
 import statistics
 from collections.abc import Sequence
 
-from launcher.comparison import Group, Noise, Row
-from launcher.differences import SEED, axes_label
+from launcher.report.comparison import Group, Noise, Row
+from launcher.report.differences import SEED, axes_label
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; above, the normal distribution's 1.96 is within 4 %.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.axis_charts import axis_charts
-from launcher.comparison import Curve, Report, report_json
-from launcher.differences import axes_label, value_label
+from launcher.report.axis_charts import axis_charts
+from launcher.report.comparison import Curve, Report, report_json
+from launcher.report.differences import axes_label, value_label
 
 PAGE_DIR = Path(__file__).parent / "page"
 # In the order in which they use each other; together they are one script.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.find import submitted_at
+from launcher.track.find import submitted_at
 from train.rundir import SweepDir
 
 

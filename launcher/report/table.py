@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.comparison import Report, Row
-from launcher.differences import axes_label, value_label
+from launcher.report.comparison import Report, Row
+from launcher.report.differences import axes_label, value_label
 from launcher.units import count, number, percent, seconds
 
 TOP_ROWS = 50

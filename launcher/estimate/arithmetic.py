@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.devices import GIB, DeviceFacts
+from launcher.estimate.devices import GIB, DeviceFacts
+from launcher.estimate.shapes import ModelShape
+from launcher.estimate.workload import Workload
 from launcher.records import Forecast
-from launcher.shapes import ModelShape
-from launcher.workload import Workload
 from train.config import RunConfig
 
 # NF4: 4 bit a weight, and an absmax per 64 weights: 32 bit, or 0.127 bit a weight after double quantisation (arXiv 2305.14314, 3).

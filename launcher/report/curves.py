@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.comparison import Curve
+from launcher.report.comparison import Curve
 from train.rundir import Record, RunDir
 
 MAX_POINTS = 400

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.comparison import Axis, AxisScale
+from launcher.report.comparison import Axis, AxisScale
 from train.config import HOW_KEYS
 
 Values = dict[str, Any]  # a flat configuration: full key -> value

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from launcher.devices import local_device
-from launcher.forecaster import Forecaster
-from launcher.packing import pack_id, pack_runs
+from launcher.estimate.devices import local_device
+from launcher.estimate.forecaster import Forecaster
+from launcher.estimate.workload import Workload
+from launcher.plan.packing import pack_id, pack_runs
+from launcher.plan.verdict import Judgement, judge
 from launcher.records import Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
-from launcher.verdict import Judgement, judge
-from launcher.workload import Workload
 
 LOCAL_PARTITION = "local"
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from launcher.axis_charts import AxisChart, axis_charts
-from launcher.comparison import Axis, Curve, Report
-from launcher.differences import SEED, axes_label
+from launcher.report.axis_charts import AxisChart, axis_charts
+from launcher.report.comparison import Axis, Curve, Report
+from launcher.report.differences import SEED, axes_label
 
 PIXELS_PER_INCH = 160
 LEGEND_ROWS = 12

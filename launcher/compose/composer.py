@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from train.sources import data_fingerprint, model_fingerprint
-
-from launcher.axes import RUN_GROUPS, Point, span
-from launcher.naming import run_name, source_name, sweep_name
-from launcher.overrides import Request, find_groups, read_overrides
+from launcher.compose.axes import RUN_GROUPS, Point, span
+from launcher.compose.naming import run_name, source_name, sweep_name
+from launcher.compose.overrides import Request, find_groups, read_overrides
+from launcher.compose.tree import Composer, Values, resolved
 from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
-from launcher.tree import Composer, Values, resolved
 from train.config import RunConfig, Section, check_name, parse_run_config, parse_section
 from train.errors import BadInput
 from train.rundir import refuse_shared_root
+from train.sources import data_fingerprint, model_fingerprint
 
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 class Places(Section):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train.rundir import SweepDir, make_folder, write_folder
 
-SOURCE_DIR = Path(__file__).resolve().parent.parent
+SOURCE_DIR = Path(__file__).resolve().parents[2]
 FROZEN = ("launcher", "train", "conf")
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.targets import trainable_parameters
-
-from launcher.shapes import ModelShape
+from launcher.estimate.shapes import ModelShape
 from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from train.errors import BadInput
 from train.reading import read_split
 from train.rows import AlpacaRow, Row
 from train.rundir import CacheDir
 from train.sources import data_path
+from train.targets import trainable_parameters
 from train.token_table import read_facts
 
 CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from launcher.devices import DeviceFacts
-from launcher.packing import BaseKey, base_key
+from launcher.estimate.devices import DeviceFacts
+from launcher.plan.packing import BaseKey, base_key
 from train.config import RunConfig, parse_run_config
 from train.rundir import PackDir, Record, RunDir, SweepDir, read_json
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import yaml
 
-from launcher.comparison import Report, Row, Unfinished, report_json
-from launcher.curves import read_curve
-from launcher.differences import SEED, Values, flat, swept_axes
-from launcher.noise import group_by_seed, judge_noise
-from launcher.report_page import render_page
-from launcher.report_table import print_report
-from launcher.track import track
-from launcher.verdict import judge
+from launcher.plan.verdict import judge
+from launcher.report.comparison import Report, Row, Unfinished, report_json
+from launcher.report.curves import read_curve
+from launcher.report.differences import SEED, Values, flat, swept_axes
+from launcher.report.html_page import render_page
+from launcher.report.noise import group_by_seed, judge_noise
+from launcher.report.table import print_report
+from launcher.track.tracker import track
 from train.rundir import Record, RunDir, SweepDir, make_folder, read_json, write_bytes, write_text
 
 __all__ = ["build_report", "print_report", "report_json", "write_report"]
@@ -54,7 +54,7 @@ def write_report(sweep_dir: SweepDir) -> Report:
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
-    from launcher.plots import draw_plots  # matplotlib takes half a second, and only this verb needs it
+    from launcher.report.plots import draw_plots  # matplotlib takes half a second, and only this verb needs it
 
     report = build_report(sweep_dir)
     write_text(sweep_dir.report, render_page(report))
