@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
 from launcher.submit.submission import plan_numbers
-from train.config import parse_run_config, parse_section
+from train.config import parse_section, read_run_config
 from train.errors import BadInput
 from train.rundir import RunDir, SweepDir, read_json
 
@@ -53,5 +51,5 @@ def _accepted_plans(sweep: SweepDir) -> list[dict[str, Any]]:
 
 
 def _frozen_run(run: RunDir, axes: dict[str, dict[str, Any]]) -> Run:
-    config = parse_run_config(yaml.safe_load(run.config.read_text()))
+    config = read_run_config(run.config)
     return Run(config, run.id, run.name, axes.get(run.id, {}))

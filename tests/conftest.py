@@ -18,7 +18,7 @@ from train.sources import model_fingerprint
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, CacheDir, Path]:
     """``builtin:tiny``, staged: its configuration with fingerprint, the cache that holds it, its folder."""
-    from train.staging import stage_model  # torch only for tests that ask for a model
+    from train.model.staging import stage_model  # torch only for tests that ask for a model
 
     cache = CacheDir(tmp_path_factory.mktemp("cache"))
     model = ModelConfig(name="tiny", source="builtin:tiny")

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from train.targets import adapted_modules
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from train.attempts import open_attempt
 from train.base import PackedBase, Residency, pack_model
 from train.config import QuantConfig, RunConfig, parse_run_config
+from train.data.token_table import TokenisedData, TokenTable
 from train.loop import PackLoop
 from train.pack import seat
 from train.rundir import RunDir, make_folder
 from train.session import RunSession
 from train.signals import StopFlag
-from train.token_table import TokenisedData, TokenTable
+from train.targets import adapted_modules
 
 VOCABULARY = 97
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from train.config import TrainConfig
-from train.token_table import TokenTable
+from train.data.token_table import TokenTable
 
 IGNORED_LABEL = -100
 MAX_LENGTH = 1 << 16  # of a sequence in tokens; a counter holds sequence and position

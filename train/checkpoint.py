@@ -80,13 +80,8 @@ def save_checkpoint(run: RunDir, checkpoint: Checkpoint) -> None:
         files = [file for file in (folder / TENSORS, folder / NUMBERS) if file.exists()]
         manifest = [{"name": f.name, "size": f.stat().st_size, "sha256": _sha256(f.read_bytes())} for f in files]
         write_json(folder / MANIFEST, manifest)
-    for old in checkpoint_steps(run)[:-KEPT]:
+    for old in run.checkpoint_steps()[:-KEPT]:
         shutil.rmtree(run.checkpoint(old))
-
-
-def checkpoint_steps(run: RunDir) -> list[int]:
-    """Steps that have a checkpoint folder, ascending; whether it is sound only `load_checkpoint` tells."""
-    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-????????"))
 
 
 def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
@@ -108,7 +103,7 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
 def sound_checkpoints(run: RunDir, warn: Callable[[str], None]) -> dict[int, Checkpoint]:
     """Every sound checkpoint by step; damaged ones are moved aside and named in a warning."""
     found: dict[int, Checkpoint] = {}
-    for step in checkpoint_steps(run):
+    for step in run.checkpoint_steps():
         checkpoint = load_checkpoint(run, step)
         if checkpoint is not None:
             found[step] = checkpoint

@@ -13,9 +13,9 @@ import torch
 
 from train.base import PackedBase
 from train.batches import IGNORED_LABEL, MicroBatch, cut, sequences_of
+from train.data.token_table import TokenTable
 from train.loss import sums_per_run, target_losses
 from train.signals import StopFlag
-from train.token_table import TokenTable
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from transformers import (
 
 from train.adapter_file import read_adapter
 from train.config import RunConfig, read_run_config
+from train.data.rendering import render
+from train.data.rows import AlpacaRow
 from train.errors import BadInput, LorapackError
-from train.rendering import render
-from train.rows import AlpacaRow
+from train.model.saving import save_model
+from train.model.staging import stage_model
 from train.rundir import CacheDir, RunDir, write_folder
-from train.saving import save_model
 from train.sources import model_fingerprint
-from train.staging import stage_model
 from train.targets import adapted_modules
 
 ANSWER_TOKENS = 128
@@ -112,7 +112,7 @@ class Chat:
 
 
 def prompt_text(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before the answer in training: all that `train.rendering` writes until the answer begins."""
+    """What stands before the answer in training: all that `train.data.rendering` writes until the answer begins."""
     rendered = render(AlpacaRow(instruction, "", "answer"), tokenizer)
     return rendered.text[: rendered.answers[0][0]]
 

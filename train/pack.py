@@ -8,24 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import AutoConfig
 
 from train.base import PackedBase, load_base
 from train.checkpoint import Checkpoint, common_step, sound_checkpoints
-from train.config import RunConfig, parse_run_config
-from train.data import load_tokenised
+from train.config import RunConfig, read_run_config
+from train.data.loading import load_tokenised
+from train.data.token_table import TokenisedData, tokens_key
+from train.errors import BadInput
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
+from train.model.staging import stage_model
 from train.rundir import CacheDir, Record, RunDir
 from train.seats import take_seats
 from train.session import RunSession
 from train.signals import StopFlag
-from train.sources import parameter_count
-from train.staging import stage_model
+from train.sources import data_fingerprint, model_fingerprint, parameter_count
 from train.targets import adapted_modules, parameter_line, trainable_parameters
-from train.token_table import TokenisedData, tokens_key
 
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
 
@@ -40,7 +40,9 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
         BadInput, StorageError: see the messages.
     """
     started = time.monotonic()
-    configs = [read_config(run) for run, _ in leases]
+    configs = [read_run_config(run.config) for run, _ in leases]
+    for config in configs:
+        refuse_changed_sources(config, CacheDir(cache))
     model_dir = stage_model(configs[0].model, CacheDir(cache))
     tables: dict[str, TokenisedData] = {}
     for config in configs:
@@ -59,9 +61,22 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
     seat(base, sessions, stop, micro_batch_tokens, say).run()
 
 
-def read_config(run: RunDir) -> RunConfig:
-    """The configuration that is frozen in a run folder."""
-    return parse_run_config(yaml.safe_load(run.config.read_text()))
+def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:
+    """A run's id promises what it learns from: refuse a model or data that changed on the disk since the run was planned.
+
+    Raises:
+        BadInput: naming what changed.
+    """
+    changed = (
+        [f"model.source={config.model.source}"] if model_fingerprint(config.model) != config.model.fingerprint else []
+    )
+    tokenised = cache.tokens(tokens_key(config.data, config.model)).exists()  # what was read then is still there
+    if not tokenised and data_fingerprint(config.data) != config.data.fingerprint:
+        changed.append(f"data.source={config.data.source}")
+    if changed:
+        raise BadInput(
+            f"{' and '.join(changed)} changed since this run was planned; run the same command again to plan anew."
+        )
 
 
 def seat(base: PackedBase, sessions: list[RunSession], stop: StopFlag, micro_batch_tokens: int, say: Say) -> PackLoop:

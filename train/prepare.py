@@ -68,8 +68,8 @@ def prepare(request: Json, cache: CacheDir) -> Json:
         BadInput: the model or the data cannot be used.
         StorageError: the cache cannot be written.
     """
-    from train.data import load_tokenised, summary  # heavy
-    from train.staging import stage_model
+    from train.data.loading import load_tokenised, summary  # heavy
+    from train.model.staging import stage_model
 
     model = parse_section(ModelConfig, request["model"], "model")
     data = parse_section(DataConfig, request["data"], "data")

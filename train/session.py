@@ -14,12 +14,12 @@ from train.adapter_file import write_adapter
 from train.attempts import attempt_line
 from train.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.config import RunConfig
+from train.data.token_table import TokenisedData
 from train.evaluation import Evaluation
 from train.lease import Lease, release
 from train.packed_lora import AdapterTensors
 from train.rundir import Record, RunDir, append_lines, read_lines, storage_errors, write_folder, write_json
 from train.targets import Target
-from train.token_table import TokenisedData
 
 RESULT_LOSS_SHARE = 0.1  # `train_loss` of the result is the mean over this share of the last steps
 

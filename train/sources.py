@@ -18,7 +18,7 @@ from typing import Literal
 
 from train.config import DataConfig, ModelConfig
 from train.errors import BadInput
-from train.model_folder import (
+from train.model.folder import (
     CONFIG,
     TOKENIZER_FILES,
     check_model_folder,

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from train.config import LoraConfig
 from train.errors import BadInput
-from train.model_folder import layer_index
+from train.model.folder import layer_index
 
 ALL_LINEAR = "all-linear"
 

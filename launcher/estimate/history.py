@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-import yaml
-
 from launcher.estimate.devices import DeviceFacts
 from launcher.plan.packing import BaseKey, base_key
-from train.config import RunConfig, parse_run_config
+from train.config import RunConfig, read_run_config
 from train.rundir import PackDir, Record, RunDir, SweepDir, read_json
 
 NEWEST_PACKS = 5
@@ -44,7 +42,7 @@ def _measured(sweep: SweepDir, pack: PackDir, device: DeviceFacts) -> Measured |
     results = [result for result in (read_json(run.result) for run in runs) if result is not None]
     if not results or len(results) < len(runs) or not all(_alike(result, device) for result in results):
         return None
-    configs = [parse_run_config(yaml.safe_load(run.config.read_text())) for run in runs]
+    configs = [read_run_config(run.config) for run in runs]
     seconds = max(result["seconds"] for result in results)
     return Measured(base_key(configs[0]), configs, seconds, max(result["peak_memory_gib"] for result in results))
 

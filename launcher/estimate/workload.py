@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from launcher.estimate.shapes import ModelShape
 from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from train.data.reading import read_split
+from train.data.rows import AlpacaRow, Row
+from train.data.token_table import read_facts
 from train.errors import BadInput
-from train.reading import read_split
-from train.rows import AlpacaRow, Row
 from train.rundir import CacheDir
 from train.sources import data_path
 from train.targets import trainable_parameters
-from train.token_table import read_facts
 
 CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
 TEMPLATE_TOKENS = 25  # a chat template's marks and system prompt

@@ -12,10 +12,10 @@ from typing import Any
 
 from launcher.submit.freeze import SOURCE_DIR
 from train.config import RunConfig
+from train.data.token_table import read_facts
 from train.errors import BadInput, LorapackError, StorageError
 from train.rundir import CacheDir
 from train.sources import staged_model
-from train.token_table import read_facts
 
 Facts = dict[str, Any]
 

@@ -12,16 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from train.config import DataConfig, ModelConfig, parse_section
-from train.data import load_tokenised, summary
+from train.data.loading import load_tokenised, summary
+from train.data.prompts import alpaca_prompt
+from train.data.reading import read_hub, read_split
+from train.data.rendering import render
+from train.data.rows import AlpacaRow, ChatRow, Row
+from train.data.token_table import TokenTable, read_facts, tokens_key
+from train.data.tokenising import IGNORED_LABEL, Tokeniser
 from train.errors import BadInput
-from train.prompts import alpaca_prompt
-from train.reading import read_hub, read_split
-from train.rendering import render
-from train.rows import AlpacaRow, ChatRow, Row
 from train.rundir import CacheDir, TokensDir
 from train.sources import data_fingerprint
-from train.token_table import TokenTable, read_facts, tokens_key
-from train.tokenising import IGNORED_LABEL, Tokeniser
 
 MODEL = ModelConfig(name="test", source="test", fingerprint="test")
 CHAT_ML = (

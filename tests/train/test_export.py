@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train.adapter_file import write_adapter
 from train.config import ModelConfig, RunConfig, parse_run_config
+from train.data.prompts import alpaca_prompt
 from train.errors import BadInput
 from train.export import Chat, chat, main, merge_run, prompt_text
-from train.prompts import alpaca_prompt
+from train.model.staging import stage_model
 from train.rundir import CacheDir, RunDir, make_folder, write_folder, write_text
 from train.sources import model_fingerprint
-from train.staging import stage_model
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -15,6 +15,7 @@ import yaml
 
 from train.config import DataConfig, ModelConfig, parse_run_config
 from train.rundir import CacheDir, RunDir, make_folder, read_json, read_lines, write_json, write_text
+from train.sources import data_fingerprint
 
 MakePack = Callable[..., Path]
 
@@ -23,8 +24,10 @@ MakePack = Callable[..., Path]
 def make_pack(tmp_path: Path, tiny_model: tuple[ModelConfig, CacheDir, Path]) -> MakePack:
     """Write the folders of a pack of two runs over builtin:tiny, and return the pack's file."""
     model, cache, _ = tiny_model
-    rows = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(40)]
+    rows = [{"instruction": f"Say {i} in {tmp_path}.", "input": "", "output": str(i)} for i in range(40)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    data = DataConfig(name="rows", source=str(tmp_path / "rows.json"), eval_rows=5)
 
     def make(**train: Any) -> Path:
         names = []
@@ -32,9 +35,7 @@ def make_pack(tmp_path: Path, tiny_model: tuple[ModelConfig, CacheDir, Path]) ->
             config = parse_run_config(
                 {
                     "model": model.model_dump(),
-                    "data": DataConfig(
-                        name="rows", source=str(tmp_path / "rows.json"), eval_rows=5, fingerprint="rows"
-                    ).model_dump(),
+                    "data": data.model_copy(update={"fingerprint": data_fingerprint(data)}).model_dump(),
                     "lora": {"r": r, "lora_alpha": 8.0, "target_modules": ["q_proj"]},
                     "quant": {"load_in_4bit": True},
                     "train": {"learning_rate": 1e-3, "batch_size": 2, "max_steps": 3, "save_steps": 2} | train,
@@ -141,11 +142,12 @@ def test_a_cancelled_run_leaves_and_the_others_go_on(make_pack: MakePack) -> Non
     assert causes(pack) == [["cancelled"], ["preempted"]]
 
 
-def test_bad_input_found_on_the_node_is_named_as_such(make_pack: MakePack, tmp_path: Path) -> None:
+def test_data_that_changed_since_the_plan_are_refused(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack()
-    (tmp_path / "rows.json").write_text("[")
+    (tmp_path / "rows.json").write_text('[{"instruction": "Say 1.", "output": "2"}]')
     out, _ = run_job(pack)
     assert "ended: bad_input" in out
+    assert "rows.json changed since this run was planned" in out
     assert causes(pack) == [["bad_input"], ["bad_input"]]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from train.config import DataConfig, ModelConfig
+from train.data.token_table import read_facts
 from train.rundir import CacheDir
 from train.sources import data_fingerprint, model_fingerprint
-from train.token_table import read_facts
 
 TINY = ModelConfig(name="tiny", source="builtin:tiny")
 MODEL = TINY.model_copy(update={"fingerprint": model_fingerprint(TINY)})

@@ -13,8 +13,8 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, get_scheduler
 
 from train.batches import rows_of_step
 from train.config import QuantConfig, RunConfig
+from train.data.token_table import TokenisedData
 from train.rundir import read_lines
-from train.token_table import TokenisedData
 
 STEPS = 10
 CONFIGS = [

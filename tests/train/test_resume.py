@@ -11,7 +11,7 @@ import packs
 import pytest
 import torch
 
-from train.checkpoint import checkpoint_steps, load_checkpoint, sound_checkpoints
+from train.checkpoint import load_checkpoint, sound_checkpoints
 from train.rundir import RunDir, read_lines
 from train.signals import StopFlag, Stopped
 
@@ -108,7 +108,7 @@ def stopped_run(tmp_path: Path) -> RunDir:
         loop.run()
     loop.sessions[0].end("preempted", "SIGTERM")
     run = packs.run_dirs(tmp_path)[0]
-    assert checkpoint_steps(run) == [7, 9]
+    assert run.checkpoint_steps() == [7, 9]
     return run
 
 

@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from train.data.row_files import read_rows
+from train.data.rows import AlpacaRow, ChatRow, EmptyAnswer, parse_row
 from train.errors import BadInput
-from train.row_files import read_rows
-from train.rows import AlpacaRow, ChatRow, EmptyAnswer, parse_row
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -146,8 +146,8 @@ def test_an_empty_answer_can_be_told_from_a_malformed_row() -> None:
 def test_reading_imports_nothing_heavy(tmp_path: Path) -> None:
     path = jsonl(tmp_path, GOOD)
     code = f"""
-import sys, pathlib, train.row_files
-train.row_files.read_rows(pathlib.Path({str(path)!r}), "auto")
+import sys, pathlib, train.data.row_files
+train.data.row_files.read_rows(pathlib.Path({str(path)!r}), "auto")
 print(sorted({{"torch", "transformers", "datasets", "pyarrow", "numpy"}} & set(sys.modules)))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -17,14 +17,14 @@ import torch
 from huggingface_hub.errors import RevisionNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train import staging
 from train.config import ModelConfig
 from train.errors import BadInput, StorageError
+from train.model import staging
+from train.model.saving import save_model
+from train.model.staging import stage_model
+from train.model.tiny import CHAT_TEMPLATE, save_tiny_model
 from train.rundir import CacheDir
-from train.saving import save_model
 from train.sources import model_key
-from train.staging import stage_model
-from train.tiny_model import CHAT_TEMPLATE, save_tiny_model
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from train.data.rows import COLUMNS_HELP, Format, Row, parse_row
 from train.errors import BadInput
-from train.rows import COLUMNS_HELP, Format, Row, parse_row
 
 BLANKS = re.compile(r"\s*")
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from train.config import DataConfig, ModelConfig
-from train.reading import read_split
+from train.data.reading import read_split
+from train.data.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, tokens_key, write_tokenised
+from train.data.tokenising import Tokeniser
 from train.rundir import CacheDir
-from train.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, tokens_key, write_tokenised
-from train.tokenising import Tokeniser
 
 __all__ = ["TokenTable", "TokenisedData", "load_tokenised", "summary", "tokens_key"]
 

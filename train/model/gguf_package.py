@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.errors import BadInput, LorapackError
+from train.model.saving import save_model
 from train.rundir import storage_errors
-from train.saving import save_model
 
 SAVED_DTYPE = torch.bfloat16  # GGUF's blocks of a few bits carry no more digits than that
 PIP_ERROR = re.compile(r"^ERROR: (.*)$", re.MULTILINE)

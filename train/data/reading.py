@@ -10,9 +10,9 @@ from collections import Counter
 import numpy as np
 
 from train.config import DataConfig
+from train.data.row_files import read_rows
+from train.data.rows import EmptyAnswer, Row, parse_row
 from train.errors import BadInput
-from train.row_files import read_rows
-from train.rows import EmptyAnswer, Row, parse_row
 from train.sources import data_path
 
 Dropped = Counter[str]

@@ -19,11 +19,11 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
-from train.gguf_package import save_packaged_model
-from train.model_folder import check_model_folder
+from train.model.folder import check_model_folder
+from train.model.gguf_package import save_packaged_model
+from train.model.tiny import save_tiny_model
 from train.rundir import CacheDir, make_folder, storage_errors, write_folder
 from train.sources import DEFAULT_REVISION, model_key, source_kind, staged_model
-from train.tiny_model import save_tiny_model
 
 # Only the folder's own level: repositories keep other formats of the same weights in folders below.
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.config import DataConfig
+from train.data.rendering import Rendered, render
+from train.data.rows import Row
+from train.data.token_table import IGNORED_LABEL, TokenTable
 from train.errors import BadInput
-from train.rendering import Rendered, render
-from train.rows import Row
-from train.token_table import IGNORED_LABEL, TokenTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

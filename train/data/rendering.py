@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from train.data.prompts import alpaca_prompt, user_content
+from train.data.rows import AlpacaRow, ChatRow, Row
 from train.errors import BadInput
-from train.prompts import alpaca_prompt, user_content
-from train.rows import AlpacaRow, ChatRow, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
