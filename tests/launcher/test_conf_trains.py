@@ -1,0 +1,98 @@
+"""Every YAML in conf/ is composed and trained for one step, each run of each sweep, by the real trainer.
+
+Two stand-ins, where the real thing is out of reach without a hub: a 7B model is a random one of its own architecture (2 layers of
+64), and a data set of the hub is a small file in the same form.
+"""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+
+from launcher.compose.composer import CONF_DIR, compose
+from launcher.records import Sweep
+from train.config import ModelConfig
+from train.job import PackJob
+from train.rundir import CacheDir, make_folder, read_json, write_json, write_text
+from train.signals import STOP_SIGNALS
+
+Tiny = tuple[ModelConfig, CacheDir, Path]
+
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF_DIR.glob("*/*.yaml"))]
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
+    "llama2_7b": LlamaConfig,
+    "llama3_8b": LlamaConfig,
+    "mistral_7b": MistralConfig,
+    "qwen2_5_7b": Qwen2Config,
+    "own": LlamaConfig,
+}
+QUICK = ["train.max_steps=1", "train.batch_size=2", "data.train_rows=8", "data.eval_rows=4"]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A job sets its own signal handlers; in this process they are pytest's again afterwards."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def small_model(architecture: type[PretrainedConfig], tokenizer: Path, folder: Path) -> Path:
+    """A random model of an architecture, with the tiny model's tokenizer."""
+    AutoModelForCausalLM.from_config(architecture(**SMALL)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def rows_file(folder: Path) -> Path:
+    file = folder / "rows.json"
+    file.write_text(json.dumps([{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(30)]))
+    return file
+
+
+def overrides(group: str, option: str, folder: Path, tiny: Path) -> list[str]:
+    chosen = [f"{group}={option}", *QUICK]
+    if group == "model" and option in ARCHITECTURES:
+        chosen.append(f"model.source={small_model(ARCHITECTURES[option], tiny, folder / option)}")
+    elif group != "model":
+        chosen.append("model=tiny")
+    if group == "data" and option in {"alpaca", "file"}:
+        chosen.append(f"data.source={rows_file(folder)}")
+    return chosen
+
+
+def train_here(sweep: Sweep, folder: Path) -> None:
+    """Train the runs of a sweep as one job, in this process."""
+    for run in sweep.runs:
+        make_folder(sweep.run_dir(run).path)
+        write_text(sweep.run_dir(run).config, yaml.safe_dump(run.config.model_dump()))
+    pack = folder / "pack.json"
+    names = [run.folder for run in sweep.runs]
+    write_json(pack, {"id": "p", "sweep_dir": str(sweep.dir.path), "cache": str(sweep.cache), "runs": names})
+    assert PackJob(str(pack))() == "done"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_trains_a_step(group: str, option: str, tmp_path: Path, tiny_model: Tiny) -> None:
+    _, cache, tiny = tiny_model
+    words = overrides(group, option, tmp_path, tiny)
+    sweep = compose([*words, f"root={tmp_path}/runs", f"cache={cache.path}"])
+    train_here(sweep, tmp_path)
+    for run in sweep.runs:
+        result = read_json(sweep.run_dir(run).result)
+        assert result["steps"] == 1
+        assert result["run_id"] == run.id
