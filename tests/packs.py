@@ -38,7 +38,7 @@ def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
         max_position_embeddings=128,
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         for (
