@@ -22,6 +22,7 @@ from train.targets import adapted_modules
 
 VOCABULARY = 97
 CPU = torch.device("cpu")
+DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 
@@ -49,9 +50,12 @@ def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
 
 
 def tiny_base(
-    dtype: torch.dtype = torch.float64, quant: QuantConfig = SIXTEEN_BIT, residency: Residency = "resident"
+    dtype: torch.dtype = torch.float64,
+    quant: QuantConfig = SIXTEEN_BIT,
+    residency: Residency = "resident",
+    device: torch.device = CPU,
 ) -> PackedBase:
-    return pack_model(tiny_llama(dtype), quant, CPU, residency, longest=64)
+    return pack_model(tiny_llama(dtype), quant, device, residency, longest=64)
 
 
 def random_table(rows: int, seed: int, longest: int = 24) -> TokenTable:

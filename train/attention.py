@@ -65,8 +65,11 @@ def packed_attention(
     current: CurrentBatch = module.current_batch  # type: ignore[assignment]  # attached by train.base
     batch = current.require()
     q, k, v = (_Pad.apply(x[0].transpose(0, 1), batch.attention).transpose(1, 2) for x in (query, key, value))
+    if q.device.type == "cpu":
+        # In half precision torch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).to(query.dtype)
     return _Unpad.apply(out.transpose(1, 2), batch.attention, batch.total).unsqueeze(0), None
 
 

@@ -49,8 +49,19 @@ def target_losses(
         if weights is not None:
             logits.sub_(log_normaliser[:, None]).exp_()  # the softmax, in place
             logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
-            gradients.append(logits.mul_(weights[chunk, None]).to(hidden.dtype) @ head)
+            gradients.append(_times_head(logits.mul_(weights[chunk, None]).to(hidden.dtype), head))
     return TargetLosses(torch.cat(losses), torch.cat(correct), torch.cat(gradients) if gradients else None)
+
+
+def _times_head(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """[N, vocabulary] x [vocabulary, dim] -> [N, dim], where a row that is not finite stays alone.
+
+    Measured with torch 2.11 on a CPU with AMX in bfloat16: with an odd inner dimension the last value of a row is taken together
+    with the first one of the next row times zero, and a NaN there enters this row. So an odd vocabulary gives its last word apart.
+    """
+    even = len(head) // 2 * 2
+    product = gradient[:, :even] @ head[:even]
+    return product if even == len(head) else product.addcmul_(gradient[:, even:], head[even:])
 
 
 def sums_per_run(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

@@ -13,9 +13,10 @@ def largest_relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-300))
 
 
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 90], ids=["whole", "cut"])
-def test_each_run_equals_itself_alone(tmp_path: Path, micro_batch_tokens: int) -> None:
-    base = packs.tiny_base()
+def test_each_run_equals_itself_alone(tmp_path: Path, micro_batch_tokens: int, device: torch.device) -> None:
+    base = packs.tiny_base(device=device)
     pack = packs.train(tmp_path / "pack", base, packs.DIVERSE, micro_batch_tokens=micro_batch_tokens)
     for row, config in enumerate(packs.DIVERSE):
         alone = packs.train(tmp_path / f"alone{row}", base, [config])
@@ -39,9 +40,12 @@ def test_training_moves_every_adapter_tensor(tmp_path: Path) -> None:
         assert all(float(b.norm()) > 1e-3 for _, b in session.final.values())
 
 
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_diverging_run_leaves_the_others_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    base = packs.tiny_base(dtype)
+def test_a_diverging_run_leaves_the_others_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, device: torch.device
+) -> None:
+    base = packs.tiny_base(dtype, device=device)
     healthy = packs.train(tmp_path / "healthy", base, packs.DIVERSE)
     loop = packs.make_loop(tmp_path / "ill", base, packs.DIVERSE)
     sessions: list[packs.Recording] = list(loop.sessions)  # type: ignore[arg-type]
@@ -61,8 +65,9 @@ def test_a_diverging_run_leaves_the_others_bit_for_bit(tmp_path: Path, dtype: to
                 assert all(torch.equal(*both) for both in zip(pair, sessions[row].final[name], strict=True))
 
 
-def test_a_run_that_overflows_float16_skips_its_step_alone(tmp_path: Path) -> None:
-    base = packs.tiny_base(torch.float16)
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_a_run_that_overflows_float16_skips_its_step_alone(tmp_path: Path, device: torch.device) -> None:
+    base = packs.tiny_base(torch.float16, device=device)
     configs = [packs.run_config(train={"seed": seed, "max_steps": 4, "eval_steps": 0}) for seed in range(3)]
     packs.train(tmp_path / "healthy", base, configs)
     loop = packs.make_loop(tmp_path / "overflow", base, configs)
