@@ -130,7 +130,7 @@ def make_loop(
         run = RunDir(make_folder(folder / f"run{i}-x"))
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
-            sessions.append(Recording(run, config, data, targets, open_attempt(run), "cpu"))
+            sessions.append(Recording(run, config, data, targets, open_attempt(run)))
     return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None)
 
 

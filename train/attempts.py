@@ -7,10 +7,13 @@ lost its node cannot write its line; the next attempt finds the dead lease and w
 from __future__ import annotations
 
 import os
+import sys
 import time
 
+from train.errors import BadInput, LorapackError, StorageError
 from train.lease import Lease, acquire, read_lease
 from train.rundir import Record, RunDir, append_lines, last_line, read_lines
+from train.signals import Stopped
 
 
 def open_attempt(run: RunDir) -> Lease:
@@ -26,7 +29,8 @@ def open_attempt(run: RunDir) -> Lease:
     if lost and dead is not None:
         detail = f"process {dead.pid} on {dead.host} was killed or its node was lost"
         append_lines(
-            run.attempts, [attempt_line(dead, "node_fail", detail, None, last_step(run), ended=dead.heartbeat)]
+            run.attempts,
+            [attempt_line(dead, "node_fail", detail, None, last_step(run), ended=dead.heartbeat, device="unknown")],
         )
     return lease
 
@@ -39,7 +43,7 @@ def attempt_line(
     last_step: int,
     *,
     ended: float | None = None,
-    device: str = "",
+    device: str,
 ) -> Record:
     """The line of one ended attempt; times in Unix seconds, `first_step` None where nobody knows."""
     ended = time.time() if ended is None else ended
@@ -59,6 +63,24 @@ def attempt_line(
     }
 
 
+def cause_of(error: Exception) -> tuple[str, str]:
+    """The cause of an attempt that ended by `error`, and the detail for its line."""
+    detail = str(error) if isinstance(error, Stopped | LorapackError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, Stopped):
+        return "preempted", detail
+    if isinstance(error, BadInput):
+        return "bad_input", detail
+    if isinstance(error, StorageError):
+        return "storage", detail
+    return ("out_of_memory" if _is_out_of_memory(error) else "crash"), detail
+
+
+def device_in_use() -> str:
+    """The GPU that this process computes on, or cpu; torch is not imported for the question."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_initialized() else "cpu"
+
+
 def last_step(run: RunDir) -> int:
     """The last step that the journal speaks of."""
     line = last_line(run.journal)
@@ -76,3 +98,9 @@ def job_id() -> str:
 def restart_count() -> int:
     """How often Slurm has requeued this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's words for it and Python's; torch is not imported for the question."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

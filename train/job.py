@@ -11,8 +11,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.attempts import attempt_line, last_step, open_attempt
-from train.errors import BadInput, LeaseHeld, LorapackError, StorageError
+from train.attempts import attempt_line, cause_of, device_in_use, last_step, open_attempt
+from train.errors import LeaseHeld, StorageError
 from train.lease import Heartbeat, Lease, release
 from train.rundir import RunDir, append_lines, read_json
 from train.signals import StopFlag, Stopped
@@ -69,48 +69,32 @@ def _train(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag) -> s
         from train.pack import train_pack
 
         train_pack(leases, cache, stop, say)
-    except Stopped as exc:
-        return _end(leases, "preempted", str(exc))
-    except BadInput as exc:
-        return _end(leases, "bad_input", str(exc), exc)
-    except StorageError as exc:
-        return _end(leases, "storage", str(exc), exc)
-    except LorapackError as exc:
-        return _end(leases, "crash", str(exc), exc)
     except Exception as exc:
-        cause = "out_of_memory" if _is_out_of_memory(exc) else "crash"
-        return _end(leases, cause, f"{type(exc).__name__}: {exc}", exc)
+        if not isinstance(exc, Stopped):
+            traceback.print_exception(exc, file=sys.stderr)
+        cause, detail = cause_of(exc)
+        say(f"ended: {cause}: {detail}")
+        for run, lease in leases:
+            _end_unseated(run, lease, cause, detail)
+        return cause
     return "done"
 
 
-def _end(leases: list[tuple[RunDir, Lease]], cause: str, detail: str, error: Exception | None = None) -> str:
-    """Write the cause to every run that has no ending of its own yet."""
-    if error is not None:
-        traceback.print_exception(error, file=sys.stderr)
-    say(f"ended: {cause}: {detail}")
-    for run, lease in leases:
-        if not _still_ours(run, lease):
-            continue
-        try:
-            append_lines(run.attempts, [attempt_line(lease, cause, detail, None, last_step(run))])
-        except StorageError as exc:
-            say(str(exc))
-        release(run, lease)
-    return cause
+def _end_unseated(run: RunDir, lease: Lease, cause: str, detail: str) -> None:
+    """Write the cause to a run that never came to train, or whose session could not write its own."""
+    if not _still_ours(run, lease):
+        return
+    try:
+        step = last_step(run)
+        append_lines(run.attempts, [attempt_line(lease, cause, detail, step, step, device=device_in_use())])
+    except StorageError as exc:
+        say(str(exc))
+    release(run, lease)
 
 
 def _still_ours(run: RunDir, lease: Lease) -> bool:
     held = read_json(run.lease)
     return held is not None and held["token"] == lease.token
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch's and Python's words for it; torch is not imported for the question."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def main() -> None:

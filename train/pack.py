@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from train.attempts import cause_of
 from train.base import PackedBase, load_base
 from train.checkpoint import Checkpoint, common_step, sound_checkpoints
 from train.config import RunConfig, read_run_config
@@ -55,10 +56,16 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
     stop.check()
     say(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
-        RunSession(run, config, table, adapted_modules(config.lora, list(base.shapes)), lease, device_name(base.device))
+        RunSession(run, config, table, adapted_modules(config.lora, list(base.shapes)), lease)
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
-    seat(base, sessions, stop, micro_batch_tokens, say).run()
+    loop = seat(base, sessions, stop, micro_batch_tokens, say)
+    try:
+        loop.run()
+    except Exception as exc:
+        for session in loop.sessions:
+            session.end(*cause_of(exc))
+        raise
 
 
 def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 
 from train.adapter_file import write_adapter
-from train.attempts import attempt_line
+from train.attempts import attempt_line, device_in_use
 from train.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.config import RunConfig
 from train.data.token_table import TokenisedData
@@ -36,10 +36,10 @@ class RunSession:
     """
 
     def __init__(
-        self, run: RunDir, config: RunConfig, data: TokenisedData, targets: dict[str, Target], lease: Lease, device: str
+        self, run: RunDir, config: RunConfig, data: TokenisedData, targets: dict[str, Target], lease: Lease
     ) -> None:
         self.dir, self.config, self.data, self.targets = run, config, data, targets
-        self.lease, self.device = lease, device
+        self.lease = lease
         self.row = -1
         self.total_steps = config.train.total_steps(len(data.train))
         self.step = self.tokens = 0
@@ -142,9 +142,8 @@ class RunSession:
 
     def end(self, cause: str, detail: str | None) -> None:
         """Write the attempt's line and give the run folder back."""
-        append_lines(
-            self.dir.attempts, [attempt_line(self.lease, cause, detail, self.first_step, self.step, device=self.device)]
-        )
+        line = attempt_line(self.lease, cause, detail, self.first_step, self.step, device=device_in_use())
+        append_lines(self.dir.attempts, [line])
         release(self.dir, self.lease)
 
     def _result(self, facts: Record) -> Record:
