@@ -88,16 +88,18 @@ def last_step(run: RunDir) -> int:
 
 
 def job_id() -> str:
-    """The id of the job that this process belongs to, as its user knows it."""
+    """The id of the job that this process belongs to, as its user knows it; a local job may run inside a Slurm allocation."""
+    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
+        return os.environ["SUBMITIT_LOCAL_JOB_ID"]
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     if array and task:
         return f"{array}_{task}"
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
+    return os.environ.get("SLURM_JOB_ID") or str(os.getpid())
 
 
 def restart_count() -> int:
     """How often Slurm has requeued this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return 0 if "SUBMITIT_LOCAL_JOB_ID" in os.environ else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

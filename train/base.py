@@ -186,6 +186,10 @@ def pack_model(
         BadInput: see `load_base`.
     """
     refuse_unsupported(model.config, longest)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise BadInput(
+            f"the output layer of {model.config.model_type!r} has a bias, which is not computed here; choose another model."
+        )
     model.requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
     current = CurrentBatch()

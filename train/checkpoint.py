@@ -85,7 +85,7 @@ def save_checkpoint(run: RunDir, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
-    """The checkpoint of `step`, or None if it does not match its manifest."""
+    """The checkpoint of `step`, or None if it does not match its manifest, or the journal does not reach it."""
     folder = run.checkpoint(step)
     try:
         contents = {}
@@ -95,6 +95,8 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
                 return None
             contents[entry["name"]] = content
         progress = Progress(**json.loads(contents[NUMBERS]))
+        if run.journal.stat().st_size < progress.journal_bytes:
+            return None
         return Checkpoint(progress, load(contents[TENSORS]) if TENSORS in contents else {})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None

@@ -35,7 +35,7 @@ class PackJob:
         leases = _take(todo)
         if not leases:
             return "nothing to train"
-        with Heartbeat([run for run, _ in leases]):
+        with Heartbeat(leases):
             return _train(leases, Path(pack["cache"]), stop)
 
 

@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from train.errors import LeaseHeld
-from train.rundir import storage_errors
+from train.rundir import storage_errors, sync_folder
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
@@ -62,7 +63,7 @@ def read_lease(run: Leased) -> Lease | None:
     try:
         values = json.loads(run.lease.read_bytes())
         return Lease(**values | {"heartbeat": run.lease.stat().st_mtime})
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, TypeError):  # a power cut can leave an empty file
         return None
 
 
@@ -85,8 +86,7 @@ def acquire(run: Leased, *, job: str, attempt: int) -> Lease:
                 f"{run.path.name} is being trained by process {held.pid} on {held.host} (job {held.job}); "
                 "wait for it, or stop it with 'python -m launcher cancel'."
             )
-        if held is not None:
-            _retire(run.lease, held.token)
+        _retire(run.lease, held.token if held is not None else _token(run.lease))
 
 
 def release(run: Leased, lease: Lease) -> None:
@@ -97,10 +97,14 @@ def release(run: Leased, lease: Lease) -> None:
 
 
 class Heartbeat:
-    """A thread that keeps leases fresh, also while the main thread loads a model or saves for minutes."""
+    """A thread that keeps leases fresh, also while the main thread loads a model or saves for minutes.
 
-    def __init__(self, runs: Sequence[Leased]) -> None:
-        self._paths = [run.lease for run in runs]
+    A process that finds its lease in other hands was taken for dead (its node lost the network for long, say). It must not write
+    another byte, so it ends at once; the new owner goes on from the last checkpoint.
+    """
+
+    def __init__(self, held: Sequence[tuple[Leased, Lease]]) -> None:
+        self._held = [(folder.lease, lease.token) for folder, lease in held]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -114,11 +118,13 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            for path in self._paths:
-                try:
+            for path, token in self._held:
+                owner = _token(path)
+                if owner not in (None, token):
+                    print(f"{path}: another process owns this folder now; ending without another write", flush=True)
+                    os._exit(1)
+                with suppress(OSError):  # released, or a passing fault of the file system: the next beat may reach it
                     os.utime(path)
-                except FileNotFoundError:  # the run is done and its lease released
-                    continue
 
 
 def process_started(pid: int) -> int | None:
@@ -138,6 +144,7 @@ def _create(path: Path, lease: Lease) -> bool:
     beside = path.with_name(f".{path.name}.{lease.token}.tmp")
     with storage_errors(path):
         beside.write_text(json.dumps({key: value for key, value in asdict(lease).items() if key != "heartbeat"}))
+        sync_folder(beside)
         try:
             os.link(beside, path)
         except FileExistsError:
@@ -147,13 +154,21 @@ def _create(path: Path, lease: Lease) -> bool:
     return True
 
 
-def _retire(path: Path, dead_token: str) -> None:
-    """Move a dead lease away; of several processes that try, one rename wins and the others find nothing."""
+def _retire(path: Path, dead_token: str | None) -> None:
+    """Move a dead or unreadable lease away; of several processes that try, one rename wins and the others find nothing."""
     grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}.dead")
     try:
         os.rename(path, grave)
-        if json.loads(grave.read_bytes())["token"] != dead_token:  # somebody took over between our look and our rename
+        if _token(grave) != dead_token:  # somebody took over between our look and our rename
             os.link(grave, path)
         grave.unlink()
     except (FileNotFoundError, FileExistsError):
         return
+
+
+def _token(path: Path) -> str | None:
+    """Whose lease a file is, None if nobody's who can be read."""
+    try:
+        return str(json.loads(path.read_bytes())["token"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

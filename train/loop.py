@@ -9,6 +9,7 @@ very batches it would have computed. Signals only set a flag, which is looked at
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import torch
 
@@ -16,6 +17,7 @@ from train.base import PackedBase
 from train.batches import MicroBatch, Sequence, cut, rows_of_step, sequences_of
 from train.checkpoint import Checkpoint, optimizer_numbers, run_tensors
 from train.dropout import step_key
+from train.errors import StorageError
 from train.evaluation import evaluate, evaluate_untrained
 from train.loss import sums_per_run, target_losses
 from train.optim import scheduled_learning_rate
@@ -75,6 +77,9 @@ class PackLoop:
             self.recorder.flush(self.sessions)
             self._save_all()
             raise
+        except StorageError:
+            self._save_what_can_be_saved()
+            raise
 
     # The chapters of the loop
 
@@ -92,6 +97,9 @@ class PackLoop:
         for session in self.sessions:
             if session.row in found:
                 session.note_evaluation(found[session.row])
+            if session.diverged is not None:
+                self.optimizer.alive[session.row] = False
+        self.recorder.flush(self.sessions)  # nothing is pending: the next pace counts from here
         self._tick()
 
     def _save_due(self) -> None:
@@ -112,7 +120,7 @@ class PackLoop:
                 facts = self.facts | {"peak_memory_gib": peak_memory_gib(self.base.device)}
                 session.complete(self.adapters.tensors(session.row), facts)
             else:
-                session.end("diverged", session.diverged)
+                session.end_diverged()
         self._leave(over)
 
     def _train_step(self) -> None:
@@ -200,6 +208,12 @@ class PackLoop:
     def _save_all(self) -> None:
         for session in self.sessions:
             session.save(self._state(session))
+
+    def _save_what_can_be_saved(self) -> None:
+        """One run's folder may be gone or full while the others' are fine."""
+        for session in self.sessions:
+            with suppress(StorageError):
+                session.save(self._state(session))
 
     def _state(self, session: RunSession) -> Checkpoint:
         """A copy of everything that the run needs to go on."""

@@ -15,7 +15,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,19 +265,39 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def append_lines(path: Path, records: list[Record]) -> None:
-    """Append one JSON line per record in a single write, and flush it to the disk.
+    """Append one JSON line per record, and flush them to the disk: all of them, or none if the disk refuses.
+
+    A torn line that a killed writer left at the end is cut off first.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
-    text = "".join(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n" for record in records)
+    content = "".join(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n" for record in records).encode()
     with storage_errors(path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
+            end = _whole_lines(handle)
+            try:
+                while content:
+                    content = content[os.write(handle, content) :]
+                os.fsync(handle)
+            except OSError:
+                with suppress(OSError):  # a device cannot be cut; the first error counts
+                    os.ftruncate(handle, end)
+                raise
         finally:
             os.close(handle)
+
+
+def _whole_lines(handle: int, tail_bytes: int = 1 << 16) -> int:
+    """Cut a torn last line off an open file; its length then."""
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return size
+    start = max(0, size - tail_bytes)
+    end = start + os.pread(handle, tail_bytes, start).rfind(b"\n") + 1
+    os.ftruncate(handle, end)
+    return end
 
 
 def read_json(path: Path) -> Any:
@@ -372,6 +392,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only; choose another root= or cache=",
         errno.EACCES: "you may not write there; choose another root= or cache=",
         errno.EIO: "the disk answers with errors; ask the administrator",
+        errno.ENOENT: "its folder is gone; run the same command again to make it anew",
         errno.ESTALE: "the network file system lost the folder; try again",
     }
     try:

@@ -49,6 +49,7 @@ class RunSession:
         self.best_eval_loss: float | None = None
         self.best_eval_step: int | None = None
         self.diverged: str | None = None
+        self.diverged_step = 0
         self.first_step = 0
 
     @property
@@ -79,6 +80,8 @@ class RunSession:
         """Go on from a checkpoint: what the journal says of later steps will be said again, so it is cut off."""
         progress = checkpoint.progress
         with storage_errors(self.dir.journal):
+            for newer in [step for step in self.dir.checkpoint_steps() if step > progress.step]:
+                shutil.rmtree(self.dir.checkpoint(newer))  # its journal is about to be cut off
             os.truncate(self.dir.journal, progress.journal_bytes)
         self.step = self.saved_step = self.first_step = progress.step
         self.tokens, self.seconds, self.gpu_seconds = progress.tokens, progress.seconds, progress.gpu_seconds
@@ -99,6 +102,9 @@ class RunSession:
         self.evaluated_step = self.step
         if self.diverged is not None:
             return
+        if not math.isfinite(evaluation.loss):
+            self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
+            return
         self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
             self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
@@ -106,7 +112,7 @@ class RunSession:
     def note_divergence(self, step: int, reason: str) -> None:
         """Write the last line of a run that diverged."""
         self.note([{"step": step, "diverged": reason}])
-        self.diverged = reason
+        self.diverged, self.diverged_step = reason, step
 
     def note_pace(self, line: Record) -> None:
         """Write how fast it goes."""
@@ -132,19 +138,31 @@ class RunSession:
         self.saved_step = self.step
 
     def complete(self, adapter: AdapterTensors, facts: Record) -> None:
-        """Write the adapter and, last, the result; then the run is done."""
+        """Write the adapter and, last, the result; then the run is done and its folder free."""
         with write_folder(self.dir.adapter) as folder, storage_errors(folder):
             write_adapter(folder, self.config.lora, self.config.model, adapter)
-        self.end("done", None)
+        self._note_attempt("done", None, self.step)
         write_json(self.dir.result, self._result(facts))
+        release(self.dir, self.lease)
         with storage_errors(self.dir.checkpoints):
             shutil.rmtree(self.dir.checkpoints)
 
+    def end_diverged(self) -> None:
+        """End a run that diverged; a `resume` shall begin before the divergence, so later checkpoints go."""
+        with storage_errors(self.dir.checkpoints):
+            for step in [step for step in self.dir.checkpoint_steps() if step >= self.diverged_step]:
+                shutil.rmtree(self.dir.checkpoint(step))
+        self._note_attempt("diverged", self.diverged, self.diverged_step)
+        release(self.dir, self.lease)
+
     def end(self, cause: str, detail: str | None) -> None:
         """Write the attempt's line and give the run folder back."""
-        line = attempt_line(self.lease, cause, detail, self.first_step, self.step, device=device_in_use())
-        append_lines(self.dir.attempts, [line])
+        self._note_attempt(cause, detail, self.step)
         release(self.dir, self.lease)
+
+    def _note_attempt(self, cause: str, detail: str | None, last_step: int) -> None:
+        line = attempt_line(self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
+        append_lines(self.dir.attempts, [line])
 
     def _result(self, facts: Record) -> Record:
         lines = read_lines(self.dir.journal)

@@ -1,6 +1,6 @@
 """The handler sets a flag; the loop acts.
 
-Slurm's warnings (USR1, USR2, TERM), a user's Ctrl-C (INT) and a closed terminal (HUP) ask a job to stop. The handler only
+Slurm's warnings (USR1, USR2, TERM) and a user's Ctrl-C (INT) ask a job to stop. The handler only
 remembers the first of them; whoever works polls `StopFlag.check` between micro-batches, rows and files.
 """
 

@@ -72,4 +72,6 @@ def _text(value: Any) -> str:
         return ".".join(f"{key}.{_text(item)}" for key, item in value.items())
     if value is None or isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}".replace("e+", "e")
     return str(value)

@@ -30,7 +30,7 @@ def sole_launcher(sweep: SweepDir) -> Iterator[None]:
     except StorageError as exc:  # before anything is started a full disk is for the user to mend, like any other input
         raise BadInput(str(exc)) from exc
     try:
-        with Heartbeat([sweep]):
+        with Heartbeat([(sweep, lease)]):
             yield
     finally:
         release(sweep, lease)

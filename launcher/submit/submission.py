@@ -12,7 +12,7 @@ from launcher.plan.planner import plan_json
 from launcher.records import Pack, Plan, Run
 from launcher.submit.freeze import freeze_code
 from train.errors import BadInput, StorageError
-from train.rundir import PackDir, SweepDir, make_folder, write_json, write_text
+from train.rundir import PackDir, SweepDir, make_folder, read_json, write_json, write_text
 
 
 def submit(plan: Plan) -> LocalQueue:
@@ -65,7 +65,7 @@ def _write_run(plan: Plan, run: Run) -> None:
 def _write_pack(plan: Plan, pack: Pack) -> PackDir:
     sweep = plan.sweep
     folder = sweep.dir.pack(pack.id)
-    if folder.pack.exists():
+    if pack.id in _accepted_packs(sweep.dir):  # a folder without a plan is what an interrupted submission left
         raise ClusterError(f"The pack {pack.id} was submitted by another launcher meanwhile; run the command again.")
     make_folder(folder.path)
     name_of = {planned.run.id: planned.run.folder for planned in plan.runs}
@@ -79,6 +79,12 @@ def _write_pack(plan: Plan, pack: Pack) -> PackDir:
         },
     )
     return folder
+
+
+def _accepted_packs(sweep: SweepDir) -> set[str]:
+    """The packs of every accepted plan."""
+    plans = (read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep))
+    return {pack["id"] for plan in plans for pack in plan["packs"]}
 
 
 def _accept(plan: Plan) -> None:

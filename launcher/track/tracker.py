@@ -53,6 +53,8 @@ def _status(run: RunDir, job: JobRecord | None) -> RunStatus:
     state, cause = _state(result, lease, attempts, job)
     if result is not None:
         return _done_status(run, result, attempts)
+    if state in {State.PENDING, State.STOPPED} and run.cancel_request.exists():  # no job will take it up
+        state = State.CANCELLED
     tail = tail_lines(run.journal)
     pace = tail_lines(run.pace)
     header = read_first_line(run.journal) or {}

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_in import SMALL, Program, install, wait_for
 
 from launcher.cli import VERBS
+from stand_in import SMALL, Program, install, wait_for
 from train.lease import process_started, read_lease
 from train.rundir import RunDir, SweepDir, read_json, read_lines
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stand_in import install, wait_for
 
 from launcher.cluster import LocalJob, LocalQueue, explain_choice, log_files, start_job, visible_gpus
 from launcher.records import ClusterConfig
 from launcher.track.logs import JobVoice
+from stand_in import install, wait_for
 from train.lease import process_started, read_lease
 from train.rundir import PackDir, RunDir, SweepDir, make_folder, read_json, read_lines, write_json, write_text
 

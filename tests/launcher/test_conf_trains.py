@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 from launcher.compose.composer import CONF_DIR, compose
 from launcher.records import Sweep
+from train.adapter_file import read_adapter
 from train.config import ModelConfig
 from train.job import PackJob
 from train.rundir import CacheDir, make_folder, read_json, write_json, write_text
@@ -39,7 +40,7 @@ ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
     "qwen2_5_7b": Qwen2Config,
     "own": LlamaConfig,
 }
-QUICK = ["train.max_steps=1", "train.batch_size=2", "data.train_rows=8", "data.eval_rows=4"]
+QUICK = ["train.max_steps=1", "train.warmup_ratio=0", "train.batch_size=2", "data.train_rows=8", "data.eval_rows=4"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +97,5 @@ def test_every_option_trains_a_step(group: str, option: str, tmp_path: Path, tin
         result = read_json(sweep.run_dir(run).result)
         assert result["steps"] == 1
         assert result["run_id"] == run.id
+        adapter = read_adapter(sweep.run_dir(run).adapter)
+        assert all(float(b.abs().max()) > 0 for _, b in adapter.values()), "the step moved nothing"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
 
 from launcher.report.axis_charts import axis_charts
 from launcher.report.curves import MAX_POINTS, read_curve, thin
 from launcher.report.differences import flat, swept_axes
 from launcher.report.noise import T_95, more_seeds_command, t_95
 from launcher.report.writer import build_report, print_report, report_json, write_report
+from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
 from train.rundir import append_lines, write_json
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

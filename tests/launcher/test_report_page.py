@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_sweeps import SyntheticSweep
 
 from launcher.report.html_page import PAGE_DIR, SCRIPTS, embedded_json, page_document, render_page
 from launcher.report.writer import build_report, report_json
+from synthetic_sweeps import SyntheticSweep
 
 
 class Page(HTMLParser):

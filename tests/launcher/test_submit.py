@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stand_in import SMALL, install, wait_for
 
 import launcher.submit.submission
 from launcher.compose.composer import compose
@@ -15,6 +14,7 @@ from launcher.resume import frozen_sweep
 from launcher.submit.freeze import freeze_code
 from launcher.submit.sole import sole_launcher
 from launcher.submit.submission import submit
+from stand_in import SMALL, install, wait_for
 from train.config import parse_run_config
 from train.errors import BadInput, LeaseHeld
 from train.lease import acquire

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.text import Text
-from stand_in import SMALL
 
 from launcher.compose.composer import compose
 from launcher.plan.planner import make_plan
 from launcher.progress import PlainProgress, TerminalProgress, open_progress, progress_table
 from launcher.records import RunStatus, State
 from launcher.view import MOST_ROWS, print_plan, print_statuses, print_sweeps
+from stand_in import SMALL
 
 
 def status(name: str = "r8", state: State = State.RUNNING, step: int = 12, run_id: str = "0123456789") -> RunStatus:

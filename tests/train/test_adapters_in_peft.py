@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import packs
 import peft
 import pytest
 import torch
 from torch.nn.functional import linear
 
+import packs
 from train.base import PackedBase
 from train.batches import MicroBatch, Sequence
 

@@ -1,9 +1,9 @@
 """The order of data, the cutting of steps and the indices of packs."""
 
 import numpy as np
-import packs
 import torch
 
+import packs
 from train.batches import MicroBatch, Padding, Sequence, cut, epoch_order, rows_of_step, sequences_of
 
 

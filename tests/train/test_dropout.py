@@ -1,10 +1,10 @@
 """Dropout by counters: the right share, no visible pattern, and the same mask wherever a token lies."""
 
 import numpy as np
-import packs
 import pytest
 import torch
 
+import packs
 from train.batches import MicroBatch, Sequence
 from train.dropout import Dropout, step_key
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import packs
 import pytest
 import torch
 
+import packs
 from train.rundir import read_lines
 
 

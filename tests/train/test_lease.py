@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from train import lease as lease_module
 from train.attempts import open_attempt
 from train.errors import LeaseHeld
 from train.lease import STALE_SECONDS, Heartbeat, acquire, process_started, read_lease, release
@@ -87,13 +88,37 @@ def test_release_leaves_a_successor_alone(run: RunDir) -> None:
 
 def test_the_heartbeat_beats(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.lease.HEARTBEAT_SECONDS", 0.02)
-    acquire(run, job="1", attempt=1)
+    mine = acquire(run, job="1", attempt=1)
     os.utime(run.lease, (0, 0))
-    with Heartbeat([run]):
+    with Heartbeat([(run, mine)]):
         time.sleep(0.2)
     lease = read_lease(run)
     assert lease is not None
     assert time.time() - lease.heartbeat < 5
+
+
+def _hold_and_lose(path: str) -> None:
+    """Take a lease, lose it to somebody else, and write on as if nothing had happened."""
+    lease_module.HEARTBEAT_SECONDS = 0.02
+    run = RunDir(Path(path))
+    with Heartbeat([(run, open_attempt(run))]):
+        rewrite(run, token="successor")
+        time.sleep(5)
+        (run.path / "written-after-all").touch()
+
+
+def test_a_process_that_lost_its_lease_writes_no_more(run: RunDir) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_hold_and_lose, args=(str(run.path),))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    assert not (run.path / "written-after-all").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"token": "x"}'])
+def test_an_unreadable_lease_gives_way(run: RunDir, content: str) -> None:
+    run.lease.write_text(content)
+    assert acquire(run, job="2", attempt=1).job == "2"
 
 
 def _race(path: str, barrier: object, winners: object) -> None:

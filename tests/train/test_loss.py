@@ -1,11 +1,11 @@
 """Chunked cross-entropy against torch's, values and gradient, and sums that keep runs apart."""
 
 import numpy as np
-import packs
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
+import packs
 from train.batches import MicroBatch, Sequence
 from train.loss import CHUNK_TOKENS, sums_per_run, target_losses
 

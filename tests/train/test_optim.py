@@ -2,15 +2,15 @@
 
 import math
 
-import packs
 import pytest
 import torch
-from train.targets import adapted_modules
 from transformers import get_scheduler
 
+import packs
 from train.config import RunConfig
 from train.optim import PackedAdamW, scheduled_learning_rate
 from train.packed_lora import PackedAdapters
+from train.targets import adapted_modules
 
 SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (3, 5)}
 CONFIGS = [

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import packs
 import peft
 import pytest
 import torch
@@ -11,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, get_scheduler
 
+import packs
 from train.batches import rows_of_step
 from train.config import QuantConfig, RunConfig
 from train.data.token_table import TokenisedData
