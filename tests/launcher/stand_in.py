@@ -59,7 +59,7 @@ def train_pack(leases, cache, stop, say):
 
 def end(run, lease, cause, first, last):
     detail = "the loss is nan" if cause == "diverged" else None
-    append_lines(run.attempts, [attempt_line(lease, cause, detail, first, last)])
+    append_lines(run.attempts, [attempt_line(lease, cause, detail, first, last, device="cpu")])
     release(run, lease)
 
 
