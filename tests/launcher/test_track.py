@@ -43,7 +43,7 @@ def kill_holder(run: RunDir, host: str = "", heartbeat_age: float = 0.0) -> None
 
 def end_attempt(run: RunDir, cause: str, last_step: int = 5) -> None:
     lease = acquire(run, job="77", attempt=1)
-    append_lines(run.attempts, [attempt_line(lease, cause, None, 0, last_step)])
+    append_lines(run.attempts, [attempt_line(lease, cause, None, 0, last_step, device="cpu")])
     run.lease.unlink()
 
 
