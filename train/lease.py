@@ -142,15 +142,16 @@ def process_started(pid: int) -> int | None:
 def _create(path: Path, lease: Lease) -> bool:
     """Create the lease file complete and only if there is none: a hard link is atomic, also on NFS."""
     beside = path.with_name(f".{path.name}.{lease.token}.tmp")
+    values = {key: value for key, value in asdict(lease).items() if key != "heartbeat"}
     with storage_errors(path):
-        beside.write_text(json.dumps({key: value for key, value in asdict(lease).items() if key != "heartbeat"}))
-        sync_folder(beside)
         try:
+            beside.write_text(json.dumps(values))
+            sync_folder(beside)
             os.link(beside, path)
         except FileExistsError:
             return False
         finally:
-            beside.unlink()
+            beside.unlink(missing_ok=True)
     return True
 
 

@@ -393,6 +393,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         errno.EACCES: "you may not write there; choose another root= or cache=",
         errno.EIO: "the disk answers with errors; ask the administrator",
         errno.ENOENT: "its folder is gone; run the same command again to make it anew",
+        errno.ENOTDIR: "a part of that path is a file; choose another root= or cache=",
+        errno.ENAMETOOLONG: "a name in that path is too long; choose another root= or cache=",
         errno.ESTALE: "the network file system lost the folder; try again",
     }
     try:

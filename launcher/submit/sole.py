@@ -28,6 +28,8 @@ def sole_launcher(sweep: SweepDir) -> Iterator[None]:
     except LeaseHeld as exc:
         raise LeaseHeld(_who_has(sweep)) from exc
     except StorageError as exc:  # before anything is started a full disk is for the user to mend, like any other input
+        if fresh:
+            shutil.rmtree(sweep.path, ignore_errors=True)
         raise BadInput(str(exc)) from exc
     try:
         with Heartbeat([(sweep, lease)]):
