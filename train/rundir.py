@@ -1,7 +1,7 @@
 """Every file name below the root and the cache, and the only ways in which files come to exist.
 
 A file that exists is complete: it is written beside its place, flushed to the disk with its folder, and renamed. Logs that
-grow (`append_line`) are read up to their last whole line. Folders are private (0700, files 0600).
+grow (`append_lines`) are read up to their last whole line. Folders are private (0700, files 0600).
 
 Light on purpose: the launcher imports it on the login node.
 """
