@@ -9,7 +9,6 @@ very batches it would have computed. Signals only set a flag, which is looked at
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 
 import torch
 
@@ -17,7 +16,6 @@ from train.base import PackedBase
 from train.batches import MicroBatch, Sequence, cut, rows_of_step, sequences_of
 from train.checkpoint import Checkpoint, optimizer_numbers, run_tensors
 from train.dropout import step_key
-from train.errors import StorageError
 from train.evaluation import evaluate, evaluate_untrained
 from train.loss import sums_per_run, target_losses
 from train.optim import scheduled_learning_rate
@@ -76,9 +74,6 @@ class PackLoop:
         except Stopped:
             self.recorder.flush(self.sessions)
             self._save_all()
-            raise
-        except StorageError:
-            self._save_what_can_be_saved()
             raise
 
     # The chapters of the loop
@@ -208,12 +203,6 @@ class PackLoop:
     def _save_all(self) -> None:
         for session in self.sessions:
             session.save(self._state(session))
-
-    def _save_what_can_be_saved(self) -> None:
-        """One run's folder may be gone or full while the others' are fine."""
-        for session in self.sessions:
-            with suppress(StorageError):
-                session.save(self._state(session))
 
     def _state(self, session: RunSession) -> Checkpoint:
         """A copy of everything that the run needs to go on."""

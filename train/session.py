@@ -120,9 +120,11 @@ class RunSession:
 
     def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
         """Where the run stands, with its journal up to here."""
+        with storage_errors(self.dir.journal):
+            journal_bytes = self.dir.journal.stat().st_size
         return Progress(
             step=self.step,
-            journal_bytes=self.dir.journal.stat().st_size,
+            journal_bytes=journal_bytes,
             tokens=self.tokens,
             seconds=self.seconds,
             gpu_seconds=self.gpu_seconds,
