@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -26,8 +26,7 @@ from train.batches import CurrentBatch, MicroBatch
 from train.config import ModelConfig, QuantConfig
 from train.errors import BadInput
 from train.packed_lora import PackedAdapters, Slot, packed_lora
-
-Residency = Literal["nf4", "resident"]
+from train.sizing import Residency
 
 
 class DenseWeight:

@@ -25,7 +25,7 @@ from train.rundir import CacheDir, Record, RunDir
 from train.seats import take_seats
 from train.session import RunSession
 from train.signals import StopFlag
-from train.sources import data_fingerprint, model_fingerprint, parameter_count
+from train.sources import data_fingerprint, model_fingerprint
 from train.targets import adapted_modules, parameter_line, trainable_parameters
 
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
@@ -124,9 +124,7 @@ def _load(configs: list[RunConfig], data: list[TokenisedData], model_dir: Path, 
     dtype = resolve_dtype(shared.train, device)
     longest = max(int(table.lengths().max()) for tables in data for table in (tables.train, tables.eval))
     architecture = AutoConfig.from_pretrained(model_dir, trust_remote_code=shared.model.trust_remote_code)
-    step_tokens = sum(config.train.batch_size for config in configs) * longest
-    parameters = parameter_count(model_dir)
-    fit = fit_pack(shared.train, shared.quant, architecture, parameters, dtype, device, step_tokens)
+    fit = fit_pack(shared, architecture, model_dir, dtype, device, longest)
     say(f"loading {shared.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
     base = load_base(model_dir, shared.model, shared.quant, dtype, device, fit.residency, longest)
     if fit.checkpoint_activations:

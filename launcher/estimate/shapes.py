@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.config import ModelConfig
 from train.rundir import CacheDir
+from train.sizing import BaseSize
 from train.sources import linear_shapes, parameter_count, staged_model
 
 
@@ -31,6 +32,11 @@ class ModelShape:
     def linear_parameters(self) -> int:
         """Weights of the decoder's linear layers: those that NF4 holds in 4 bit."""
         return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def size(self) -> BaseSize:
+        """What decides how it fits on a device."""
+        return BaseSize(self.layers, self.hidden, self.intermediate, self.parameters, self.linear_parameters)
 
     @property
     def flop_parameters(self) -> int:

@@ -21,11 +21,12 @@ HUB_ROWS, HUB_TOKENS_PER_ROW = 52_002, 130.0  # Stanford Alpaca, by far the usua
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Rows, and mean tokens of a row."""
+    """Rows, mean tokens of a row, and the tokens of the longest."""
 
     train_rows: int
     eval_rows: int
     tokens_per_row: float
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Workload:
     adapter_parameters: int
     steps: int
     step_tokens: float
+    longest: int
     train_tokens: float
     eval_tokens: float
 
@@ -47,7 +49,8 @@ def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
     """
     facts = read_facts(config.data, config.model, cache)
     if facts is not None:
-        return DataFacts(facts["train_rows"], facts["eval_rows"], facts["train_tokens"] / facts["train_rows"])
+        mean = facts["train_tokens"] / facts["train_rows"]
+        return DataFacts(facts["train_rows"], facts["eval_rows"], mean, facts["longest"])
     return _guessed_facts(config.data)
 
 
@@ -60,6 +63,7 @@ def workload(train: TrainConfig, data: DataFacts, adapter: int, done_steps: int)
         adapter_parameters=adapter,
         steps=steps,
         step_tokens=step_tokens,
+        longest=data.longest,
         train_tokens=steps * step_tokens,
         eval_tokens=evaluations * data.eval_rows * data.tokens_per_row,
     )
@@ -84,10 +88,10 @@ def _guessed_facts(data: DataConfig) -> DataFacts:
     """Rows as the files have them, tokens by characters; a hub's data set is taken for one like Alpaca."""
     if any(data_path(source) is None for source in (data.source, data.eval_source or data.source)):
         rows = min(HUB_ROWS, data.train_rows or HUB_ROWS)
-        return DataFacts(rows, data.eval_rows, min(HUB_TOKENS_PER_ROW, data.max_length))
+        return DataFacts(rows, data.eval_rows, min(HUB_TOKENS_PER_ROW, data.max_length), data.max_length)
     learnt, held_out, _ = read_split(data)
     tokens = TEMPLATE_TOKENS + sum(map(_characters, learnt)) / CHARACTERS_PER_TOKEN / len(learnt)
-    return DataFacts(len(learnt), len(held_out), min(tokens, data.max_length))
+    return DataFacts(len(learnt), len(held_out), min(tokens, data.max_length), data.max_length)
 
 
 def _characters(row: Row) -> int:

@@ -33,7 +33,7 @@ def config(*, load_in_4bit: bool = True, double_quant: bool = True, **train: Any
 
 def runs(count: int, batch_size: int = 4) -> list[Workload]:
     step_tokens = batch_size * TOKENS_PER_ROW
-    return [Workload(8_388_608, STEPS, step_tokens, STEPS * step_tokens, 0.0)] * count
+    return [Workload(8_388_608, STEPS, step_tokens, 512, STEPS * step_tokens, 0.0)] * count
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_correction_scales_what_was_measured() -> None:
 
 
 def test_the_work_left_shrinks_with_every_finished_step() -> None:
-    data = DataFacts(train_rows=1000, eval_rows=50, tokens_per_row=100.0)
+    data = DataFacts(train_rows=1000, eval_rows=50, tokens_per_row=100.0, longest=300)
     train = config(eval_steps=25).train
     fresh, later = (workload(train, data, 1, done) for done in (0, 60))
     assert (fresh.steps, later.steps) == (100, 40)

@@ -1,0 +1,48 @@
+"""What the trainer chooses for a device, on Llama-2-7B's numbers."""
+
+from typing import Any
+
+from train.config import QuantConfig, TrainConfig
+from train.sizing import FULL_GPU_TOKENS, BaseSize, Device, Fit, choose_fit, token_bytes
+
+GIB = 2**30
+LLAMA_7B = BaseSize(32, 4096, 11_008, 6_738_415_616, 6_476_005_376)
+H200, T4, LAPTOP = Device("cuda", 139.8 * GIB), Device("cuda", 15 * GIB), Device("cpu", 16 * GIB)
+
+
+def chosen(device: Device, longest: int = 512, *, load_in_4bit: bool = True, **train: Any) -> Fit:
+    settings = TrainConfig(learning_rate=1e-3, batch_size=4, **train)
+    return choose_fit(settings, QuantConfig(load_in_4bit=load_in_4bit), LLAMA_7B, 2, device, longest)
+
+
+def test_a_large_gpu_holds_the_base_in_full_width_and_keeps_activations() -> None:
+    fit = chosen(H200)
+    assert (fit.residency, fit.checkpoint_activations) == ("resident", False)
+    assert fit.micro_batch_tokens >= FULL_GPU_TOKENS
+
+
+def test_a_small_gpu_holds_nf4_and_recomputes() -> None:
+    fit = chosen(T4)
+    assert (fit.residency, fit.checkpoint_activations) == ("nf4", True)
+    assert fit.micro_batch_tokens >= FULL_GPU_TOKENS
+
+
+def test_a_sequence_longer_than_what_fits_is_recomputed() -> None:
+    kept = chosen(H200).micro_batch_tokens
+    assert chosen(H200, longest=kept + 1).checkpoint_activations
+
+
+def test_a_cpu_never_recomputes_and_what_is_not_quantised_is_resident() -> None:
+    assert not chosen(LAPTOP, longest=100_000).checkpoint_activations
+    assert chosen(T4, load_in_4bit=False, residency="nf4").residency == "resident"
+
+
+def test_the_user_has_the_last_word() -> None:
+    fit = chosen(H200, residency="nf4", gradient_checkpointing=True, micro_batch_tokens=7)
+    assert fit == Fit("nf4", True, 7)
+
+
+def test_recomputing_keeps_the_layers_inputs_alone() -> None:
+    layer = 12 * 4096 + 4 * 11_008
+    assert token_bytes(LLAMA_7B, 2, recomputed=False) == 2 * 32 * layer
+    assert token_bytes(LLAMA_7B, 2, recomputed=True) == 2 * (32 * 4096 + layer)
