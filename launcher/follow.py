@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.markup import escape
 
-from launcher.cluster import LocalJob, LocalQueue
+from launcher.cluster.local import LocalJob, LocalQueue
 from launcher.jobs import runs_of_pack
 from launcher.progress import open_progress
 from launcher.records import RunStatus, State

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from launcher.cluster import explain_choice
+from launcher.cluster.choice import explain_choice
 from launcher.follow import follow
 from launcher.plan.planner import make_plan
 from launcher.records import Plan, State, Sweep, Verdict

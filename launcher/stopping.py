@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
-from launcher.cluster import LocalQueue
+from launcher.cluster.local import LocalQueue
 
 SAVE_SECONDS = 60.0  # the longest wait for jobs that were asked to stop
 

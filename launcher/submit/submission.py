@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from launcher.cluster import LocalQueue, open_queue
+from launcher.cluster.local import LocalQueue, open_queue
 from launcher.errors import ClusterError
 from launcher.plan.planner import plan_json
 from launcher.records import Pack, Plan, Run

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import log_files
+from launcher.cluster.local import log_files
 from launcher.jobs import JobRecord, jobs_of
 from train.rundir import PackDir, RunDir, SweepDir
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.cluster import LocalJob, LocalQueue, explain_choice, log_files, start_job, visible_gpus
-from launcher.records import ClusterConfig
+from launcher.cluster.local import LocalJob, LocalQueue, log_files, start_job, visible_gpus
 from launcher.track.logs import JobVoice
-from stand_in import install, wait_for
+from stand_in import install, put_command, wait_for
 from train.lease import process_started, read_lease
 from train.rundir import PackDir, RunDir, SweepDir, make_folder, read_json, read_lines, write_json, write_text
 
@@ -122,28 +121,9 @@ def test_the_users_choice_of_gpus_is_respected(setting: str, gpus: list[str], mo
     assert visible_gpus() == gpus
 
 
-def put_command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for one of the system's commands, alone on the PATH."""
-    command = folder / name
-    command.write_text(f"#!/bin/sh\n{script}\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-
 def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     put_command(tmp_path, "nvidia-smi", "echo 'GPU 0: H200 (UUID: a)'; echo 'GPU 1: H200 (UUID: b)'", monkeypatch)
     assert visible_gpus() == ["0", "1"]
     put_command(tmp_path, "nvidia-smi", "echo no driver; exit 9", monkeypatch)
     assert visible_gpus() == []
-
-
-def test_the_choice_of_cluster_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = ClusterConfig(kind="auto")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no Slurm here" in explain_choice(auto)
-    put_command(tmp_path, "sinfo", "exit 1", monkeypatch)
-    assert "no Slurm here" in explain_choice(auto)
-    put_command(tmp_path, "sinfo", "echo gpu", monkeypatch)
-    assert "trains on this machine only" in explain_choice(auto)
-    assert "cluster=local" in explain_choice(ClusterConfig(kind="local"))

@@ -1,4 +1,4 @@
-"""Jobs on this machine, through submitit: the only file that knows submitit and the cluster's commands.
+"""Jobs on this machine, through submitit.
 
 A job is its own process. It survives its launcher, a Ctrl-C and a closed terminal; how it ended is read from run folders, never
 from submitit's pickles. Waiting jobs are the launcher's: they are planned anew if it goes away.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
@@ -21,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster.commands import answer_of
 from launcher.jobs import runs_of_pack
 from launcher.records import ClusterConfig
 from train.lease import process_started, read_lease
 from train.rundir import PackDir, RunDir, make_folder, write_json
 
 TEN_YEARS_MIN = 10 * 365 * 24 * 60  # submitit's local default of 2 minutes is for tests
-COMMAND_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -115,38 +113,13 @@ def log_files(pack: PackDir) -> list[Path]:
     return [file for output in outputs for file in (output, output.with_suffix(".err")) if file.exists()]
 
 
-def explain_choice(cluster: ClusterConfig) -> str:
-    """A line that says where the jobs will run, and why."""
-    if cluster.kind == "local":
-        return "cluster=local: training on this machine"
-    if slurm_answers():
-        return "cluster=auto: Slurm answers here, but this version trains on this machine only"
-    return "cluster=auto: no Slurm here, training on this machine"
-
-
-def slurm_answers() -> bool:
-    """Whether a Slurm controller answers ``sinfo`` in time."""
-    return _output_of("sinfo", "--noheader", "--format=%P") is not None
-
-
 def visible_gpus() -> list[str]:
     """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them; the user's own setting is respected."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in {"", "-1"}]
-    listing = _output_of("nvidia-smi", "-L") or ""
+    listing = answer_of("nvidia-smi", "-L") or ""
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
-
-
-def _output_of(*command: str) -> str | None:
-    """What a command prints, None if it is not there, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout
 
 
 def _job_python(code: Path, gpu: str | None) -> str:

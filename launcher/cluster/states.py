@@ -1,0 +1,62 @@
+"""One table from Slurm's words to ours.
+
+A job's life in Slurm: PENDING -> (CONFIGURING) -> RUNNING -> COMPLETING -> one of the final words. A requeued job is PENDING again
+under the same id (REQUEUE_HOLD: until somebody releases it); ``sacct -D`` then has a row with a final word for every attempt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.records import State
+
+
+@dataclass(frozen=True)
+class SlurmState:
+    """What a word of Slurm says of a job's runs that have no result: their state, and the cause of the end if it was one."""
+
+    state: State
+    cause: str | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether a job in this state has ended."""
+        return self.state not in {State.PENDING, State.RUNNING, State.UNKNOWN}
+
+
+PENDING, RUNNING, UNKNOWN = SlurmState(State.PENDING), SlurmState(State.RUNNING), SlurmState(State.UNKNOWN)
+
+SLURM_STATES = {
+    "PENDING": PENDING,
+    "CONFIGURING": PENDING,
+    "REQUEUED": PENDING,
+    "REQUEUE_FED": PENDING,
+    "REQUEUE_HOLD": PENDING,
+    "RESV_DEL_HOLD": PENDING,
+    "SPECIAL_EXIT": PENDING,  # held after a requeue
+    "RUNNING": RUNNING,
+    "COMPLETING": RUNNING,  # its processes are being ended; the next look tells how
+    "RESIZING": RUNNING,
+    "SIGNALING": RUNNING,
+    "STAGE_OUT": RUNNING,
+    "STOPPED": RUNNING,  # SIGSTOP, keeps its place
+    "SUSPENDED": RUNNING,
+    "COMPLETED": SlurmState(State.STOPPED),
+    "CANCELLED": SlurmState(State.CANCELLED, "cancelled"),
+    "TIMEOUT": SlurmState(State.STOPPED, "timeout"),
+    "DEADLINE": SlurmState(State.STOPPED, "timeout"),
+    "PREEMPTED": SlurmState(State.STOPPED, "preempted"),
+    "REVOKED": SlurmState(State.STOPPED),  # runs on another cluster of the federation
+    "NODE_FAIL": SlurmState(State.STOPPED, "node_fail"),
+    "BOOT_FAIL": SlurmState(State.STOPPED, "node_fail"),
+    "LAUNCH_FAILED": SlurmState(State.STOPPED, "node_fail"),
+    "RECONFIG_FAIL": SlurmState(State.STOPPED, "node_fail"),
+    "OUT_OF_MEMORY": SlurmState(State.FAILED, "out_of_memory"),
+    "FAILED": SlurmState(State.FAILED, "crash"),
+}
+
+
+def slurm_state(word: str) -> SlurmState:
+    """Translate a word of squeue or sacct, also ``CANCELLED by 1000`` and ``PREEMPTED+``; another word is unknown."""
+    name = word.split()[0] if word.split() else ""
+    return SLURM_STATES.get(name.rstrip("+"), UNKNOWN)

@@ -1,0 +1,67 @@
+"""What the cluster's commands say, and what may be concluded from their silence."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster.choice import explain_choice
+from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
+from launcher.cluster.states import SLURM_STATES, slurm_state
+from launcher.records import ClusterConfig, State
+from stand_in import put_command
+
+
+def test_a_refusal_is_told_from_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(NoAnswer, match="not there"):
+        run_command("squeue-of-nowhere")
+    put_command(tmp_path, "squeue", "echo $LC_ALL $1", monkeypatch)
+    assert run_command("squeue", "job") == "C job\n"
+    put_command(tmp_path, "squeue", "echo 'squeue: error: Invalid user: nobody' >&2; exit 1", monkeypatch)
+    with pytest.raises(CommandRefused, match="squeue refused: Invalid user: nobody"):
+        run_command("squeue")
+    assert answer_of("squeue") is None
+
+
+def test_a_command_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_command(tmp_path, "sacct", "exec sleep 30", monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(NoAnswer, match="did not answer"):
+        run_command("sacct", timeout=0.3)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "sacct: error: Problem talking to the database: Connection refused",
+    ],
+)
+def test_a_lost_answer_is_no_refusal(said: str) -> None:
+    assert isinstance(refusal("sbatch", said), NoAnswer)
+
+
+def test_slurms_words_are_in_one_table_and_others_are_unknown() -> None:
+    assert slurm_state("PREEMPTED").state is State.STOPPED
+    assert slurm_state("PREEMPTED").cause == "preempted"
+    assert slurm_state("CANCELLED by 1000").state is State.CANCELLED
+    assert slurm_state("NODE_FAIL+").cause == "node_fail"
+    for word in ("", "A_WORD_OF_TOMORROW"):
+        assert slurm_state(word).state is State.UNKNOWN
+    failed = {word for word, meaning in SLURM_STATES.items() if meaning.state is State.FAILED}
+    assert failed == {"FAILED", "OUT_OF_MEMORY"}  # nothing else that Slurm does to a job is the job's failure
+    assert not any(meaning.state is State.DONE for meaning in SLURM_STATES.values())  # only a result says that
+
+
+def test_the_choice_of_cluster_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = ClusterConfig(kind="auto")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no Slurm here" in explain_choice(auto)
+    put_command(tmp_path, "sinfo", "exit 1", monkeypatch)
+    assert "no Slurm here" in explain_choice(auto)
+    put_command(tmp_path, "sinfo", "echo gpu", monkeypatch)
+    assert "trains on this machine only" in explain_choice(auto)
+    assert "cluster=local" in explain_choice(ClusterConfig(kind="local"))
