@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := runs/rank-smollm2-tasks
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format clean
+.PHONY: help install run test lint format clean browser
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -16,8 +16,17 @@ install: $(VENV)/.installed ## create .venv with the pinned versions
 run: install ## train the default sweep (four LoRA ranks) here, end to end, and report
 	$(BIN)/python -m launcher sweep=rank
 
-test: $(VENV)/.tested ## run all tests
+test: $(VENV)/.tested browser ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+browser: # Chromium, for the tests of report.html; installed where that takes no more than a line
+	@for name in chromium chromium-browser google-chrome-stable google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium, for the tests of report.html"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		echo "no Chromium, so report.html is tried in no browser: install one (apt-get install chromium, dnf, brew)" >&2; \
+	fi
 
 lint: $(VENV)/.tested ## check style and types (ruff, mypy --strict)
 	$(BIN)/ruff check --no-cache .

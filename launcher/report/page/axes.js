@@ -28,15 +28,13 @@ function drawAxis(box, chart) {
   const points = chart.points.filter(([run]) => state.passing.has(run));
   const ends = chart.best.flatMap((best) => [best.mean - (best.half_width ?? 0), best.mean + (best.half_width ?? 0)]);
   const domain = extent([...chart.points.map(([, , loss]) => loss), ...ends], 0.1);
-  const width = Math.max(280, box.clientWidth);
-  const x = scale([0, 1], [PADDING.left + 28, width - PADDING.right - 28]);
   const drawn = frame(box, {
-    height: AXIS_HEIGHT, domain, xLabel: chart.axis, yLabel: "final eval loss",
+    height: AXIS_HEIGHT, xDomain: [0, 1], yDomain: domain, air: 28, xLabel: chart.axis, yLabel: "final eval loss",
     label: `Final eval loss by ${chart.axis}. ${chart.best.map((best) => `${best.value}: ${fixed(4)(best.mean)}`).join(", ")}.`,
     yTicks: niceTicks(...domain, 5).map((value) => [value, tickText(value)]),
-    xTicks: chart.ticks.map(([position, text]) => [x(position), text]),
+    xTicks: chart.ticks,
   });
-  const { plot, marks, y } = drawn;
+  const { plot, marks, x, y } = drawn;
   const isWords = axisByKey.get(chart.axis).scale === "category";
   const line = chart.best.map((best) => `${x(best.position).toFixed(1)},${y(best.mean).toFixed(1)}`);
   plot.append(svg("path", { class: isWords ? "best-line words" : "best-line", d: through(line) }));

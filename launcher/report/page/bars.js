@@ -9,7 +9,13 @@ const COSTS = [
   { key: "adapter_mb", title: "Adapter", text: (value) => `${fixed(1)(value)} MB` },
 ];
 const costs = COSTS.filter(({ key }) => doc.rows.some((row) => row[key]));
-const barView = { cost: costs[0], all: false };
+const barView = { cost: costs.find(tellsApart) ?? costs[0], all: false };
+
+/** Whether the runs differ in a measure by more than the eye overlooks. */
+function tellsApart({ key }) {
+  const values = doc.rows.map((row) => row[key] ?? 0);
+  return values.some((value) => value > 1.05 * values[0] || value < 0.95 * values[0]);
+}
 
 function drawBars() {
   byId("cost").hidden = !costs.length;
@@ -27,6 +33,7 @@ function drawBars() {
 
 function drawBar(row, value, most, text) {
   const bar = html("div", { class: "bar" });
+  bar.style.background = colour(row);
   bar.style.width = `${most ? (100 * (value ?? 0)) / most : 0}%`;
   return html("div", { class: "bar-row" }, html("span", { class: "name", title: runLabel(row) }, runLabel(row)),
     html("div", { class: "bar-track" }, bar), html("span", { class: "value" }, has(value) ? text(value) : MISSING));

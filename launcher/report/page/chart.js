@@ -1,5 +1,6 @@
 // A plot's frame: scales, ticks, grid lines, and the tip beside the pointer.
-const PADDING = { left: 52, right: 16, top: 12, bottom: 40 };
+const PADDING = { right: 16, top: 12, bottom: 40 };
+const LETTER = 7;  // pixels at most, of a digit in a plot
 
 /** About `count` round numbers from `low` to `high`. */
 function niceTicks(low, high, count) {
@@ -38,31 +39,33 @@ function lift({ marks, above }) {
   above.replaceChildren(...chosen.map((mark) => mark.cloneNode()));
 }
 
-/** A plot with horizontal grid lines. `xTicks` are [pixel, label]; `domain` is that of the y axis. */
-function frame(box, { height, label, domain, yTicks, xTicks, xLabel, yLabel, focusable = false }) {
+/** A plot with horizontal grid lines. Ticks are [value, label]; `air` keeps the marks off the ends of the x axis, in pixels. */
+function frame(box, { height, label, xDomain, yDomain, xTicks, yTicks, xLabel, yLabel, air = 0, focusable = false }) {
   const width = Math.max(280, box.clientWidth);
-  const y = scale(domain, [height - PADDING.bottom, PADDING.top]);
+  const left = 32 + LETTER * yTicks.reduce((most, [, text]) => Math.max(most, text.length), 2);
+  const x = scale(xDomain, [left + air, width - PADDING.right - air]);
+  const y = scale(yDomain, [height - PADDING.bottom, PADDING.top]);
   const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label, tabindex: focusable ? 0 : null });
   for (const [value, text] of yTicks) {
-    plot.append(svg("line", { class: "gridline", x1: PADDING.left, x2: width - PADDING.right, y1: y(value), y2: y(value) }),
-      svg("text", { x: PADDING.left - 8, y: y(value) + 4, "text-anchor": "end" }, text));
+    plot.append(svg("line", { class: "gridline", x1: left, x2: width - PADDING.right, y1: y(value), y2: y(value) }),
+      svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, text));
   }
   const floor = height - PADDING.bottom;
-  plot.append(svg("line", { class: "axis", x1: PADDING.left, x2: width - PADDING.right, y1: floor, y2: floor }));
-  for (const [place, text] of apart(xTicks)) {
+  plot.append(svg("line", { class: "axis", x1: left, x2: width - PADDING.right, y1: floor, y2: floor }));
+  for (const [place, text] of apart(xTicks.map(([value, text]) => [x(value), text]))) {
     plot.append(svg("text", { x: place, y: floor + 18, "text-anchor": "middle" }, text));
   }
-  plot.append(svg("text", { x: (PADDING.left + width - PADDING.right) / 2, y: height - 4, "text-anchor": "middle" }, xLabel),
+  plot.append(svg("text", { x: (left + width - PADDING.right) / 2, y: height - 4, "text-anchor": "middle" }, xLabel),
     svg("text", { x: 13, y: (PADDING.top + floor) / 2, "text-anchor": "middle", transform: `rotate(-90 13 ${(PADDING.top + floor) / 2})` }, yLabel));
-  return { ...layered(box, plot, width, height), y };
+  return { ...layered(box, plot, width, height), x, y };
 }
 
-/** The ticks whose labels do not touch, at 7 pixels a letter. */
+/** The ticks, [pixel, label], whose labels do not touch. */
 function apart(ticks) {
   const kept = [];
   let free = -Infinity;
   for (const [place, text] of ticks) {
-    const half = (text.length * 7) / 2;
+    const half = (text.length * LETTER) / 2;
     if (place - half < free) continue;
     kept.push([place, text]);
     free = place + half + 8;

@@ -41,9 +41,9 @@ function fill(element, attributes, children) {
 }
 const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
-function swatch(run) {
+function swatch(colour) {
   const box = html("span", { class: "swatch", "aria-hidden": "true" });
-  box.style.background = colour(run);
+  box.style.background = colour;
   return box;
 }
 /** Buttons of which one is pressed. `options` are [value, text]. */
@@ -71,12 +71,11 @@ function ramp(position) {
   const mixed = VIRIDIS[low].map((part, index) => Math.round(part + (VIRIDIS[low + 1][index] - part) * (place - low)));
   return `rgb(${mixed.join(",")})`;
 }
+const palette = () => WORDS[isDark() ? "dark" : "light"];
+const shade = (axis, index) => (axis.scale === "category" ? palette()[index % palette().length] : ramp(axis.positions[index]));
 function colour(run) {
   const axis = axisByKey.get(state.colourBy);
-  const palette = WORDS[isDark() ? "dark" : "light"];
-  if (!axis) return palette[runs.indexOf(run) % palette.length];
-  const index = axis.labels.indexOf(valueLabel(run, axis.key));
-  return axis.scale === "category" ? palette[index % palette.length] : ramp(axis.positions[index]);
+  return axis ? shade(axis, axis.labels.indexOf(valueLabel(run, axis.key))) : palette()[runs.indexOf(run) % palette().length];
 }
 
 // ---- numbers as text

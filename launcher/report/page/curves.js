@@ -36,11 +36,10 @@ function drawCurves() {
   const losses = curveLines.flatMap((line) => line.losses.filter((loss) => loss > 0 || !curveView.logarithmic));
   const domain = extent(losses.map(level), 0.04);
   const steps = [0, curveLines.reduce((most, line) => Math.max(most, line.steps[line.steps.length - 1]), 1)];
-  const x = scale(steps, [PADDING.left, Math.max(280, curveBox.clientWidth) - PADDING.right]);
-  const { plot, marks, above, y } = frame(curveBox, {
-    height: CURVE_HEIGHT, domain, focusable: true, xLabel: "optimizer step", yLabel: "loss",
+  const { plot, marks, above, x, y } = frame(curveBox, {
+    height: CURVE_HEIGHT, xDomain: steps, yDomain: domain, focusable: true, xLabel: "optimizer step", yLabel: "loss",
     label: `Loss over steps of ${new Set(curveLines.map((line) => line.run.id)).size} runs. Arrow keys left and right go along a curve, up and down to another run.`,
-    yTicks: lossTicks(domain), xTicks: niceTicks(...steps, 8).map((step) => [x(step), tickText(step)]),
+    yTicks: lossTicks(domain), xTicks: niceTicks(...steps, 8).map((step) => [step, tickText(step)]),
   });
   curveFrame = { plot, marks, above, x, y: (loss) => y(level(loss)) };
   marks.append(...curveLines.map(drawLine));
@@ -139,7 +138,7 @@ function drawLegend() {
   const listed = runs.length > MANY_CURVES ? passing.filter((run) => inLegend.has(run.id)) : passing;
   byId("legend").replaceChildren(...listed.map((run) => {
     const button = html("button", { type: "button", "aria-pressed": String(state.on.has(run.id)), "data-run": run.id,
-      onclick: () => { toggleRun(run); byId("legend").querySelector(`[data-run="${run.id}"]`)?.focus(); } }, swatch(run), runLabel(run));
+      onclick: () => { toggleRun(run); byId("legend").querySelector(`[data-run="${run.id}"]`)?.focus(); } }, swatch(colour(run)), runLabel(run));
     button.addEventListener("pointerenter", () => setFocus(run.id));
     button.addEventListener("pointerleave", () => setFocus(null));
     return button;

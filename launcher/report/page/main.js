@@ -66,6 +66,15 @@ function colourChoice() {
   select.addEventListener("change", () => { state.colourBy = select.value; redraw(); });
 }
 
+const MOST_KEYS = 6;  // of more values the first and the last
+/** What the colours mean, beside the choice of what they mean. */
+function drawKey() {
+  const axis = axisByKey.get(state.colourBy);
+  const all = axis ? axis.labels.map((text, index) => [text, shade(axis, index)]) : [];
+  const shown = all.length > MOST_KEYS ? [all[0], ["…", "transparent"], all[all.length - 1]] : all;
+  byId("key").replaceChildren(...shown.map(([text, colour]) => html("span", {}, swatch(colour), clipped(text))));
+}
+
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
 }
@@ -94,6 +103,6 @@ barControls();
 drawVerdict();
 drawTiles();
 drawCommand();
-listeners.draw.push(drawAxes, drawCurves, drawLegend, drawParallel, drawTable, drawBars);
+listeners.draw.push(drawKey, drawAxes, drawCurves, drawLegend, drawParallel, drawTable, drawBars);
 listeners.focus.push(markCurves, markAxes, markParallel, markTable);
 redraw();

@@ -53,14 +53,20 @@ function drawParallel() {
 
 function drawColumn(column, x, y, isLast) {
   const side = isLast ? 10 : -10;
-  const anchor = isLast ? "start" : "end";
   const texts = apart(column.ticks.map(([position, text]) => [y(position), ".."]).sort(([a], [b]) => a - b)).map(([place]) => place);
   const labels = column.ticks.filter(([position]) => texts.includes(y(position)));
   return [
     svg("line", { class: "axis", x1: x, x2: x, y1: y(0), y2: y(1) }),
     svg("text", { class: "name", x, y: 22, "text-anchor": "middle" }, column.title),
-    ...labels.map(([position, text]) => svg("text", { class: "halo", x: x + side, y: y(position) + 4, "text-anchor": anchor }, clipped(text))),
+    ...labels.flatMap(([position, text]) => plate(clipped(text), x + side, y(position), isLast)),
   ];
+}
+
+/** A label that ends, or with `starts` begins, at x, on a plate that keeps the lines behind it from striking it through. */
+function plate(text, x, y, starts) {
+  const width = text.length * LETTER;
+  return [svg("rect", { class: "plate", x: (starts ? x : x - width) - 4, y: y - 9, width: width + 8, height: 18, rx: 5 }),
+    svg("text", { x, y: y + 4, "text-anchor": starts ? "start" : "end" }, text)];
 }
 
 const clipped = (text) => (text.length > 14 ? `${text.slice(0, 13)}…` : text);

@@ -5,7 +5,7 @@ const COLUMNS = [
   ...doc.axes.map((axis) => ({ key: axis.key, title: axis.key, axis, ascending: true })),
   { key: "eval_loss", title: "eval loss", text: fixed(4), ascending: true, top: Math.min },
   { key: "base_eval_loss", title: "base loss", text: fixed(4), ascending: true, onlyIfDiffers: true },
-  { key: "best_eval_loss", title: "best eval loss", text: fixed(4), ascending: true, top: Math.min },
+  { key: "best_eval_loss", title: "best eval loss", text: fixed(4), ascending: true, top: Math.min, unlike: "eval_loss" },
   { key: "eval_exact_match", title: "exact match", text: percent, top: Math.max },
   { key: "base_eval_exact_match", title: "base match", text: percent, onlyIfDiffers: true },
   { key: "train_loss", title: "train loss", text: fixed(4), ascending: true },
@@ -16,9 +16,16 @@ const COLUMNS = [
   { key: "trainable_parameters", title: "trainable", text: fixed(0), ascending: true },
   { key: "adapter_mb", title: "adapter MB", text: fixed(1), ascending: true },
   { key: "attempts", title: "attempts", text: fixed(0), ascending: true, onlyIfDiffers: true },
-].filter(({ key, axis, onlyIfDiffers }) => axis || key === "name" || (onlyIfDiffers ? differs(key) : doc.rows.some((row) => row[key])));
+].filter(tellsSomething);
 const tableView = { column: COLUMNS[0], ascending: true };
 let tableRows = [];
+
+/** Whether a column has something to say: a value somewhere, or one that is not the same for all, or not another column's. */
+function tellsSomething({ key, axis, onlyIfDiffers, unlike }) {
+  if (axis || key === "name") return true;
+  if (unlike) return doc.rows.some((row) => row[key] !== row[unlike]);
+  return onlyIfDiffers ? differs(key) : doc.rows.some((row) => row[key]);
+}
 
 const sortValue = (row, { key, axis }) => (axis ? axis.labels.indexOf(valueLabel(row, key)) : row[key]);
 
@@ -76,7 +83,7 @@ function nameCell(run, name) {
   const box = html("input", { type: "checkbox", "aria-label": `Show the curve of ${run.name}`, onchange: () => switchCurve(run, box) });
   box.checked = state.on.has(run.id);
   name.title = `${run.name}-${run.id}`;
-  return html("td", { class: "run-cell" }, html("label", {}, box, swatch(run), name));
+  return html("td", { class: "run-cell" }, html("label", {}, box, swatch(colour(run)), name));
 }
 
 /** Only the curves change: the table stays, and the box keeps the focus. */
