@@ -25,6 +25,7 @@ from train.rundir import CacheDir, Record, RunDir
 from train.seats import take_seats
 from train.session import RunSession
 from train.signals import StopFlag
+from train.sizing import Fit
 from train.sources import data_fingerprint, model_fingerprint
 from train.targets import adapted_modules, parameter_line, trainable_parameters
 
@@ -52,14 +53,16 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
             tables[key] = load_tokenised(config.data, config.model, model_dir, CacheDir(cache), stop.check)
     data = [tables[tokens_key(config.data, config.model)] for config in configs]
     stop.check()
-    base, micro_batch_tokens = _load(configs, data, model_dir, say)
+    longest = longest_row(data)
+    fit = fit_to_device(configs[0], model_dir, longest)
+    base = open_base(configs[0], model_dir, fit, longest, say)
     stop.check()
     say(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
         RunSession(run, config, table, adapted_modules(config.lora, list(base.shapes)), lease)
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
-    loop = seat(base, sessions, stop, micro_batch_tokens, say)
+    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say)
     try:
         loop.run()
     except Exception as exc:
@@ -118,18 +121,31 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _load(configs: list[RunConfig], data: list[TokenisedData], model_dir: Path, say: Say) -> tuple[PackedBase, int]:
-    """The base as the pack needs it, and the most tokens of a micro-batch."""
-    shared, device = configs[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(shared.train, device)
-    longest = max(int(table.lengths().max()) for tables in data for table in (tables.train, tables.eval))
-    architecture = AutoConfig.from_pretrained(model_dir, trust_remote_code=shared.model.trust_remote_code)
-    fit = fit_pack(shared, architecture, model_dir, dtype, device, longest)
-    say(f"loading {shared.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
-    base = load_base(model_dir, shared.model, shared.quant, dtype, device, fit.residency, longest)
+def fit_to_device(config: RunConfig, model_dir: Path, longest: int) -> Fit:
+    """How packs over the base of `config` use this device, for rows of at most `longest` tokens."""
+    device = _device()
+    architecture = AutoConfig.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
+    return fit_pack(config, architecture, model_dir, resolve_dtype(config.train, device), device, longest)
+
+
+def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, say: Say) -> PackedBase:
+    """The base of `config` on this device, as `fit` wants it."""
+    device = _device()
+    dtype = resolve_dtype(config.train, device)
+    say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
+    base = load_base(model_dir, config.model, config.quant, dtype, device, fit.residency, longest)
     if fit.checkpoint_activations:
         base.checkpoint_activations()
-    return base, fit.micro_batch_tokens
+    return base
+
+
+def longest_row(data: list[TokenisedData]) -> int:
+    """Tokens of the longest row that is learnt or evaluated."""
+    return max(int(table.lengths().max()) for tables in data for table in (tables.train, tables.eval))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _start(session: RunSession, state: Checkpoint | None, base: PackedBase, say: Say) -> None:
