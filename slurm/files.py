@@ -1,0 +1,145 @@
+"""The cluster's configuration files as text: settings in, text out."""
+
+from __future__ import annotations
+
+from slurm.nodes import CPUS_PER_NODE, GPUS_PER_NODE, MEMORY_PER_NODE_MIB, NODES, PARTITIONS, URGENT, nodes_of
+from slurm.settings import Folder, Ports, Settings
+
+DATABASE_PASSWORD = "box"  # of a database that listens on 127.0.0.1 alone and holds nothing but test jobs
+CRED_EXPIRE_SECONDS = 5  # a requeued job waits for its old credential to expire, 120 s by default
+
+
+def slurm_conf(settings: Settings, folder: Folder, ports: Ports, host: str, *, freezer: bool) -> str:
+    """slurm.conf; `freezer` says whether the host lets Slurm keep a job's processes in a cgroup."""
+    first_job = 100 * (ports.first - 20_000) + 1  # clusters on one host share the names of cgroups: no job id twice
+    lines = [
+        f"ClusterName=box{ports.first}",
+        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmctldPort={ports.slurmctld}",
+        "SlurmUser=root",
+        "AuthType=auth/munge",
+        f"AuthInfo=socket={folder.munge_socket},cred_expire={CRED_EXPIRE_SECONDS}",
+        f"StateSaveLocation={folder.state}",
+        f"SlurmdSpoolDir={folder.path}/spool/%n",
+        f"SlurmctldPidFile={folder.path}/slurmctld.pid",
+        f"SlurmdPidFile={folder.path}/slurmd-%n.pid",
+        f"ProctrackType=proctrack/{'cgroup' if freezer else 'pgid'}",
+        "TaskPlugin=task/none",
+        "MpiDefault=none",
+        "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_CPU_Memory",
+        "PriorityType=priority/basic",
+        "SlurmdParameters=config_overrides",  # believe the invented CPUs and memory
+        f"DefMemPerCPU={MEMORY_PER_NODE_MIB // CPUS_PER_NODE}",  # else a job that names no memory takes a whole node's
+        f"FirstJobId={first_job}",
+        *_behaviour(settings),
+        *_quick(),
+        *_accounting(settings, folder, ports),
+        *_nodes(ports),
+        *_partitions(settings),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def gres_conf(folder: Folder) -> str:
+    """gres.conf: the GPUs of every node, by a file each."""
+    lines = [
+        f"NodeName={node.name} Name=gpu Type={node.gpu} File={folder.gpus}/{node.name}-[0-{GPUS_PER_NODE - 1}]"
+        for node in NODES
+    ]
+    return "\n".join(["AutoDetect=off", *lines]) + "\n"
+
+
+def cgroup_conf() -> str:
+    """cgroup.conf: the freezer follows the processes of a job, nothing is limited."""
+    return "CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n"
+
+
+def slurmdbd_conf(folder: Folder, ports: Ports) -> str:
+    """slurmdbd.conf; the file has to be readable by SlurmUser alone."""
+    lines = [
+        "AuthType=auth/munge",
+        f"AuthInfo=socket={folder.munge_socket}",
+        "DbdHost=localhost",
+        "DbdAddr=127.0.0.1",
+        f"DbdPort={ports.slurmdbd}",
+        "SlurmUser=root",
+        "StorageType=accounting_storage/mysql",
+        "StorageHost=127.0.0.1",
+        f"StoragePort={ports.mariadb}",
+        "StorageLoc=slurm_acct_db",
+        "StorageUser=slurm",
+        f"StoragePass={DATABASE_PASSWORD}",
+        f"PidFile={folder.path}/slurmdbd.pid",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def database_users() -> str:
+    """What MariaDB executes when it starts: slurmdbd's user."""
+    return (
+        f"CREATE USER IF NOT EXISTS 'slurm'@'127.0.0.1' IDENTIFIED BY '{DATABASE_PASSWORD}';\n"
+        "GRANT ALL ON slurm_acct_db.* TO 'slurm'@'127.0.0.1';\n"
+    )
+
+
+def _behaviour(settings: Settings) -> list[str]:
+    """What decides over a job's life."""
+    signal = ["SlurmctldParameters=preempt_send_user_signal"] if settings.send_user_signal else []
+    return [
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        f"KillWait={settings.kill_wait}",
+        f"JobRequeue={int(settings.requeue)}",
+        f"MaxArraySize={settings.max_array_size}",
+        *signal,
+    ]
+
+
+def _quick() -> list[str]:
+    """What lets a test see within seconds what takes minutes elsewhere."""
+    return [
+        "SlurmctldTimeout=10",
+        "SlurmdTimeout=10",
+        "ReturnToService=2",
+        "CompleteWait=0",
+        "MinJobAge=300",
+        "SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=100000,bf_interval=2",
+    ]
+
+
+def _accounting(settings: Settings, folder: Folder, ports: Ports) -> list[str]:
+    """Jobs are recorded by slurmdbd, or not at all."""
+    gres = ["GresTypes=gpu"]
+    if not settings.accounting:
+        return [*gres, "AccountingStorageType=accounting_storage/none"]
+    types = ",".join(f"gres/gpu:{partition}" for partition in PARTITIONS)
+    return [
+        *gres,
+        "AccountingStorageType=accounting_storage/slurmdbd",
+        "AccountingStorageHost=127.0.0.1",
+        f"AccountingStoragePort={ports.slurmdbd}",
+        f"AccountingStoragePass={folder.munge_socket}",
+        "AccountingStorageEnforce=associations,limits,qos",
+        f"AccountingStorageTRES=gres/gpu,{types}",
+        "JobAcctGatherType=jobacct_gather/linux",
+    ]
+
+
+def _nodes(ports: Ports) -> list[str]:
+    return [
+        f"NodeName={node.name} NodeAddr=127.0.0.1 Port={ports.slurmd(place)} CPUs={CPUS_PER_NODE} "
+        f"RealMemory={MEMORY_PER_NODE_MIB} Gres=gpu:{node.gpu}:{GPUS_PER_NODE} State=UNKNOWN"
+        for place, node in enumerate(NODES)
+    ]
+
+
+def _partitions(settings: Settings) -> list[str]:
+    """A partition per type of GPU, and one over all nodes whose jobs push the others out."""
+    limits = f"MaxTime={settings.max_time} DefaultTime={settings.default_time}"
+    ordinary = [
+        f"PartitionName={name} Nodes={nodes_of(name)} Default={'YES' if place == 0 else 'NO'} PriorityTier=1 "
+        f"GraceTime={settings.grace} {limits} State=UP"
+        for place, name in enumerate(PARTITIONS)
+    ]
+    return [*ordinary, f"PartitionName={URGENT} Nodes=ALL PriorityTier=10 PreemptMode=OFF {limits} State=UP"]

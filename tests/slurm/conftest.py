@@ -1,0 +1,48 @@
+"""One real Slurm for all tests that ask for `cluster`. Without Slurm they are skipped, and on CI they fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from real_cluster import Cluster, NoCluster, cluster_folder
+
+CLUSTER_TEST_SECONDS = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests on the cluster go to one worker of pytest-xdist (``--dist loadgroup``): they change its settings."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+            item.add_marker(pytest.mark.timeout(CLUSTER_TEST_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[Cluster]:
+    """The cluster, started once. Use `cluster`."""
+    folder = cluster_folder()
+    try:
+        cluster = Cluster(folder)
+    except NoCluster as problem:
+        shutil.rmtree(folder.path)
+        _unavailable(str(problem))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(running_cluster: Cluster) -> Cluster:
+    """The running cluster with its usual settings and an empty queue, whatever the test before did to it."""
+    running_cluster.reset()
+    return running_cluster
+
+
+def _unavailable(reason: str) -> None:
+    """Skip with the reason; where CI is set nothing may be skipped."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI has to run the tests on a real Slurm: {reason}")
+    pytest.skip(f"NOT TESTED ON SLURM: {reason}")
