@@ -27,7 +27,7 @@ SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 
 
-def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+def tiny_llama(dtype: torch.dtype = torch.float64, tied: bool = False) -> LlamaForCausalLM:
     """A random 2-layer Llama with grouped-query attention; the same weights every time."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -37,7 +37,7 @@ def tiny_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

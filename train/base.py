@@ -19,12 +19,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from train.attention import ATTENTION
 from train.batches import CurrentBatch, MicroBatch
 from train.config import ModelConfig, QuantConfig
 from train.errors import BadInput
+from train.model.base_cache import BaseCache, WantedBase
+from train.model.quantised import QuantisedBase, frozen_linears, hollow_model, load_model, quantise
 from train.packed_lora import PackedAdapters, Slot, packed_lora
 from train.sizing import Residency
 
@@ -43,8 +45,8 @@ class DenseWeight:
 class NF4Weight:
     """A weight [out, in] in 4-bit NormalFloat (QLoRA, arXiv 2305.14314), dequantised at each use, forward and backward."""
 
-    def __init__(self, weight: torch.Tensor, quant: QuantConfig) -> None:
-        self.packed, self.state = quantise(weight, quant)
+    def __init__(self, packed: torch.Tensor, state: Any) -> None:
+        self.packed, self.state = packed, state
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
@@ -67,17 +69,6 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0] @ ctx.weight.dense(), None
-
-
-def quantise(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, Any]:
-    """bitsandbytes' NF4 with blocks of 64, as transformers' `BitsAndBytesConfig` makes it."""
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=64,
-        compress_statistics=quant.bnb_4bit_use_double_quant,
-        quant_type=quant.bnb_4bit_quant_type,
-    )
-    return packed, state
 
 
 def dequantise(packed: torch.Tensor, state: Any) -> torch.Tensor:
@@ -160,26 +151,31 @@ def load_base(
     device: torch.device,
     residency: Residency,
     longest: int,
+    bases: BaseCache,
 ) -> PackedBase:
-    """Load the model in `model_dir` for packs whose sequences have at most `longest` tokens.
+    """Load the model in `model_dir` for packs whose sequences have at most `longest` tokens; in 4 bits it comes from `bases`.
 
     Raises:
         BadInput: the architecture computes something that the packed trainer would leave out.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype=dtype,
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-        attn_implementation="sdpa",
-    )
-    return pack_model(loaded, quant, device, residency, longest)
+    if not quant.load_in_4bit:
+        return pack_model(load_model(model_dir, model, dtype, device), quant, device, residency, longest)
+    quantised = bases.open(WantedBase(model_dir, model, quant, dtype, device))
+    hollow = hollow_model(model_dir, model, dtype, quantised)
+    return pack_model(hollow, quant, device, residency, longest, quantised)
 
 
 def pack_model(
-    model: PreTrainedModel, quant: QuantConfig, device: torch.device, residency: Residency, longest: int
+    model: PreTrainedModel,
+    quant: QuantConfig,
+    device: torch.device,
+    residency: Residency,
+    longest: int,
+    quantised: QuantisedBase | None = None,
 ) -> PackedBase:
     """Freeze `model`, move it to `device` and put packed parts in its places.
+
+    A `hollow_model` brings the weights of its linear layers in `quantised`.
 
     Raises:
         BadInput: see `load_base`.
@@ -194,10 +190,14 @@ def pack_model(
     current = CurrentBatch()
     linears: dict[str, PackedLinear] = {}
     shapes: dict[str, tuple[int, int]] = {}
+    frozen = frozen_linears(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        if isinstance(module, nn.Linear) and name in frozen:
             shapes[name] = (module.out_features, module.in_features)
-            linears[name] = _packed_linear(module, quant, device, residency, current)
+            weight = _weight(name, module, quant, device, residency, quantised)
+            linears[name] = PackedLinear(
+                weight, None if module.bias is None else module.bias.detach().to(device), current
+            )
             model.set_submodule(name, linears[name])
         elif fused := _fused_norm(module):
             model.set_submodule(name, fused)
@@ -230,16 +230,19 @@ def refuse_unsupported(config: Any, longest: int) -> None:
             )
 
 
-def _packed_linear(
-    linear: nn.Linear, quant: QuantConfig, device: torch.device, residency: Residency, current: CurrentBatch
-) -> PackedLinear:
-    """The packed form of one layer. A resident NF4 weight holds the quantised values in full width: same numbers, no unpacking."""
-    weight: torch.Tensor = linear.weight.detach().to(device)
-    bias = None if linear.bias is None else linear.bias.detach().to(device)
+def _weight(
+    name: str,
+    linear: nn.Linear,
+    quant: QuantConfig,
+    device: torch.device,
+    residency: Residency,
+    quantised: QuantisedBase | None,
+) -> DenseWeight | NF4Weight:
+    """The frozen weight of one layer. A resident NF4 weight holds the quantised values in full width: same numbers, no unpacking."""
     if not quant.load_in_4bit:
-        return PackedLinear(DenseWeight(weight), bias, current)
-    packed = NF4Weight(weight, quant)
-    return PackedLinear(packed if residency == "nf4" else DenseWeight(packed.dense()), bias, current)
+        return DenseWeight(linear.weight.detach().to(device))
+    packed, state = quantised.linear(name) if quantised else quantise(linear.weight.detach().to(device), quant)
+    return NF4Weight(packed, state) if residency == "nf4" else DenseWeight(dequantise(packed, state))
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:

@@ -20,6 +20,7 @@ from train.errors import BadInput
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
+from train.model.base_cache import BaseCache
 from train.model.staging import stage_model
 from train.rundir import CacheDir, Record, RunDir
 from train.seats import take_seats
@@ -55,7 +56,7 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
     stop.check()
     longest = longest_row(data)
     fit = fit_to_device(configs[0], model_dir, longest)
-    base = open_base(configs[0], model_dir, fit, longest, say)
+    base = open_base(configs[0], model_dir, fit, longest, BaseCache(CacheDir(cache), say, stop.check))
     stop.check()
     say(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
@@ -128,12 +129,12 @@ def fit_to_device(config: RunConfig, model_dir: Path, longest: int) -> Fit:
     return fit_pack(config, architecture, model_dir, resolve_dtype(config.train, device), device, longest)
 
 
-def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, say: Say) -> PackedBase:
+def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases: BaseCache) -> PackedBase:
     """The base of `config` on this device, as `fit` wants it."""
     device = _device()
     dtype = resolve_dtype(config.train, device)
-    say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
-    base = load_base(model_dir, config.model, config.quant, dtype, device, fit.residency, longest)
+    bases.say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
+    base = load_base(model_dir, config.model, config.quant, dtype, device, fit.residency, longest, bases)
     if fit.checkpoint_activations:
         base.checkpoint_activations()
     return base

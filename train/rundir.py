@@ -185,9 +185,34 @@ class CacheDir:
         """Folder of a model's files while they are fetched: what arrived before an interruption is not fetched again."""
         return self.path / "downloads" / key
 
+    def base(self, key: str) -> BaseDir:
+        """A base model as jobs load it, quantised; complete if it exists."""
+        return BaseDir(self.path / "bases" / key)
+
+    def base_lock(self, key: str) -> Path:
+        """Held by the process that quantises the base."""
+        return self.path / "bases" / f"{key}.lock"
+
     def tokens(self, key: str) -> Path:
         """Folder of tokenised data (`TokensDir`), complete if it exists."""
         return self.path / "tokens" / key
+
+
+@dataclass(frozen=True)
+class BaseDir:
+    """The files of a quantised base: ``cache/bases/<key>/``."""
+
+    path: Path
+
+    @property
+    def about(self) -> Path:
+        """What the key stands for, for whoever wants to know which folder may go."""
+        return self.path / "about.json"
+
+    @property
+    def weights(self) -> Path:
+        """The tensors."""
+        return self.path / "base.safetensors"
 
 
 @dataclass(frozen=True)

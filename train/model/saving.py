@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,11 +20,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     Raises:
         StorageError: the disk is full or read-only.
     """
-    with storage_errors(folder):
+    with told_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def told_errors(path: Path) -> Iterator[None]:
+    """`storage_errors` for safetensors and tokenizers, which give the system's error as text, in types of their own.
+
+    Raises:
+        StorageError: see `storage_errors`.
+    """
+    with storage_errors(path):
         try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except Exception as exc:  # safetensors and tokenizers give the system's error as text, in types of their own
+            yield
+        except Exception as exc:
             told = OS_ERROR.search(str(exc))
             if told is None:
                 raise

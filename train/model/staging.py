@@ -5,13 +5,10 @@ It speaks on stderr while it works, since fetching and converting take from seco
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,6 +18,7 @@ from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
 from train.model.folder import check_model_folder
 from train.model.gguf_package import save_packaged_model
+from train.model.locking import locked
 from train.model.tiny import save_tiny_model
 from train.rundir import CacheDir, make_folder, storage_errors, write_folder
 from train.sources import DEFAULT_REVISION, model_key, source_kind, staged_model
@@ -28,7 +26,6 @@ from train.sources import DEFAULT_REVISION, model_key, source_kind, staged_model
 # Only the folder's own level: repositories keep other formats of the same weights in folders below.
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 HUB_LEFT_OUT = ["*/*"]
-LOCK_POLL_SECONDS = 0.2
 
 
 def stage_model(model: ModelConfig, cache: CacheDir) -> Path:
@@ -43,7 +40,7 @@ def stage_model(model: ModelConfig, cache: CacheDir) -> Path:
         return ready
     key = model_key(model)
     make_folder(cache.model(key).parent)
-    with _locked(cache.model_lock(key)):
+    with locked(cache.model_lock(key)):
         ready = staged_model(model, cache)  # another process may have made it meanwhile
         return ready or _make(model, cache)
 
@@ -110,32 +107,6 @@ def _move_files(download: Path, folder: Path) -> None:
         if file.is_file():
             os.replace(file, folder / file.name)
     shutil.rmtree(download)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the system gives it up with the process. A file system without locks lets everybody pass."""
-    with storage_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        _wait_for_lock(handle, path)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _wait_for_lock(handle: int, path: Path) -> None:
-    said = False
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not said:
-                _say(f"another process is making {path.stem}; waiting for it ...")
-            said = True
-            time.sleep(LOCK_POLL_SECONDS)
-        except OSError:
-            return None
 
 
 def _first_line(exc: BaseException) -> str:

@@ -1,0 +1,206 @@
+"""Bases quantised once: every job that reads one trains the very numbers of a job that quantised for itself."""
+
+import dataclasses
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import packs
+from train.base import DenseWeight, NF4Weight, PackedBase, Residency, load_base, pack_model
+from train.config import ModelConfig, QuantConfig
+from train.model import base_cache
+from train.model.base_cache import BaseCache, WantedBase
+from train.rundir import CacheDir
+from train.signals import StopFlag, Stopped
+
+MODEL = ModelConfig(name="tiny", source="builtin:tiny", fingerprint="tiny")
+SINGLE = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=False)
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def model_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model in float32, with its head tied to its embedding or not."""
+    return save(packs.tiny_llama(torch.float32, tied=request.param), tmp_path / "model")
+
+
+class Cache(BaseCache):
+    """A cache in a folder that keeps what it says."""
+
+    def __init__(self, folder: Path, stop: StopFlag | None = None) -> None:
+        self.said: list[str]
+        super().__init__(CacheDir(folder), (said := []).append, (stop or StopFlag()).check)
+        object.__setattr__(self, "said", said)
+
+
+def load(
+    model_dir: Path,
+    cache: BaseCache,
+    quant: QuantConfig = packs.NF4,
+    dtype: torch.dtype = torch.float32,
+    residency: Residency = "nf4",
+    device: torch.device = packs.CPU,
+) -> PackedBase:
+    return load_base(model_dir, MODEL, quant, dtype, device, residency, 64, cache)
+
+
+def numbers(base: PackedBase) -> dict[str, torch.Tensor]:
+    """Everything that a base computes with."""
+    found = {f"rest/{name}": tensor for name, tensor in base.model.named_parameters(remove_duplicate=False)}
+    found |= {f"buffer/{name}": tensor for name, tensor in base.model.named_buffers()}
+    for name, linear in base.linears.items():
+        weight = linear.weight
+        assert isinstance(weight, DenseWeight | NF4Weight)
+        found[f"linear/{name}"] = weight.weight if isinstance(weight, DenseWeight) else weight.dense()
+        if linear.bias is not None:
+            found[f"bias/{name}"] = linear.bias
+    return found
+
+
+def assert_same(a: PackedBase, b: PackedBase) -> None:
+    mine, other = numbers(a), numbers(b)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) and mine[name].dtype == other[name].dtype for name in mine)
+    assert {t.device.type for t in mine.values()} == {a.device.type}
+    assert (a.parameters, a.shapes) == (b.parameters, b.shapes)
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quant", [packs.NF4, SINGLE], ids=["double", "single"])
+def test_what_is_read_is_what_was_quantised(
+    model_dir: Path, tmp_path: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    expected = pack_model(loaded, quant, device, "nf4", 64)
+    cache = Cache(tmp_path / "cache")
+    made = load(model_dir, cache, quant, dtype, device=device)
+    (model_dir / "model.safetensors").unlink()
+    read = load(model_dir, cache, quant, dtype, device=device)
+    resident = load(model_dir, cache, quant, dtype, "resident", device)
+    for base in (made, read, resident):
+        assert_same(base, expected)
+    assert len(cache.said) == 1
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_a_base_in_16_bits_is_that_of_its_files(model_dir: Path, tmp_path: Path, device: torch.device) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    base = load(model_dir, Cache(tmp_path / "cache"), packs.SIXTEEN_BIT, torch.bfloat16, "resident", device)
+    assert_same(base, pack_model(loaded, packs.SIXTEEN_BIT, device, "resident", 64))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_journals_do_not_tell_where_the_base_came_from(model_dir: Path, tmp_path: Path) -> None:
+    cache, journals = Cache(tmp_path / "cache"), []
+    for name in ("made", "read"):
+        packs.train(tmp_path / name, load(model_dir, cache), packs.DIVERSE[:3])
+        journals.append([run.journal.read_bytes() for run in packs.run_dirs(tmp_path / name)])
+    assert journals[0] == journals[1]
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return save(packs.tiny_llama(torch.float32), tmp_path / "model")
+
+
+def test_of_two_jobs_that_start_at_once_one_quantises(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand for processes: the lock belongs to an open file, so it keeps them apart alike."""
+    made, bases = [], list[PackedBase]()
+    both_began = threading.Barrier(2, timeout=30)
+    quantised_tensors = base_cache.quantised_tensors
+
+    def counted(*arguments: object) -> object:
+        made.append(arguments)
+        return quantised_tensors(*arguments)  # type: ignore[arg-type]
+
+    def work() -> None:
+        both_began.wait()
+        bases.append(load(plain, Cache(tmp_path / "cache")))
+
+    monkeypatch.setattr(base_cache, "quantised_tensors", counted)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert_same(*bases)
+
+
+def test_a_job_that_waits_for_another_can_be_stopped(plain: Path, tmp_path: Path) -> None:
+    stop = StopFlag()
+    cache = Cache(tmp_path / "cache", stop)
+    wanted = WantedBase(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
+    load(plain, cache)
+    (kept,) = (path for path in (tmp_path / "cache" / "bases").iterdir() if path.is_dir())
+    shutil.rmtree(kept)
+    with base_cache.locked(kept.with_suffix(".lock")):
+        stop.signal_name = "SIGTERM"
+        with pytest.raises(Stopped):
+            cache.open(wanted)
+
+
+@pytest.mark.parametrize("why", ["not a directory", "full"])
+def test_a_cache_that_refuses_costs_nothing_but_time(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    cache, expected = Cache(tmp_path / "cache"), load(plain, Cache(tmp_path / "other"))
+    if why == "full":
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda path: usage)  # stands for the disk
+    else:
+        (tmp_path / "cache").touch()
+    assert_same(load(plain, cache), expected)
+    (line,) = cache.said
+    assert "will quantise again" in line
+    assert ("part of that path is a file" if why == "not a directory" else "0.0 GiB are free") in line
+    assert not list(tmp_path.glob("cache/bases/*.tmp"))
+
+
+@pytest.mark.parametrize("left", [0, 7, 5000])
+def test_a_damaged_file_is_made_anew(plain: Path, tmp_path: Path, left: int) -> None:
+    cache = Cache(tmp_path / "cache")
+    expected = load(plain, cache)
+    (file,) = tmp_path.glob("cache/bases/*/base.safetensors")
+    shutil.copy(file, tmp_path / "whole")  # `expected` reads from the file that is damaged now
+    os.truncate(shutil.copy(file, tmp_path / "cut"), left)
+    os.replace(tmp_path / "cut", file)
+    assert_same(load(plain, cache), expected)
+    assert file.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def variants() -> Iterator[WantedBase]:
+    """Bases that may differ in a bit from the first."""
+    first = WantedBase(Path(), MODEL, packs.NF4, torch.float32, packs.CPU)
+    yield first
+    yield dataclasses.replace(first, dtype=torch.bfloat16)
+    yield dataclasses.replace(first, quant=SINGLE)
+    yield dataclasses.replace(first, device=torch.device("cuda"))
+    yield dataclasses.replace(first, model=MODEL.model_copy(update={"fingerprint": "other"}))
+
+
+def test_bases_that_may_differ_are_kept_apart() -> None:
+    abouts = [wanted.about() for wanted in variants()]
+    assert all(a != b for i, a in enumerate(abouts) for b in abouts[:i])
+
+
+def test_a_hubs_model_fetched_again_is_quantised_again(plain: Path) -> None:
+    hub = MODEL.model_copy(update={"fingerprint": "hub:org/name@main"})
+    wanted = WantedBase(plain, hub, packs.NF4, torch.float32, packs.CPU)
+    before = wanted.about()
+    assert wanted.about() == before
+    os.utime(plain / "model.safetensors", ns=(1, 1))
+    assert wanted.about() != before

@@ -1,0 +1,153 @@
+"""Bases quantised once per cluster: the process that finds none makes it while others wait, and then all read the same bytes.
+
+A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantises nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from train.config import ModelConfig, QuantConfig
+from train.errors import StorageError
+from train.model.folder import weight_files
+from train.model.locking import locked
+from train.model.quantised import QuantisedBase, load_model, quantised_tensors
+from train.model.saving import told_errors
+from train.rundir import BaseDir, CacheDir, Record, make_folder, storage_errors, write_folder, write_json
+
+FORMAT_VERSION = 1  # of the file: raise it when its names or their meaning change
+VERSIONED = ("bitsandbytes", "transformers")  # the one decides the bits, the other the names
+LEFT_FREE_BYTES = 2**30  # of the disk, for checkpoints
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class WantedBase:
+    """Everything that decides the bits of a quantised base.
+
+    bitsandbytes rounds by thresholds on a GPU and by distances on a CPU, so the kind of device belongs to it.
+    """
+
+    model_dir: Path
+    model: ModelConfig
+    quant: QuantConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def about(self) -> Record:
+        """It in words. A hub's branch moves on under the same name, so the age of its files counts too."""
+        moves = (self.model.fingerprint or "hub:").startswith("hub:")
+        stats = [(file.name, file.stat()) for file in weight_files(self.model_dir)] if moves else []
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model.fingerprint,
+            "code": self.model.trust_remote_code,
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+            "quant": self.quant.model_dump(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        }
+
+    def tensors(self, stop: Callable[[], None]) -> dict[str, torch.Tensor]:
+        """Load the model and quantise it: what the cache saves later jobs."""
+        loaded = load_model(self.model_dir, self.model, self.dtype, torch.device("cpu"))
+        stop()
+        return quantised_tensors(loaded, self.quant, self.device, stop)
+
+
+@dataclass(frozen=True)
+class BaseCache:
+    """The quantised bases of a cache. `say` gets lines for the job's log; `stop` may raise while this waits or quantises."""
+
+    cache: CacheDir
+    say: Say
+    stop: Callable[[], None]
+
+    def open(self, wanted: WantedBase) -> QuantisedBase:
+        """The base, from the cache; made where it is not there yet.
+
+        A cache that refuses (full, read-only) costs the next job its time, never this one its life.
+        """
+        about = wanted.about()
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        folder = self.cache.base(key)
+        found = read_base(folder, wanted.device)
+        if found is not None:
+            return found
+        try:
+            make_folder(folder.path.parent)
+            with locked(self.cache.base_lock(key), self.stop):
+                return read_base(folder, wanted.device) or self._make(folder, about, wanted)
+        except StorageError as exc:  # no lock to be had: everybody for himself
+            return self._for_this_job(wanted, wanted.tensors(self.stop), exc)
+
+    def _make(self, folder: BaseDir, about: Record, wanted: WantedBase) -> QuantisedBase:
+        began, tensors = time.monotonic(), wanted.tensors(self.stop)
+        try:
+            write_base(folder, about, tensors)
+        except StorageError as exc:
+            return self._for_this_job(wanted, tensors, exc)
+        self.say(f"quantised the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
+        return read_base(folder, wanted.device) or _in_memory(tensors, wanted.device)
+
+    def _for_this_job(self, wanted: WantedBase, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantisedBase:
+        self.say(f"the quantised base is not kept, so later jobs will quantise again: {why}")
+        return _in_memory(tensors, wanted.device)
+
+
+def read_base(folder: BaseDir, device: torch.device) -> QuantisedBase | None:
+    """The base in a folder of the cache, mapped into memory and read on demand; None where there is none that is whole."""
+    try:
+        _read_ahead(folder.weights)
+        file = safe_open(folder.weights, framework="pt", device=str(device))
+    except (OSError, SafetensorError):
+        return None
+    return QuantisedBase(file.keys(), file.get_tensor, device)  # type: ignore[no-untyped-call]
+
+
+def write_base(folder: BaseDir, about: Record, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a base to its folder in the cache, complete or not at all.
+
+    Raises:
+        StorageError: the disk refuses, or would be all but full.
+    """
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with storage_errors(folder.path):
+        disk = shutil.disk_usage(folder.path.parent)
+    if disk.free - size < LEFT_FREE_BYTES:
+        raise StorageError(
+            f"{folder.path} would take {size / 2**30:.1f} GiB and {disk.free / 2**30:.1f} GiB are free there; "
+            "free some space, or choose another cache="
+        )
+    with write_folder(folder.path) as beside:
+        files = BaseDir(beside)
+        with told_errors(files.weights):
+            save_file(tensors, files.weights)
+        write_json(files.about, about)
+
+
+def _in_memory(tensors: dict[str, torch.Tensor], device: torch.device) -> QuantisedBase:
+    return QuantisedBase(list(tensors), tensors.__getitem__, device)
+
+
+def _read_ahead(path: Path) -> None:
+    """Let the system fetch the whole file while the model is built around it, in large pieces, as network storage likes them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(handle)
