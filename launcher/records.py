@@ -12,13 +12,55 @@ from pydantic import Field
 from train.config import RunConfig, Section
 from train.rundir import RunDir, SweepDir
 
+SLURM_JOBS_AT_ONCE = 8
+
+
+class PartitionConfig(Section):
+    """A partition that jobs may go to. What is null is asked of the cluster, or known by the type of GPU.
+
+    gpu: the type of its GPUs as Slurm writes it; null where they have none. gres: what to ask for, by default one GPU of that type.
+    memory_gib: of one GPU. gpus: how many the partition has. max_minutes: its longest job; null, also on the cluster, is no limit.
+    """
+
+    gpu: str | None = None
+    gres: str | None = None
+    memory_gib: float | None = Field(None, gt=0)
+    gpus: int | None = Field(None, ge=1)
+    max_minutes: int | None = Field(None, ge=1)
+    usd_per_gpu_hour: float | None = Field(None, ge=0)
+
+    @property
+    def gres_request(self) -> str:
+        """What ``sbatch --gres`` takes."""
+        return self.gres or ":".join(filter(None, ["gpu", self.gpu, "1"]))
+
 
 class ClusterConfig(Section):
-    """Where jobs run. `max_parallel` jobs at once; `max_runs_per_pack` null lets memory decide."""
+    """Where jobs run, and what each is asked for with. ``auto`` is Slurm where one answers, else this machine.
 
-    kind: Literal["auto", "local"]
-    max_parallel: int = Field(1, ge=1)
+    partitions: those that jobs may go to, by name; empty means all that have GPUs and are open to the user.
+    setup, modules: shell lines and ``module load`` names that a job starts with. container: the words before its Python, e.g.
+    ``apptainer exec --nv image.sif``. cpus, ram_gib: of a job; null leaves memory to the cluster.
+    max_parallel: jobs at once, null for one here and eight on Slurm. max_runs_per_pack: null lets memory decide.
+    """
+
+    kind: Literal["auto", "local", "slurm"]
+    partitions: dict[str, PartitionConfig] = Field(default_factory=dict)
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    setup: list[str] = Field(default_factory=list)
+    modules: list[str] = Field(default_factory=list)
+    container: str | None = None
+    cpus: int = Field(4, ge=1)
+    ram_gib: float | None = Field(None, gt=0)
+    max_parallel: int | None = Field(None, ge=1)
     max_runs_per_pack: int | None = Field(None, ge=1)
+
+    def jobs_at_once(self, *, slurm: bool) -> int:
+        """How many jobs may run side by side."""
+        return self.max_parallel or (SLURM_JOBS_AT_ONCE if slurm else 1)
 
 
 class TrackingConfig(Section):

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -277,10 +277,14 @@ def _is_union_member(part: str | int) -> bool:
 
 
 def _valid_keys(section: type[BaseModel], path: list[str]) -> list[str]:
-    """The fields below `path`, for a message."""
+    """The fields below `path`, for a message; a dictionary of sections takes any name."""
+    annotation: Any = section
     for part in path:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = (
+            get_args(annotation)[1] if get_origin(annotation) is dict else annotation.model_fields[part].annotation
+        )
+        if get_origin(annotation) is not dict and not (
+            isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        ):
             return []
-        section = annotation
-    return list(section.model_fields)
+    return list(annotation.model_fields)

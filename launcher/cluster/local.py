@@ -86,7 +86,7 @@ class LocalQueue:
 
 def open_queue(packs: list[PackDir], code: Path, cluster: ClusterConfig) -> LocalQueue:
     """A queue whose first jobs are started."""
-    queue = LocalQueue(packs, code, cluster.max_parallel, visible_gpus())
+    queue = LocalQueue(packs, code, cluster.jobs_at_once(slurm=False), visible_gpus())
     queue.advance()
     return queue
 

@@ -151,6 +151,11 @@ MISTAKES = {
     "~lora.nothing": ["lora.nothing"],
     "cluster.kind=moon": ["cluster.kind", "local"],
     "cluster.max_parallel=0": ["cluster.max_parallel=0"],
+    "cluster.partition=a100": ["cluster.partition", "partitions", "max_parallel"],
+    "cluster.partitions.a100.memory=40": ["cluster.partitions.a100.memory", "memory_gib"],
+    "cluster.partitions.a100.memory_gib=much": ["cluster.partitions.a100.memory_gib='much'"],
+    "cluster.partitions=[a100]": ["cluster.partitions", "dictionary"],
+    'cluster.setup=["a\x1bb"]': ["control character"],
     "data=file": ["data.source", "no value"],
     "data.source=missing.jsonl": ["missing.jsonl"],
     "model.source=./missing": ["missing"],
@@ -171,6 +176,15 @@ def test_a_mistake_gets_one_paragraph(override: str, tmp_path: Path) -> None:
     assert all(part in message for part in MISTAKES[override]), message
     assert not re.search(r"\n|HYDRA_FULL_ERROR|hydra\.cc|object_type|Config search path|\+\+", message), message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partition_is_described_by_its_name() -> None:
+    cluster = compose(
+        ["cluster=slurm", "cluster.partitions.a100.gpu=a100", "cluster.partitions.a100.usd_per_gpu_hour=1.5"]
+    ).cluster
+    assert {name: (p.gres_request, p.usd_per_gpu_hour) for name, p in cluster.partitions.items()} == {
+        "a100": ("gpu:a100:1", 1.5)
+    }
 
 
 def test_a_value_and_an_axis_for_one_key_are_refused() -> None:
