@@ -1,8 +1,9 @@
-"""Causal attention over flat packs: q, k and v alone are scattered to right-padded sequences.
+"""Causal attention over flat packs: each sequence attends to itself.
 
-Registered with transformers under the name `ATTENTION`, so every decoder that supports its attention interface runs on flat
-tokens unchanged. Real tokens precede the fillers, so causality alone hides them and no mask is needed: the same call serves T4,
-CPU and H200.
+From sm_80 on FlashAttention takes flat sequences and their bounds. Everywhere else q, k and v alone are scattered to right-padded
+sequences: real tokens precede the fillers, so causality alone hides them and no mask is needed.
+
+`ATTENTION` is its name in transformers' registry, so every decoder that supports the attention interface runs on flat tokens.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from train.batches import CurrentBatch, Padding
+from train.batches import CurrentBatch, MicroBatch, Padding
 
 ATTENTION = "lorapack"
+LONGEST_MULTIPLE = 128  # FlashAttention's blocks: a larger bound only starts blocks that end at once
 
 
 class _Pad(torch.autograd.Function):
@@ -44,6 +46,83 @@ class _Unpad(torch.autograd.Function):
         return ctx.padding.pad_with_zeros(gradients[0]), None, None
 
 
+class _Varlen(torch.autograd.Function):
+    """FlashAttention-2 (arXiv 2307.08691) on flat q [T, H, D] and k, v [T, K, D].
+
+    The operators behind `torch.nn.attention.varlen`, called here because the backward has to be told to add up in a fixed order:
+    a resumed run repeats the very same bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+    ) -> torch.Tensor:
+        out, log_sums, random, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, log_sums, starts, random, unused)
+        ctx.longest, ctx.scale = longest, scale
+        attended: torch.Tensor = out
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, log_sums, starts, random, unused = ctx.saved_tensors
+        with _fixed_order():
+            of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
+                gradients[0].contiguous(), q, k, v, out, log_sums, starts, starts, ctx.longest, ctx.longest, 0.0, True,
+                random, unused, scale=ctx.scale,
+            )  # fmt: skip
+        return of_q, of_k, of_v, None, None, None
+
+
+class _fixed_order:  # noqa: N801 - used as a statement
+    """Let torch choose deterministic kernels in here."""
+
+    def __enter__(self) -> None:
+        self._before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_exc: object) -> None:
+        torch._C._set_deterministic_algorithms(self._before[0], warn_only=self._before[1])
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch, scale: float, *, varlen: bool
+) -> torch.Tensor:
+    """Attention of flat tokens, each within its own sequence.
+
+    Args:
+        q: [T, heads, dim]; `k` and `v` [T, key-value heads, dim].
+        scale: of the products of q and k.
+        varlen: whether the device takes flat sequences.
+
+    Returns:
+        [T, heads, dim].
+    """
+    if varlen:
+        longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
+        out: torch.Tensor = _Varlen.apply(q, k, v, batch.sequence_starts, longest, scale)
+        return out
+    return _attend_padded(q, k, v, batch, scale)
+
+
+def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch, scale: float) -> torch.Tensor:
+    """`attend` through padded sequences."""
+    dtype = q.dtype
+    q, k, v = (_Pad.apply(x, batch.attention).transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        # In half precision torch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).to(dtype)
+    flat: torch.Tensor = _Unpad.apply(out.transpose(1, 2), batch.attention, batch.total)
+    return flat
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -53,7 +132,7 @@ def packed_attention(
     scaling: float | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of flat tokens, each within its own sequence.
+    """`attend` as transformers calls it.
 
     Args:
         module: the decoder's attention module; `current_batch` was attached to it by `train.base`.
@@ -63,14 +142,9 @@ def packed_attention(
         [1, T, heads, dim], and None for the weights.
     """
     current: CurrentBatch = module.current_batch  # type: ignore[assignment]  # attached by train.base
-    batch = current.require()
-    q, k, v = (_Pad.apply(x[0].transpose(0, 1), batch.attention).transpose(1, 2) for x in (query, key, value))
-    if q.device.type == "cpu":
-        # In half precision torch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).to(query.dtype)
-    return _Unpad.apply(out.transpose(1, 2), batch.attention, batch.total).unsqueeze(0), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(q, k, v, current.require(), scale, varlen=current.kernels.varlen).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -1,10 +1,8 @@
 """The frozen base model of a pack: loaded once, quantised once, run on flat tokens, with a place for adapters in every linear layer.
 
-The decoder is transformers' own; three things in it are exchanged: attention (`train.attention`), linear layers
-(`PackedLinear`) and RMSNorm (one fused call, in float64 too, where transformers would round to float32).
-
-Weights are kept and multiplied here, never by bitsandbytes' `Linear4bit`: on CPUs with AVX512-BF16 its forward without gradient
-repacks the weight for a kernel without autograd, and every later gradient is silently missing.
+A Llama runs through our own decoder (`train.decoder`). Every other decoder is transformers' own with three things exchanged:
+attention (`train.attention`), linear layers (`train.linears`) and RMSNorm (one fused call, in float64 too, where transformers would
+round to float32).
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,74 +21,14 @@ from transformers import PreTrainedModel
 from train.attention import ATTENTION
 from train.batches import CurrentBatch, MicroBatch
 from train.config import ModelConfig, QuantConfig
+from train.decoder import llama_decoder
 from train.errors import BadInput
+from train.kernels import PLAIN, Kernels
+from train.linears import DenseWeight, NF4Weight, PackedLinear, dequantise
 from train.model.base_cache import BaseCache, WantedBase
 from train.model.quantised import QuantisedBase, frozen_linears, hollow_model, load_model, quantise
-from train.packed_lora import PackedAdapters, Slot, packed_lora
+from train.packed_lora import PackedAdapters
 from train.sizing import Residency
-
-
-class DenseWeight:
-    """A weight [out, in] held in the compute dtype."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
-        return functional.linear(x, self.weight)
-
-
-class NF4Weight:
-    """A weight [out, in] in 4-bit NormalFloat (QLoRA, arXiv 2305.14314), dequantised at each use, forward and backward."""
-
-    def __init__(self, packed: torch.Tensor, state: Any) -> None:
-        self.packed, self.state = packed, state
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
-        product: torch.Tensor = _NF4Product.apply(x, self)
-        return product
-
-    def dense(self) -> torch.Tensor:
-        """The dequantised weight [out, in] in the dtype that it was quantised from."""
-        return dequantise(self.packed, self.state)
-
-
-class _NF4Product(torch.autograd.Function):
-    """Keeps nothing but the packed weight for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
-        ctx.weight = weight
-        return functional.linear(x, weight.dense())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] @ ctx.weight.dense(), None
-
-
-def dequantise(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """The values that the packed weight stands for."""
-    dense: torch.Tensor = bnb.dequantize_4bit(packed, state)
-    return dense
-
-
-class PackedLinear(nn.Module):
-    """A frozen linear layer that adds to every token the adapter of the run that the token belongs to."""
-
-    def __init__(self, weight: DenseWeight | NF4Weight, bias: torch.Tensor | None, current: CurrentBatch) -> None:
-        super().__init__()
-        self.weight, self.bias, self.current = weight, bias, current
-        self.slot: Slot | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, in] -> [1, T, out]."""
-        y = self.weight.product(x)
-        if self.bias is not None:
-            y = y + self.bias
-        delta = None if self.slot is None else packed_lora(x[0], self.slot, self.current)
-        return y if delta is None else y + delta
 
 
 class FusedRMSNorm(nn.Module):
@@ -107,7 +44,10 @@ class FusedRMSNorm(nn.Module):
 
 
 class PackedBase:
-    """A frozen decoder that runs packs. `shapes` gives (out, in) features of every linear layer that an adapter may sit on."""
+    """A frozen decoder that runs packs.
+
+    `shapes` gives (out, in) features of every linear layer that an adapter may sit on; no sequence has more than `longest` tokens.
+    """
 
     def __init__(
         self,
@@ -115,13 +55,26 @@ class PackedBase:
         linears: dict[str, PackedLinear],
         shapes: dict[str, tuple[int, int]],
         current: CurrentBatch,
+        longest: int,
     ) -> None:
+        self.longest = longest
         self.model, self.linears, self.shapes, self.current = model, linears, shapes, current
         self.head: torch.Tensor = model.get_output_embeddings().weight
         self.dtype, self.device = self.head.dtype, self.head.device
         linear_parameters = sum(out_features * in_features for out_features, in_features in shapes.values())
         biases = sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None)
         self.parameters = linear_parameters + biases + sum(parameter.numel() for parameter in model.parameters())
+        self._decoder = llama_decoder(model, current)
+        self._recomputes = False
+
+    @property
+    def repeats_alike(self) -> bool:
+        """Whether the same shapes always run the same kernels without asking the host, so that a CUDA graph can repeat them."""
+        return self.current.kernels.graphs and self._decoder is not None and not self._recomputes
+
+    def members(self) -> set[tuple[int, ...]]:
+        """The distinct groups of runs that adapt a layer."""
+        return {linear.slot.members for linear in self.linears.values() if linear.slot is not None}
 
     def attach(self, adapters: PackedAdapters | None) -> None:
         """Put a pack's adapters in their places; None leaves the bare base."""
@@ -130,15 +83,19 @@ class PackedBase:
 
     def hidden_states(self, batch: MicroBatch, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
         """The last hidden state [T, dim] of every token; `dropout_keys` [runs] turn dropout on."""
-        self.current.batch, self.current.dropout_keys = batch, dropout_keys
-        output = self.model.base_model(
-            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False
-        )
+        self.current.begin(batch, dropout_keys)
+        if self._decoder is not None:
+            return self._decoder(batch)
+        output = self.model.base_model(batch.tokens[None], position_ids=batch.positions[None], use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
     def checkpoint_activations(self) -> None:
         """Keep only the decoder layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
+        self._recomputes = True
+        if self._decoder is not None:
+            self._decoder.checkpoint_activations()
+            return
         for layer in self.model.base_model.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -152,6 +109,7 @@ def load_base(
     residency: Residency,
     longest: int,
     bases: BaseCache,
+    kernels: Kernels = PLAIN,
 ) -> PackedBase:
     """Load the model in `model_dir` for packs whose sequences have at most `longest` tokens; in 4 bits it comes from `bases`.
 
@@ -159,10 +117,10 @@ def load_base(
         BadInput: the architecture computes something that the packed trainer would leave out.
     """
     if not quant.load_in_4bit:
-        return pack_model(load_model(model_dir, model, dtype, device), quant, device, residency, longest)
+        return pack_model(load_model(model_dir, model, dtype, device), quant, device, residency, longest, kernels)
     quantised = bases.open(WantedBase(model_dir, model, quant, dtype, device))
     hollow = hollow_model(model_dir, model, dtype, quantised)
-    return pack_model(hollow, quant, device, residency, longest, quantised)
+    return pack_model(hollow, quant, device, residency, longest, kernels, quantised)
 
 
 def pack_model(
@@ -171,6 +129,7 @@ def pack_model(
     device: torch.device,
     residency: Residency,
     longest: int,
+    kernels: Kernels = PLAIN,
     quantised: QuantisedBase | None = None,
 ) -> PackedBase:
     """Freeze `model`, move it to `device` and put packed parts in its places.
@@ -187,7 +146,7 @@ def pack_model(
         )
     model.requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
-    current = CurrentBatch()
+    current = CurrentBatch(kernels)
     linears: dict[str, PackedLinear] = {}
     shapes: dict[str, tuple[int, int]] = {}
     frozen = frozen_linears(model)
@@ -204,7 +163,7 @@ def pack_model(
         elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             module.current_batch = current
     model.to(device).eval()
-    return PackedBase(model, linears, shapes, current)
+    return PackedBase(model, linears, shapes, current, longest)
 
 
 def refuse_unsupported(config: Any, longest: int) -> None:

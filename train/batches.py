@@ -7,7 +7,7 @@ per micro-batch, on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -16,6 +16,7 @@ import torch
 
 from train.config import TrainConfig
 from train.data.token_table import TokenTable
+from train.kernels import Kernels
 
 IGNORED_LABEL = -100
 MAX_LENGTH = 1 << 16  # of a sequence in tokens; a counter holds sequence and position
@@ -133,40 +134,70 @@ class Padding:
 class MicroBatch:
     """Flat tokens of several runs on a device, with the indices that attention, adapters and loss need.
 
+    With `token_multiple` above 1 fillers complete the tokens to a multiple of it, so that few shapes occur (CUDA graphs want
+    that): at least one filler, in a sequence of their own at the end, with the last run, and as many learnt positions as
+    tokens. A filler's weight in the loss is zero, so it changes no gradient.
+
     Attributes:
         tokens, positions: [T].
+        run_of_token: [T] row of the pack; `counters` [T] number the tokens within their run's whole step, whatever the
+            micro-batch: sequence * MAX_LENGTH + position.
         runs: the runs that have tokens here, ascending rows of the pack.
-        attention: padding of the sequences.
+        attention: padding of the sequences; `sequence_starts` [S + 1] are the same bounds for kernels that take them, int32.
+        longest: tokens of the longest sequence.
         learnt: [N] flat positions whose next token is to be predicted; `targets` [N] are those tokens.
-        run_of_target: [N]; `by_run` and `by_sequence` group the N targets, `run_of_sequence` [S] names the sequences' runs.
+        run_of_target: [N], `pack_size` for fillers; `by_run` groups the real ones of them, `real_targets` is their number.
     """
 
-    def __init__(self, sequences: list[Sequence], pack_size: int, device: torch.device) -> None:
+    def __init__(
+        self, sequences: list[Sequence], pack_size: int, device: torch.device, token_multiple: int = 1
+    ) -> None:
         ordered = sorted(sequences, key=lambda s: s.run)  # stable: a run's sequences keep their order
+        self.real_total = sum(len(s.tokens) for s in ordered)
+        if token_multiple > 1:
+            ordered.append(_fillers(ordered[-1].run, token_multiple - self.real_total % token_multiple))
         lengths = np.array([len(s.tokens) for s in ordered])
         starts = _starts(lengths)
         run_of_sequence = np.array([s.run for s in ordered])
         positions = np.concatenate([np.arange(length) for length in lengths])
         self.device, self.pack_size, self.total = device, pack_size, int(lengths.sum())
-        self.tokens = _to(np.concatenate([s.tokens for s in ordered]), device)
+        self.longest, self.sequences = int(lengths.max()), len(lengths)
+        self.tokens = _to(np.concatenate([s.tokens for s in ordered]).astype(np.int64), device)
         self.positions = _to(positions, device)
-        self.attention = Padding.of(starts, lengths, self.total, device)
+        self.run_of_token = _to(np.repeat(run_of_sequence, lengths), device)
+        self.counters = _to(np.repeat([s.index for s in ordered], lengths) * MAX_LENGTH + positions, device)
+        self.sequence_starts = _to(np.append(starts, self.total).astype(np.int32), device)
+        self._starts, self._lengths = starts, lengths
         self.runs, first = np.unique(run_of_sequence, return_index=True)
         self._run_starts, self._run_lengths = starts[first], np.add.reduceat(lengths, first)
-        self._counters = _to(np.repeat([s.index for s in ordered], lengths) * MAX_LENGTH + positions, device)
         self._routes: dict[tuple[int, ...], Route | None] = {}
-        self._note_targets(ordered, lengths, run_of_sequence)
+        self._note_targets(ordered, lengths, run_of_sequence, with_fillers=token_multiple > 1)
 
-    def _note_targets(self, ordered: list[Sequence], lengths: np.ndarray, run_of_sequence: np.ndarray) -> None:
-        targets = np.concatenate([_shifted(s.labels) for s in ordered])
+    def _note_targets(
+        self, ordered: list[Sequence], lengths: np.ndarray, run_of_sequence: np.ndarray, *, with_fillers: bool
+    ) -> None:
+        targets = np.concatenate([_shifted(s.labels) for s in ordered]).astype(np.int64)
         learnt = np.flatnonzero(targets != IGNORED_LABEL)
         sequence_of_target = np.repeat(np.arange(len(ordered)), lengths)[learnt]
         run_of_target = run_of_sequence[sequence_of_target]
-        self.learnt, self.targets = _to(learnt, self.device), _to(targets[learnt], self.device)
-        self.run_of_target = _to(run_of_target, self.device)
+        missing = self.total - len(learnt) if with_fillers else 0
+        self.real_targets = len(learnt)
+        self.learnt = _to(np.append(learnt, np.full(missing, self.total - 1)), self.device)
+        self.targets = _to(np.append(targets[learnt], np.zeros(missing, learnt.dtype)), self.device)
+        self.run_of_target = _to(np.append(run_of_target, np.full(missing, self.pack_size)), self.device)
         self.by_run, self.runs_with_targets = _grouped(run_of_target, self.device)
-        self.by_sequence, sequences = _grouped(sequence_of_target, self.device)
-        self.run_of_sequence = _to(run_of_sequence, self.device)[sequences]
+        self._sequence_of_target, self._run_of_sequence = sequence_of_target, run_of_sequence
+
+    @cached_property
+    def by_sequence(self) -> tuple[Padding, torch.Tensor]:
+        """The padding of the targets by sequence, and the run [S] of each sequence that has any."""
+        padding, sequences = _grouped(self._sequence_of_target, self.device)
+        return padding, _to(self._run_of_sequence, self.device)[sequences]
+
+    @cached_property
+    def attention(self) -> Padding:
+        """Made when asked for: kernels that take `sequence_starts` never do."""
+        return Padding.of(self._starts, self._lengths, self.total, self.device)
 
     def route(self, members: tuple[int, ...]) -> Route | None:
         """Where the tokens of the runs `members` lie, for the modules that just these runs adapt; None if they have none here."""
@@ -174,26 +205,55 @@ class MicroBatch:
             self._routes[members] = self._make_route(members)
         return self._routes[members]
 
+    def is_flat_for(self, groups: Iterable[tuple[int, ...]]) -> bool:
+        """Whether the runs of every group of members are all tokens in order here, so that nothing has to be padded."""
+        routes = [self.route(members) for members in groups]
+        return all(route is not None and route.ends is not None for route in routes)
+
+    def become(self, other: MicroBatch) -> None:
+        """Take over the indices of a micro-batch of the same shape, in place: same tokens, sequences and runs."""
+        for mine, theirs in zip(self._inputs(), other._inputs(), strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        for members, route in self._routes.items():
+            source = other.route(members)
+            if route is not None and source is not None and route.ends is not None and source.ends is not None:
+                route.ends.copy_(source.ends, non_blocking=True)
+
+    def _inputs(self) -> tuple[torch.Tensor, ...]:
+        indices = (self.tokens, self.positions, self.run_of_token, self.counters, self.sequence_starts)
+        return (*indices, self.learnt, self.targets, self.run_of_target)
+
     def _make_route(self, members: tuple[int, ...]) -> Route | None:
         present = np.flatnonzero(np.isin(self.runs, members))
         if not len(present):
             return None
-        padding = Padding.of(self._run_starts[present], self._run_lengths[present], self.total, self.device)
         rows = None if len(present) == self.pack_size else _to(self.runs[present], self.device)
-        return Route(padding, rows, padding.pad(self._counters))
+        return Route(self._run_starts[present], self._run_lengths[present], self.total, rows, self.device)
 
 
-@dataclass(frozen=True)
 class Route:
     """How one group of runs meets its adapters in one micro-batch.
 
-    `rows` [G] are the runs' rows in the pack, None for all of them in order. `counters` [G, L] number the tokens within the
-    run's whole step, whatever the micro-batch: sequence * MAX_LENGTH + position.
+    `rows` [G] are the runs' rows in the pack, None for all of them in order.
     """
 
-    padding: Padding
-    rows: torch.Tensor | None
-    counters: torch.Tensor
+    def __init__(
+        self, starts: np.ndarray, lengths: np.ndarray, total: int, rows: torch.Tensor | None, device: torch.device
+    ) -> None:
+        self.rows = rows
+        self._starts, self._lengths, self._total, self._device = starts, lengths, total, device
+
+    @cached_property
+    def padding(self) -> Padding:
+        """Groups of tokens as the rows of a padded batch."""
+        return Padding.of(self._starts, self._lengths, self._total, self._device)
+
+    @cached_property
+    def ends(self) -> torch.Tensor | None:
+        """Where each group ends in the flat tokens [G], int32; None unless the groups are all tokens in order."""
+        if int(self._lengths.sum()) != self._total:
+            return None
+        return _to(np.cumsum(self._lengths).astype(np.int32), self._device)
 
     def pick(self, stack: torch.Tensor) -> torch.Tensor:
         """The rows [G, ...] of a stack [runs, ...] over the whole pack."""
@@ -210,18 +270,39 @@ class Route:
 class CurrentBatch:
     """The micro-batch that flows through the base now; attention and adapters look here for their indices.
 
-    `dropout_keys` [runs] are the runs' random keys of this step, None while evaluating.
+    `dropout_keys` [runs] are the runs' random keys of this step, None while evaluating. `kernels` says which of the device's faster
+    ways to take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.batch: MicroBatch | None = None
         self.dropout_keys: torch.Tensor | None = None
+        self._made: dict[Hashable, torch.Tensor] = {}
+        self._anchor: torch.Tensor | None = None
+
+    def begin(self, batch: MicroBatch, dropout_keys: torch.Tensor | None) -> None:
+        """Start a pass through the base."""
+        self.batch, self.dropout_keys = batch, dropout_keys
+        self._made.clear()
 
     def require(self) -> MicroBatch:
         """The micro-batch in flight."""
         if self.batch is None:
             raise RuntimeError("the packed base was called outside of PackedBase.hidden_states")
         return self.batch
+
+    def once(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives, made once in a pass."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def anchor_like(self, x: torch.Tensor) -> torch.Tensor:
+        """A scalar that requires a gradient, so that autograd asks for a backward where x needs none."""
+        if self._anchor is None:
+            self._anchor = x.new_zeros((), requires_grad=True)
+        return self._anchor
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
@@ -240,7 +321,18 @@ def _shifted(labels: np.ndarray) -> np.ndarray:
     return np.append(labels[1:], IGNORED_LABEL)
 
 
+def _fillers(run: int, count: int) -> Sequence:
+    """A sequence of `count` tokens of which nothing is learnt."""
+    return Sequence(run, 0, np.zeros(count, np.int32), np.full(count, IGNORED_LABEL))
+
+
 def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A numpy array on `device`; integers become int64."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return (tensor if tensor.dtype == torch.bool else tensor.long()).to(device, non_blocking=True)
+    """A numpy array on `device`; integers keep their width."""
+    return to_device(torch.from_numpy(np.ascontiguousarray(values)), device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting: from ordinary memory a copy would wait for the kernels before it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

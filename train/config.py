@@ -26,7 +26,7 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 HOW_KEYS = {
     "model": {"name", "source", "revision"},  # `model.fingerprint` stands for them
     "data": {"name", "source", "eval_source"},  # `data.fingerprint` stands for them
-    "train": {"save_steps", "micro_batch_tokens", "residency", "gradient_checkpointing"},
+    "train": {"save_steps", "micro_batch_tokens", "residency", "gradient_checkpointing", "compile"},
 }
 
 
@@ -153,6 +153,7 @@ class TrainConfig(Section):
     micro_batch_tokens: int | Literal["auto"] = "auto"
     residency: Literal["auto", "nf4", "resident"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
 
     @field_validator("micro_batch_tokens")
     @classmethod

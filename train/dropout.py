@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from train.batches import Route
+from train.batches import MicroBatch
 
 _GOLDEN = 0x9E3779B9 - 2**32  # 2^32 / golden ratio as a signed number: spreads consecutive features
 
@@ -24,24 +24,24 @@ def step_key(seed: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Dropout:
-    """The dropout of one module in one step. `probabilities` [runs, 1, 1]; `step_keys` [runs] as int32."""
+    """The dropout of one module in one step. `probabilities` [runs] in float64; `step_keys` [runs] as int32."""
 
     probabilities: torch.Tensor
     step_keys: torch.Tensor
     module_key: int
 
-    def apply(self, padded: torch.Tensor, route: Route) -> torch.Tensor:
-        """Drop features of `padded` [G, L, in] and scale what is kept, each run by its own probability."""
-        probabilities = route.pick(self.probabilities)
-        keep = self._random(route, padded.shape[-1]) >= (probabilities * 2.0**32 - 2.0**31)
-        return padded * (keep / (1 - probabilities)).to(padded.dtype)
+    def apply(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Drop features of the tokens `x` [T, in] and scale what is kept, each run by its own probability."""
+        probabilities = self.probabilities[batch.run_of_token][:, None]
+        keep = self._random(batch, x.shape[-1]) >= (probabilities * 2.0**32 - 2.0**31)
+        return x * (keep / (1 - probabilities)).to(x.dtype)
 
-    def _random(self, route: Route, features: int) -> torch.Tensor:
-        """Uniform signed 32-bit integers [G, L, features]."""
-        per_run = route.pick(self.step_keys)[:, None] ^ _signed(self.module_key)
-        per_token = _lowbias32(route.counters.to(torch.int32) + _lowbias32(per_run))
+    def _random(self, batch: MicroBatch, features: int) -> torch.Tensor:
+        """Uniform signed 32-bit integers [T, features]."""
+        per_run = (self.step_keys ^ _signed(self.module_key))[batch.run_of_token]
+        per_token = _lowbias32(batch.counters.to(torch.int32) + _lowbias32(per_run))
         per_feature = torch.arange(features, dtype=torch.int32, device=per_token.device) * _GOLDEN
-        return _lowbias32(per_token[..., None] ^ per_feature)
+        return _lowbias32(per_token[:, None] ^ per_feature)
 
 
 def _lowbias32(x: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,9 @@ def evaluate(
         batch = MicroBatch(chunk, pack_size, base.device)
         found = target_losses(base.hidden_states(batch)[batch.learnt], base.head, batch.targets, weights=None)
         losses += sums_per_run(found.losses, batch).cpu()
-        answered = batch.by_sequence.pad(found.correct).all(dim=1)
-        exact_rows += torch.bincount(batch.run_of_sequence[answered], minlength=pack_size).cpu()
+        by_sequence, run_of_sequence = batch.by_sequence
+        answered = by_sequence.pad(found.correct).all(dim=1)
+        exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
     return {
         row: Evaluation(float(losses[row]) / _targets(table), int(exact_rows[row]) / len(table))
         for row, table in tables.items()

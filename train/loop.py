@@ -13,11 +13,11 @@ import time
 import torch
 
 from train.base import PackedBase
-from train.batches import MicroBatch, Sequence, cut, rows_of_step, sequences_of
+from train.batches import Sequence, cut, rows_of_step, sequences_of, to_device
 from train.checkpoint import Checkpoint, optimizer_numbers, run_tensors
 from train.dropout import step_key
 from train.evaluation import evaluate, evaluate_untrained
-from train.loss import sums_per_run, target_losses
+from train.graphs import gradients_of
 from train.optim import scheduled_learning_rate
 from train.recorder import StepRecord, StepRecorder, peak_memory_gib
 from train.rundir import Record
@@ -138,20 +138,18 @@ class PackLoop:
 
     def _accumulate(self, batches: dict[int, list[Sequence]]) -> torch.Tensor:
         """Forward and backward of every run's mean loss; the losses [runs]."""
-        share = torch.zeros(self.pack_size, dtype=self.adapters.theta.dtype)
+        share = torch.zeros(self.pack_size + 1, dtype=self.adapters.theta.dtype)  # the last is the fillers'
         for row, sequences in batches.items():
             share[row] = 1 / sum(sequence.targets for sequence in sequences)
-        share = share.to(self.base.device)
+        share = to_device(share, self.base.device)
+        weights = share.clone()
+        weights[:-1] *= self.optimizer.loss_scale
         dropout_keys = self._dropout_keys()
-        losses = torch.zeros_like(share)
+        self.adapters.refresh()
+        losses = torch.zeros_like(share[:-1])
         for chunk in cut([s for sequences in batches.values() for s in sequences], self.micro_batch_tokens):
             self.stop.check()
-            batch = MicroBatch(chunk, self.pack_size, self.base.device)
-            hidden = self.base.hidden_states(batch, dropout_keys)[batch.learnt]
-            weights = (share * self.optimizer.loss_scale)[batch.run_of_target]
-            found = target_losses(hidden.detach(), self.base.head, batch.targets, weights)
-            torch.autograd.backward(hidden, found.gradient)
-            losses += sums_per_run(found.losses, batch) * share
+            losses += self.gradients.add(chunk, weights, dropout_keys) * share[:-1]
         return losses
 
     def _dropout_keys(self) -> torch.Tensor | None:
@@ -159,7 +157,7 @@ class PackLoop:
         if not any(s.config.lora.lora_dropout for s in self.sessions):
             return None
         keys = [step_key(session.config.train.seed, session.step) for session in self.sessions]
-        return torch.tensor(keys, dtype=torch.int32, device=self.base.device)
+        return to_device(torch.tensor(keys, dtype=torch.int32), self.base.device)
 
     def _apply(self, losses: torch.Tensor, tokens: dict[int, int]) -> None:
         """Move every run's weights and count its step."""
@@ -177,6 +175,7 @@ class PackLoop:
     def _sit(self, seats: Seats) -> None:
         self.adapters, self.optimizer, self.pack_size = seats.adapters, seats.optimizer, len(self.sessions)
         self.base.attach(self.adapters)
+        self.gradients = gradients_of(self.base, self.pack_size)
 
     def _leave(self, leaving: list[RunSession]) -> None:
         """Close the ranks: the runs that stay sit as they would in a pack of their own."""

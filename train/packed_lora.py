@@ -1,9 +1,9 @@
-"""Many LoRA adapters over one frozen linear layer: two batched products serve all runs of a pack.
+"""The LoRA adapters of all runs of a pack, as one matrix with a row per run.
 
 Every trainable number of a pack lies in one matrix `theta` [runs, P]: a row per run, the A matrices of all modules first, the
 B matrices after them, padded with zeros to the largest rank. Padding is exact: padded rows of A and columns of B are zero,
 their gradients are zero, and AdamW moves zero by zero. Row i is run i and nothing else, so loss, norm, clip and step are row-wise
-operations and no run can see another; one wide product with a mask could not promise that, since 0 x NaN is NaN.
+operations and no run can see another (`train.products` keeps that in the products).
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from train.batches import CurrentBatch, Route
-from train.dropout import Dropout
 from train.targets import Target
+
+RANK_MULTIPLE = 8  # grouped products want rows of 16 bytes; zeros fill up
 
 AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -28,8 +27,8 @@ AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 class Slot:
     """One adapted module's place in the pack.
 
-    `a` [runs, r, in] and `b` [runs, out, r] are views of `theta`, `grad_a` and `grad_b` views of the pack's gradient.
-    `ranks` maps the rows of the runs that adapt the module to their rank; `scaling` and `dropout_p` are [runs, 1, 1].
+    `a` [runs, r, in] and `b` [runs, out, r] are views of the pack's weights in the base's precision, `grad_a` and `grad_b` views
+    of its gradient. `ranks` maps the rows of the runs that adapt the module to their rank; `scaling` and `dropout_p` are [runs].
     """
 
     ranks: dict[int, int]
@@ -50,13 +49,14 @@ class Slot:
 class PackedAdapters:
     """The adapters of all runs of a pack: `theta` and its `gradient` [runs, P], and a `Slot` per adapted module.
 
-    Columns before `b_columns_start` hold A matrices, the others B matrices.
+    Columns before `b_columns_start` hold A matrices, the others B matrices. The base computes with `theta` rounded to its own
+    precision as of the last `refresh`.
 
     Args:
         targets: per run, the modules it adapts (`train.targets.adapted_modules`).
         shapes: (out, in) features of every linear module of the base.
         dropouts: per run, `lora_dropout`.
-        dtype: of the masters: float32, or float64 over a float64 base.
+        dtype: of the base; `theta` is float32, or float64 over a float64 base.
     """
 
     def __init__(
@@ -68,32 +68,40 @@ class PackedAdapters:
         device: torch.device,
     ) -> None:
         names = [name for name in shapes if any(name in adapted for adapted in targets)]
-        ranks = {name: max(adapted[name].r for adapted in targets if name in adapted) for name in names}
+        ranks = {name: _rounded(max(adapted[name].r for adapted in targets if name in adapted)) for name in names}
         self.b_columns_start = sum(ranks[name] * shapes[name][1] for name in names)
         columns = self.b_columns_start + sum(ranks[name] * shapes[name][0] for name in names)
-        self.theta = torch.zeros(len(targets), columns, dtype=dtype, device=device)
+        precise = torch.promote_types(dtype, torch.float32)
+        self.theta = torch.zeros(len(targets), columns, dtype=precise, device=device)
         self.gradient = torch.zeros_like(self.theta)
-        dropout_p = torch.tensor(dropouts, dtype=torch.float64, device=device).view(-1, 1, 1) if any(dropouts) else None
+        self._rounded = self.theta if dtype == precise else self.theta.to(dtype)
+        dropout_p = torch.tensor(dropouts, dtype=torch.float64, device=device) if any(dropouts) else None
+        scalings: dict[tuple[float, ...], torch.Tensor] = {}  # few differ, and what follows from one is made once
         self.slots: dict[str, Slot] = {}
         at_a, at_b = 0, self.b_columns_start
         for name in names:
             out_features, in_features = shapes[name]
             mine = {run: adapted[name] for run, adapted in enumerate(targets) if name in adapted}
-            scaling = [mine[run].scaling if run in mine else 0.0 for run in range(len(targets))]
+            scaling = tuple(mine[run].scaling if run in mine else 0.0 for run in range(len(targets)))
             place_a = (at_a, ranks[name], in_features)
             place_b = (at_b, out_features, ranks[name])
             self.slots[name] = Slot(
                 {run: target.r for run, target in mine.items()},
-                _view(self.theta, *place_a),
-                _view(self.theta, *place_b),
+                _view(self._rounded, *place_a),
+                _view(self._rounded, *place_b),
                 _view(self.gradient, *place_a),
                 _view(self.gradient, *place_b),
-                torch.tensor(scaling, dtype=dtype, device=device).view(-1, 1, 1),
+                scalings.setdefault(scaling, torch.tensor(scaling, dtype=dtype, device=device)),
                 dropout_p,
                 zlib.crc32(name.encode()),
             )
             at_a += ranks[name] * in_features
             at_b += ranks[name] * out_features
+
+    def refresh(self) -> None:
+        """Let the base see what `theta` is now."""
+        if self._rounded is not self.theta:
+            self._rounded.copy_(self.theta)
 
     @torch.no_grad()
     def initialise(self, run: int, seed: int) -> None:
@@ -128,55 +136,6 @@ def _view(matrix: torch.Tensor, at: int, rows: int, columns: int) -> torch.Tenso
     return matrix[:, at : at + rows * columns].view(-1, rows, columns)
 
 
-class _PackedLoRA(torch.autograd.Function):
-    """x [T, in] -> each token's own run's scaled B A dropout(x) [T, out].
-
-    Only x and its product with A are kept for the backward; the padded copy of x and the dropout mask are made again there.
-    The adapters' gradients go straight to their place in the pack's matrix: autograd knows them only through `anchor`, a scalar
-    that asks for a backward where x needs no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, slot: Slot, route: Route, dropout: Dropout | None
-    ) -> torch.Tensor:
-        a, b, scaling = (route.pick(stack).to(x.dtype) for stack in (slot.a, slot.b, slot.scaling))
-        h = torch.bmm(_padded(x, route, dropout), a.transpose(1, 2)).mul_(scaling)
-        ctx.save_for_backward(x, h)
-        ctx.slot, ctx.route, ctx.dropout = slot, route, dropout
-        return route.padding.unpad(torch.bmm(h, b.transpose(1, 2)), len(x))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, h = ctx.saved_tensors
-        slot, route, dropout = ctx.slot, ctx.route, ctx.dropout
-        a, b, scaling = (route.pick(stack).to(x.dtype) for stack in (slot.a, slot.b, slot.scaling))
-        gradient = route.padding.pad_with_zeros(gradients[0])
-        grad_h = torch.bmm(gradient, b).mul_(scaling)
-        route.add(slot.grad_b, torch.bmm(gradient.transpose(1, 2), h))
-        route.add(slot.grad_a, torch.bmm(grad_h.transpose(1, 2), _padded(x, route, dropout)))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = route.padding.unpad(_dropped(torch.bmm(grad_h, a), route, dropout), len(x))
-        return grad_x, None, None, None, None
-
-
-def _padded(x: torch.Tensor, route: Route, dropout: Dropout | None) -> torch.Tensor:
-    return _dropped(route.padding.pad(x), route, dropout)
-
-
-def _dropped(padded: torch.Tensor, route: Route, dropout: Dropout | None) -> torch.Tensor:
-    return padded if dropout is None else dropout.apply(padded, route)
-
-
-def packed_lora(x: torch.Tensor, slot: Slot, current: CurrentBatch) -> torch.Tensor | None:
-    """What the adapters of one module add to its output: x [T, in] -> [T, out], or None where no run with tokens here adapts it."""
-    route = current.require().route(slot.members)
-    if route is None:
-        return None
-    dropout = None
-    if slot.dropout_p is not None and current.dropout_keys is not None:
-        dropout = Dropout(slot.dropout_p, current.dropout_keys, slot.dropout_key)
-    anchor = x.new_zeros((), requires_grad=True)
-    delta: torch.Tensor = _PackedLoRA.apply(x, anchor, slot, route, dropout)
-    return delta
+def _rounded(rank: int) -> int:
+    """The next multiple of `RANK_MULTIPLE`."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE

@@ -193,6 +193,11 @@ class CacheDir:
         """Held by the process that quantises the base."""
         return self.path / "bases" / f"{key}.lock"
 
+    @property
+    def compiled(self) -> Path:
+        """Folder of compiled kernels; the compilers name the files in it."""
+        return self.path / "compiled"
+
     def tokens(self, key: str) -> Path:
         """Folder of tokenised data (`TokensDir`), complete if it exists."""
         return self.path / "tokens" / key

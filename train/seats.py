@@ -28,9 +28,8 @@ def take_seats(base: PackedBase, sessions: list[RunSession], states: Sequence[Ch
     What a pack of runs computes depends on these runs and their states alone: whether others sat here before leaves no trace.
     """
     configs = [session.config for session in sessions]
-    masters = torch.promote_types(base.dtype, torch.float32)
     adapters = PackedAdapters(
-        [s.targets for s in sessions], base.shapes, [c.lora.lora_dropout for c in configs], masters, base.device
+        [s.targets for s in sessions], base.shapes, [c.lora.lora_dropout for c in configs], base.dtype, base.device
     )
     optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in configs], scale_losses=base.dtype == torch.float16)
     for row, (session, state) in enumerate(zip(sessions, states, strict=True)):

@@ -21,12 +21,10 @@ def masks(
 ) -> torch.Tensor:
     """What ones [T, FEATURES] become, flat."""
     batch = MicroBatch(sequences, pack_size, packs.CPU)
-    route = batch.route(tuple(range(pack_size)))
-    assert route is not None
     keys = torch.tensor([step_key(run, step) for run in range(pack_size)], dtype=torch.int32)
-    dropout = Dropout(torch.tensor(p, dtype=torch.float64).view(-1, 1, 1), keys, module_key)
+    dropout = Dropout(torch.tensor(p, dtype=torch.float64), keys, module_key)
     ones = torch.ones(batch.total, FEATURES, dtype=torch.float64)
-    return route.padding.unpad(dropout.apply(route.padding.pad(ones), route), batch.total)
+    return dropout.apply(ones, batch)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])

@@ -1,0 +1,133 @@
+"""Our decoder where it computes what transformers' does, transformers' own elsewhere; and every way of the kernels gives the same."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import packs
+from train.base import PackedBase, pack_model
+from train.batches import MicroBatch, sequences_of
+from train.gradients import add_gradients
+from train.kernels import PLAIN, Kernels
+from train.linears import PackedLinear
+from train.loss import sums_per_run
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": packs.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = kind(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(3).add_(0.1 * torch.randn_like(parameter))
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("model", "ours"),
+    [
+        (random_model(LlamaForCausalLM, LlamaConfig(**SHAPE)), True),
+        (random_model(LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)), True),
+        (random_model(Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"})), True),
+        (random_model(Qwen3ForCausalLM, Qwen3Config(**SHAPE)), False),
+    ],
+    ids=["llama", "llama with biases", "qwen2", "qwen3"],
+)
+def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: bool) -> None:
+    """Whichever decoder was chosen, against the model as transformers computes it, sequence by sequence."""
+
+    plain = copy.deepcopy(model)
+    base = pack_model(model, packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64)
+    assert (base._decoder is not None) == ours
+    table = packs.random_table(3, 0)
+    batch = MicroBatch(sequences_of(0, table, range(3)), 1, packs.CPU)
+    hidden = base.hidden_states(batch)
+    at = 0
+    for row in range(3):
+        tokens, _ = table.row(row)
+        expected = plain.base_model(torch.from_numpy(tokens).long()[None]).last_hidden_state[0]
+        torch.testing.assert_close(
+            hidden[at : at + len(tokens)], expected, rtol=1e-4, atol=1e-5
+        )  # transformers rounds norms to float32
+        at += len(tokens)
+
+
+def seated(kernels: Kernels) -> Any:
+    """A pack of three runs over a float32 base that takes `kernels`."""
+    return pack_model(packs.tiny_llama(torch.float32), packs.SIXTEEN_BIT, packs.CPU, "resident", 64, kernels)
+
+
+def losses_and_gradient(base: PackedBase, folder: Path, token_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    configs = [packs.run_config({"r": r}) for r in (4, 8, 16)]
+    loop = packs.make_loop(folder, base, configs)
+    for row in range(len(configs)):
+        for _, b in loop.adapters.tensors(row).values():
+            b.fill_(0.01)
+    table = packs.random_table(9, 3)
+    sequences = [s for run in range(3) for s in sequences_of(run, table, range(3 * run, 3 * run + 3))]
+    batch = MicroBatch(sequences, 3, packs.CPU, token_multiple)
+    losses = add_gradients(base, batch, torch.tensor([0.1, 0.2, 0.3, 0.0]), None)
+    return sums_per_run(losses[: batch.real_targets], batch), loop.adapters.gradient
+
+
+def test_grouped_products_give_the_same(tmp_path: Path) -> None:
+    expected = losses_and_gradient(seated(PLAIN), tmp_path / "plain")
+    found = losses_and_gradient(seated(Kernels(grouped=True)), tmp_path / "grouped")
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    assert float(expected[1].norm()) > 0.1
+
+
+def test_fillers_change_nothing(tmp_path: Path) -> None:
+    base = seated(PLAIN)
+    expected = losses_and_gradient(base, tmp_path / "bare")
+    found = losses_and_gradient(base, tmp_path / "filled", token_multiple=32)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_becomes_another_of_its_shape() -> None:
+    table = packs.random_table(8, 0)
+    batches = []
+    for rows in (range(4), range(4, 8)):
+        sequences = [s for run in range(2) for s in sequences_of(run, table, list(rows)[2 * run : 2 * run + 2])]
+        batches.append(MicroBatch(sequences, 2, packs.CPU, token_multiple=256))
+    one, other = batches
+    assert one.is_flat_for([(0, 1)])
+    assert not one.is_flat_for([(0,)])
+    one.become(other)
+    for name in ("tokens", "positions", "sequence_starts", "learnt", "targets", "run_of_target", "run_of_token"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    routes = [batch.route((0, 1)) for batch in batches]
+    assert torch.equal(routes[0].ends, routes[1].ends)  # type: ignore[union-attr,arg-type]
+
+
+def test_layers_of_a_fallback_are_packed_too() -> None:
+    base = pack_model(
+        random_model(Qwen3ForCausalLM, Qwen3Config(**SHAPE)), packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64
+    )
+    assert all(isinstance(layer, PackedLinear) for layer in base.linears.values())
+    assert len(base.linears) == 14

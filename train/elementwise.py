@@ -1,0 +1,143 @@
+"""The formulas between a decoder's matrix products, each with its gradient written out, so that little is kept for the backward.
+
+Plain functions of tensors compute them in at least float32 and round once; on GPUs from sm_80 on `torch.compile` makes a kernel of
+each (`fused`), with the number of tokens dynamic. The autograd functions below choose between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+Formula = Callable[..., Any]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm (arXiv 1910.07467) of [T, dim] over the last dimension."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
+
+
+def rms_norm_gradient(
+    gradient: torch.Tensor, passed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The gradient of x from that of its norm, plus `passed`, the gradient that x gets past the norm."""
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    weighted = _wide(gradient) * _wide(weight)
+    along = (weighted * wide).mean(-1, keepdim=True)
+    return (_wide(passed) + scale * (weighted - wide * (scale.square() * along))).to(x.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv 2002.05202) of [T, dim]."""
+    wide = _wide(gate)
+    return (wide * torch.sigmoid(wide) * _wide(up)).to(gate.dtype)
+
+
+def swiglu_gradient(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    wide, wide_gradient = _wide(gate), _wide(gradient)
+    sigmoid = torch.sigmoid(wide)
+    silu = wide * sigmoid
+    of_gate = wide_gradient * _wide(up) * (sigmoid + silu * (1 - sigmoid))
+    return of_gate.to(gate.dtype), (wide_gradient * silu).to(up.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of [T, heads, dim] by cos and sin [T, dim], halves as transformers lays them."""
+    wide = _wide(x)
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (wide * _wide(cos)[:, None] + turned * _wide(sin)[:, None]).to(x.dtype)
+
+
+def rotate_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The gradient of what `rotate` turned: the transposed rotation."""
+    wide = _wide(gradient)
+    first, second = (wide * _wide(sin)[:, None]).chunk(2, dim=-1)
+    return (wide * _wide(cos)[:, None] + torch.cat((second, -first), dim=-1)).to(gradient.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In no less than float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@cache
+def _compiled(formula: Formula) -> Formula:
+    return torch.compile(formula)
+
+
+def run(formula: Formula, fused: bool, *arguments: Any) -> Any:
+    """Compute a formula, as one kernel where `fused`; the first dimension of every activation may differ from call to call."""
+    if not fused:
+        return formula(*arguments)
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.dim() > 1:
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
+    return _compiled(formula)(*arguments)
+
+
+class _NormAndPass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.fused = eps, fused
+        return run(rms_norm, fused, x, weight, eps), x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gradient, passed = gradients
+        x, weight = ctx.saved_tensors
+        return run(rms_norm_gradient, ctx.fused, gradient, passed, x, weight, ctx.eps), None, None, None
+
+
+def norm_and_pass(x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, dim] -> its norm, and x itself for the residual stream: their gradients meet in one kernel."""
+    both: tuple[torch.Tensor, torch.Tensor] = _NormAndPass.apply(x, weight, eps, fused)
+    return both
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.fused = fused
+        product: torch.Tensor = run(swiglu, fused, gate, up)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        of_gate, of_up = run(swiglu_gradient, ctx.fused, gradients[0], *ctx.saved_tensors)
+        return of_gate, of_up, None
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
+    """`swiglu` with a gradient."""
+    product: torch.Tensor = _SwiGLU.apply(gate, up, fused)
+    return product
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.fused = fused
+        rotated: torch.Tensor = run(rotate, fused, x, cos, sin)
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return run(rotate_back, ctx.fused, gradients[0], *ctx.saved_tensors), None, None, None
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
+    """`rotate` with a gradient."""
+    turned: torch.Tensor = _Rotate.apply(x, cos, sin, fused)
+    return turned

@@ -1,0 +1,91 @@
+"""Products of each run's tokens with its own matrix, all runs at once: batched over padded runs, or grouped over flat ones.
+
+Either way no token meets another run's matrix, so that a NaN stays in its run; one wide product with a mask could not promise that,
+since 0 x NaN is NaN. Three forms make a LoRA layer, forward and backward (G runs, T tokens of all of them):
+
+    times   x [T, k] with stack [G, k, n] -> [T, n]
+    outer   y [T, m] and x [T, n]         -> [G, m, n], a sum over each run's tokens
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from train.batches import Route
+
+
+class Products(Protocol):
+    """Tokens are `lay`ed once, multiplied as often as need be, and brought back flat."""
+
+    def lay(self, flat: torch.Tensor) -> torch.Tensor:
+        """Flat tokens [T, ...] in the form that `times` takes; what fills gaps is not defined."""
+
+    def lay_with_zeros(self, flat: torch.Tensor) -> torch.Tensor:
+        """The same with zeros in the gaps, as one side of `outer` needs it."""
+
+    def unlay(self, laid: torch.Tensor) -> torch.Tensor:
+        """Back to flat tokens [T, ...]; tokens outside of the route's runs are zero."""
+
+    def times(self, laid: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        """Laid tokens of width k with a stack [G, k, n]; laid tokens of width n."""
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Laid tokens of widths m and n, the left ones laid with zeros; [G, m, n]."""
+
+
+class PaddedProducts:
+    """Runs as the rows of a batch, padded to the longest: everywhere."""
+
+    def __init__(self, route: Route, total: int) -> None:
+        self._padding, self._total = route.padding, total
+
+    def lay(self, flat: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return self._padding.pad(flat)
+
+    def lay_with_zeros(self, flat: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return self._padding.pad_with_zeros(flat)
+
+    def unlay(self, laid: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return self._padding.unpad(laid, self._total)
+
+    def times(self, laid: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return torch.bmm(laid, stack)
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return torch.bmm(left.transpose(1, 2), right)
+
+
+class GroupedProducts:
+    """Runs one after another with the bounds between them: no gaps, no copies, where the GPU has a kernel for it."""
+
+    def __init__(self, ends: torch.Tensor) -> None:
+        self._ends = ends
+
+    def lay(self, flat: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return flat
+
+    lay_with_zeros = unlay = lay
+
+    def times(self, laid: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return functional.grouped_mm(laid, stack, offs=self._ends)
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        return functional.grouped_mm(left.t(), right, offs=self._ends)
+
+
+def products_of(route: Route, total: int, *, grouped: bool) -> Products:
+    """The products for the runs of `route`; runs that are not all tokens in order are padded in any case."""
+    if grouped and route.ends is not None:
+        return GroupedProducts(route.ends)
+    return PaddedProducts(route, total)
