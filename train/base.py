@@ -22,10 +22,10 @@ from train.attention import ATTENTION
 from train.batches import CurrentBatch, MicroBatch
 from train.config import ModelConfig, QuantConfig
 from train.decoder import llama_decoder
-from train.errors import BadInput
 from train.kernels import PLAIN, Kernels
 from train.linears import DenseWeight, NF4Weight, PackedLinear, dequantise
 from train.model.base_cache import BaseCache, WantedBase
+from train.model.loading import refuse_unsupported
 from train.model.quantised import QuantisedBase, frozen_linears, hollow_model, load_model, quantise
 from train.packed_lora import PackedAdapters
 from train.sizing import Residency
@@ -114,7 +114,7 @@ def load_base(
     """Load the model in `model_dir` for packs whose sequences have at most `longest` tokens; in 4 bits it comes from `bases`.
 
     Raises:
-        BadInput: the architecture computes something that the packed trainer would leave out.
+        BadInput: weights are missing, or the architecture computes something that the packed trainer would leave out.
     """
     if not quant.load_in_4bit:
         return pack_model(load_model(model_dir, model, dtype, device), quant, device, residency, longest, kernels)
@@ -139,11 +139,7 @@ def pack_model(
     Raises:
         BadInput: see `load_base`.
     """
-    refuse_unsupported(model.config, longest)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise BadInput(
-            f"the output layer of {model.config.model_type!r} has a bias, which is not computed here; choose another model."
-        )
+    refuse_unsupported(model, longest)
     model.requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
     current = CurrentBatch(kernels)
@@ -164,29 +160,6 @@ def pack_model(
             module.current_batch = current
     model.to(device).eval()
     return PackedBase(model, linears, shapes, current, longest)
-
-
-def refuse_unsupported(config: Any, longest: int) -> None:
-    """Refuse what would silently be computed differently from transformers.
-
-    Raises:
-        BadInput: a sliding window shorter than the data, or logits that are scaled or capped.
-    """
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < longest:
-        raise BadInput(
-            f"the model attends to a sliding window of {window} tokens; set data.max_length to at most {window}, now {longest}."
-        )
-    for key, neutral in {
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
-        "logit_scale": None,
-        "logits_scaling": 1.0,
-    }.items():
-        if getattr(config, key, neutral) not in (None, neutral):
-            raise BadInput(
-                f"the architecture {config.model_type!r} uses {key}, which lorapack does not compute; choose a Llama-like model."
-            )
 
 
 def _weight(

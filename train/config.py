@@ -20,7 +20,7 @@ from train.errors import BadInput
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # the last are bytes that were no UTF-8
 
 # Keys that say how or where a run is computed, never what: they are left out of the run's identity.
 HOW_KEYS = {
@@ -238,7 +238,7 @@ def refuse_control_characters(value: Any, key: str = "") -> None:
         BadInput: naming the key.
     """
     if isinstance(value, str) and CONTROL_CHARACTER.search(value):
-        raise BadInput(f"{key}={value!r} has a control character; remove it.")
+        raise BadInput(f"{key}={value!r} has a control character or what is no UTF-8; remove it.")
     if isinstance(value, dict):
         for name, item in value.items():
             refuse_control_characters(name, key)

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +30,7 @@ from train.config import RunConfig, read_run_config
 from train.data.rendering import render
 from train.data.rows import AlpacaRow
 from train.errors import BadInput, LorapackError
+from train.model.loading import load_tokenizer
 from train.model.saving import save_model
 from train.model.staging import stage_model
 from train.rundir import CacheDir, RunDir, write_folder
@@ -69,7 +69,7 @@ def tuned_model(
     targets = adapted_modules(config.lora, list(adapter))
     for name, (a, b) in adapter.items():
         add_product(model.get_submodule(name).weight, a, b, targets[name].scaling)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+    return model.eval(), load_tokenizer(folder, config.model)
 
 
 @torch.no_grad()

@@ -69,11 +69,13 @@ def prepare(request: Json, cache: CacheDir) -> Json:
         StorageError: the cache cannot be written.
     """
     from train.data.loading import load_tokenised, summary  # heavy
+    from train.model.loading import check_decoder
     from train.model.staging import stage_model
 
     model = parse_section(ModelConfig, request["model"], "model")
     data = parse_section(DataConfig, request["data"], "data")
     model_dir = stage_model(model, cache)
+    check_decoder(model_dir, model, data.max_length)
     facts = load_tokenised(data, model, model_dir, cache).facts
     print(f"{data.name} for {model.name}: {summary(facts)}", file=sys.stderr, flush=True)
     return facts | {"model_dir": str(model_dir)}

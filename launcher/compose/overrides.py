@@ -98,7 +98,7 @@ def one_of(valid: Iterable[str]) -> str:
 def _parse(text: str) -> Override:
     """One override by Hydra's grammar."""
     if CONTROL_CHARACTER.search(text):
-        raise BadInput(f"{text!r} has a control character; remove it.")
+        raise BadInput(f"{text!r} has a control character or what is no UTF-8; remove it.")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as exc:

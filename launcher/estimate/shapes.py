@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from train.config import ModelConfig
 from train.rundir import CacheDir
 from train.sizing import BaseSize
-from train.sources import linear_shapes, parameter_count, staged_model
+from train.sources import decoder_numbers, linear_shapes, parameter_count, staged_model
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,17 @@ def model_shape(model: ModelConfig, cache: CacheDir) -> ModelShape:
 
 
 def staged_shape(folder: Path) -> ModelShape:
-    """The shape by ``config.json`` and the headers of the weight files."""
-    config = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
-    hidden = text["hidden_size"]
+    """The shape by ``config.json`` and the headers of the weight files.
+
+    Raises:
+        BadInput: it is no decoder like Llama, or files are damaged.
+    """
+    sizes = decoder_numbers(folder)
     return ModelShape(
-        layers=text["num_hidden_layers"],
-        hidden=hidden,
-        intermediate=text.get("intermediate_size") or 4 * hidden,
-        vocabulary=text["vocab_size"],
+        layers=sizes["num_hidden_layers"],
+        hidden=sizes["hidden_size"],
+        intermediate=sizes["intermediate_size"],
+        vocabulary=sizes["vocab_size"],
         parameters=parameter_count(folder),
         linears=linear_shapes(folder),
         assumed=False,

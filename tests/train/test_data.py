@@ -80,7 +80,8 @@ def learnt_texts(tokenizer: PreTrainedTokenizerFast, table: TokenTable, i: int =
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
     byte_tokenizer(CHAT_ML).save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    sizes = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 1000}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     return tmp_path / "model"
 
 
@@ -317,3 +318,12 @@ def test_a_hub_out_of_reach_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match=r"'nobody/nothing'.*could not be loaded.*launcher stage"):
         read_hub("nobody/nothing", data_config())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    tmp_path: Path, model_dir: Path, cache: CacheDir
+) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(BadInput, match=r"gives token \d+, but the model has a vocabulary of 100"):
+        load_tokenised(data_config(write_rows(tmp_path / "rows.jsonl", 30), eval_rows=5), MODEL, model_dir, cache)

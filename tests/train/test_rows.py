@@ -126,9 +126,51 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         read_rows(write(tmp_path / "rows.xlsx", "x"), "auto")
     with pytest.raises(BadInput, match="is no parquet file"):
         read_rows(write(tmp_path / "rows.parquet", "x"), "auto")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"instruction": "Z\xfcrich"}\n')
-    with pytest.raises(BadInput, match="is not UTF-8"):
-        read_rows(tmp_path / "latin.jsonl", "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("rows.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "', '", "output": "c"}\n'),
+        ("rows.json", '[{"instruction": "a", "output": "b"},\n{"instruction": "', '", "output": "c"}]'),
+        ("rows.csv", "instruction,output\n", ",c\n"),
+    ],
+)
+def test_the_byte_and_the_line_that_are_no_utf8_are_named(name: str, before: str, after: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(f"\ufeff{before}".encode() + "Zürich".encode("latin-1") + after.encode())
+    with pytest.raises(BadInput, match=rf"{name}:2: the byte 0xfc there is not UTF-8"):
+        read_rows(tmp_path / name, "auto")
+
+
+def test_a_damaged_page_of_a_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD] * 100), path, compression="gzip")
+    content = bytearray(path.read_bytes())
+    content[10:60] = bytes(50)
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"rows\.parquet is no parquet file that can be read"):
+        read_rows(path, "auto")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 100_000, "the line is no JSON"),
+        ('{"instruction": ' + "9" * 5000 + "}", "the line is no JSON"),
+        ('{"instruction": "a", "output": "half \\ud83d"}', r"output has '\\ud83d', half of a character"),
+        ('{"instruction": "a", "input": 0, "output": "b"}', "input has to be text, not 0"),
+        ('{"instruction": "a", "input": [], "output": "b"}', r"input has to be text, not \[\]"),
+    ],
+)
+def test_what_no_tokenizer_could_take_is_refused_with_its_line(line: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=rf"rows\.jsonl:2: {said}"):
+        read_rows(write(tmp_path / "rows.jsonl", json.dumps(GOOD) + "\n" + line + "\n"), "auto")
+
+
+def test_a_csv_may_hold_long_answers(tmp_path: Path) -> None:
+    long = "word " * 50_000
+    (row,) = read_rows(write(tmp_path / "rows.csv", f"instruction,output\na,{long}\n"), "auto")
+    assert row == AlpacaRow("a", "", long)
 
 
 def test_a_form_that_is_asked_for_is_demanded() -> None:

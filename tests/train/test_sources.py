@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from train.config import DataConfig, ModelConfig
 from train.errors import BadInput
+from train.model.folder import check_model_folder
 from train.rundir import CacheDir
 from train.sources import (
     data_fingerprint,
     data_path,
+    decoder_numbers,
     linear_modules,
     linear_shapes,
     model_fingerprint,
@@ -230,3 +232,41 @@ def test_data_fingerprints_follow_the_content_of_every_file(tmp_path: Path) -> N
     assert data_fingerprint(data(one)) != data_fingerprint(data(other))
     assert data_fingerprint(data(one, eval_source=str(other))) != with_eval
     assert data_fingerprint(data("a/b", revision="r", split="s")) == "hub:a/b@r:s"
+
+
+def test_a_data_file_with_another_suffix_is_refused_whatever_the_cache_holds(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.txt"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(BadInput, match=r"rows\.txt ends with '\.txt'; it has to be one of \.json"):
+        data_fingerprint(DataConfig(name="rows", source=str(rows)))
+
+
+@pytest.mark.parametrize("source", ["~nobody-has-this-name/rows.jsonl", f"/{'x' * 300}.jsonl"])
+def test_a_path_that_no_system_could_have_is_refused(source: str) -> None:
+    with pytest.raises(BadInput, match="cannot be"):
+        data_path(source)
+    with pytest.raises(BadInput, match="cannot be"):
+        source_kind(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", "[]", "has to hold a JSON object"),
+        ("config.json", "[" * 100_000, "is no JSON"),
+        ("model.safetensors.index.json", "{}", "has no weight_map"),
+    ],
+)
+def test_a_damaged_json_file_of_a_model_is_refused(name: str, content: str, said: str, folder: Path) -> None:
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(BadInput, match=said):
+        check_model_folder(folder)
+
+
+def test_the_sizes_of_a_decoder_are_demanded(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": None, "vocab_size": "many"}))
+    with pytest.raises(BadInput, match="has no proper hidden_size, vocab_size"):
+        decoder_numbers(folder)

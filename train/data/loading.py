@@ -19,6 +19,8 @@ from train.config import DataConfig, ModelConfig
 from train.data.reading import read_split
 from train.data.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, tokens_key, write_tokenised
 from train.data.tokenising import Tokeniser
+from train.errors import BadInput
+from train.model.folder import decoder_numbers
 from train.rundir import CacheDir
 
 __all__ = ["TokenTable", "TokenisedData", "load_tokenised", "summary", "tokens_key"]
@@ -57,11 +59,10 @@ def summary(facts: dict[str, Any]) -> str:
 
 def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callable[[], None]) -> TokenisedData:
     """Read, split and tokenise, with a progress bar where somebody watches."""
-    from transformers import AutoTokenizer
+    from train.model.loading import load_tokenizer  # heavy
 
     train_rows, eval_rows, dropped = read_split(data)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
-    tokeniser = Tokeniser(tokenizer, data)
+    tokeniser = Tokeniser(load_tokenizer(model_dir, model), data)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"tokenising {data.name}", total=len(train_rows) + len(eval_rows))
@@ -69,12 +70,24 @@ def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callab
             tokeniser.tokenise(rows, stop, lambda count: progress.advance(bar, count))
             for rows in (train_rows, eval_rows)
         )
+    _refuse_foreign_tokens(model_dir, train, held_out)
     facts = {
         "max_length": data.max_length,
         "cut": tokeniser.tally.cut,
         "dropped": dict(dropped + tokeniser.tally.dropped),
     }
     return TokenisedData(train, held_out, _facts(train, held_out) | facts)
+
+
+def _refuse_foreign_tokens(model_dir: Path, *tables: TokenTable) -> None:
+    """Refuse a tokenizer that has tokens which the model does not: its embedding would be read out of bounds."""
+    vocabulary = decoder_numbers(model_dir)["vocab_size"]
+    largest = max(int(table.tokens.max()) for table in tables)
+    if largest >= vocabulary:
+        raise BadInput(
+            f"the tokenizer in {model_dir} gives token {largest}, but the model has a vocabulary of {vocabulary}; give the "
+            "tokenizer that belongs to the model."
+        )
 
 
 def _facts(train: TokenTable, held_out: TokenTable) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A row that cannot be learnt is refused with its file and line, before anything h
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ from typing import Any
 
 from train.data.rows import COLUMNS_HELP, Format, Row, parse_row
 from train.errors import BadInput
+from train.rundir import readable
 
 BLANKS = re.compile(r"\s*")
+LONGEST_FIELD = 2**31 - 1  # of a CSV; the module's own limit is 128 KiB, less than a long answer
 
 
 def read_rows(path: Path, form: Format) -> list[Row]:
@@ -31,36 +34,49 @@ def read_rows(path: Path, form: Format) -> list[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise BadInput(f"data file {path} ends with {path.suffix!r}; it has to be one of {', '.join(READERS)}.")
-    try:
+    if not path.exists():
+        raise BadInput(f"data file {path.absolute()} does not exist; check data.source and data.eval_source.")
+    with readable(path):
         rows = [parse_row(values, form, where) for where, values in reader(path)]
-    except FileNotFoundError as exc:
-        raise BadInput(f"data file {path.absolute()} does not exist; check data.source and data.eval_source.") from exc
-    except UnicodeDecodeError as exc:
-        raise BadInput(f"{path} is not UTF-8 text ({exc.reason} at byte {exc.start}); save it as UTF-8.") from exc
     if not rows:
         raise BadInput(f"data file {path} has no rows; {COLUMNS_HELP}.")
     return rows
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, content in enumerate(file, 1):
+            line = _decoded(content, path, number)
             if line.strip():
-                yield f"{path}:{number}", _decode(line, path, number)
+                yield f"{path}:{number}", _parsed(line, path, number)
 
 
-def _decode(line: str, path: Path, number: int) -> Any:
+def _decoded(content: bytes, path: Path, first_line: int = 1) -> str:
+    """`content`, which begins with line `first_line` of `path`, as text."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = first_line + exc.object.count(b"\n", 0, exc.start)
+        raise BadInput(
+            f"{path}:{line}: the byte 0x{exc.object[exc.start]:02x} there is not UTF-8 text; save the file as UTF-8."
+        ) from exc
+
+
+def _parsed(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as exc:
-        raise BadInput(
-            f"{path}:{number}: the line is no JSON ({exc.msg} at column {exc.colno}); each line has to be one row."
-        ) from exc
+    except (ValueError, RecursionError) as exc:
+        raise BadInput(f"{path}:{number}: the line is no JSON ({_reason(exc)}); each line has to be one row.") from exc
+
+
+def _reason(exc: Exception) -> str:
+    """Why something is no JSON: where its syntax is wrong, or that it nests or counts too far."""
+    return f"{exc.msg} at column {exc.colno}" if isinstance(exc, json.JSONDecodeError) else str(exc)
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """A JSON array of objects, or lines of them."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _decoded(path.read_bytes(), path)
     return _read_array(path, text) if text.lstrip().startswith("[") else _read_jsonl(path)
 
 
@@ -81,8 +97,9 @@ def _read_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         position = _skip_blanks(text, position + 1)
         if position < len(text):
             raise json.JSONDecodeError("Extra data", text, position)
-    except json.JSONDecodeError as exc:
-        raise BadInput(f"{path}:{exc.lineno}: this is no JSON ({exc.msg} at column {exc.colno}); correct it.") from exc
+    except (ValueError, RecursionError) as exc:
+        wrong = exc.lineno if isinstance(exc, json.JSONDecodeError) else line
+        raise BadInput(f"{path}:{wrong}: this is no JSON ({_reason(exc)}); correct it.") from exc
 
 
 def _skip_blanks(text: str, position: int) -> int:
@@ -91,7 +108,8 @@ def _skip_blanks(text: str, position: int) -> int:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    csv.field_size_limit(LONGEST_FIELD)
+    with io.StringIO(_decoded(path.read_bytes(), path), newline="") as file:
         reader = csv.DictReader(file, strict=True)
         rows_end = 1  # the header
         try:
@@ -107,12 +125,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet  # a dependency of `datasets`; heavy, and only this kind of file needs it
 
-    try:
-        with path.open("rb") as file:
-            for number, values in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1):
-                yield f"{path} row {number}", values
-    except pyarrow.ArrowException as exc:
-        raise BadInput(f"{path} is no parquet file: {exc}") from exc
+    with path.open("rb") as file:
+        try:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as exc:  # damaged pages are OSErrors
+            raise BadInput(f"{path} is no parquet file that can be read ({exc}); write it anew.") from exc
+    for number, values in enumerate(rows, 1):
+        yield f"{path} row {number}", values
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

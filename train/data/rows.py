@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from train.errors import BadInput
 Format = Literal["auto", "alpaca", "chat"]
 Values = dict[str, Any]
 
+# JSON can say "\ud83d" alone, the first half of a UTF-16 pair, which is no text: no tokenizer takes it.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 COLUMNS_HELP = "rows need the columns instruction, input (may be missing) and output, or one column messages"
 
 
@@ -56,7 +59,7 @@ def _parse_alpaca(values: Values, where: str) -> AlpacaRow:
         if column not in values:
             raise BadInput(f"{where}: column {column!r} is missing, there are {_columns(values)}; {COLUMNS_HELP}.")
     instruction = _text(values["instruction"], "instruction", where)
-    input = _text(values.get("input") or "", "input", where)
+    input = "" if values.get("input") is None else _text(values["input"], "input", where)
     output = _text(values["output"], "output", where)
     if not instruction.strip():
         raise BadInput(f"{where}: instruction is empty; write one or remove the row.")
@@ -88,6 +91,11 @@ def _parse_turn(turn: Any, where: str) -> dict[str, str]:
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{where}: {column} has to be text, not {_shown(value)}.")
+    broken = HALF_CHARACTER.search(value)
+    if broken:
+        raise BadInput(
+            f"{where}: {column} has {broken[0]!r}, half of a character that is written in two; write it whole or remove it."
+        )
     return value
 
 

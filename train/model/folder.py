@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import BadInput
+from train.rundir import readable
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -30,8 +31,12 @@ TOKENIZER_FILES = (
 )
 
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+# Experts and router of a mixture: transformers holds them as bare parameters, on which no adapter sits.
+MIXTURE = re.compile(r"\.experts\.|\.(gate|router)\.weight$")
 LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 SAMPLE_BYTES = 2**14
+
+DECODER_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 Shape = tuple[int, ...]
 
@@ -42,6 +47,11 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         BadInput: naming what is missing and what was looked for.
     """
+    with readable(folder):
+        _check_parts(folder)
+
+
+def _check_parts(folder: Path) -> None:
     if not folder.is_dir():
         raise BadInput(f"model.source={str(folder)!r} is no folder; give the folder that holds the model's {CONFIG}.")
     if not (folder / CONFIG).is_file():
@@ -71,8 +81,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"model folder {folder} has no weights: looked for {WEIGHTS} and {WEIGHTS_INDEX}; pickled weights "
             "(*.bin, *.pt) are not read, since they can run code: save them with safe_serialization=True."
         )
-    index = _read_json(folder / WEIGHTS_INDEX)
-    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    places = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise BadInput(f"{folder / WEIGHTS_INDEX} has no weight_map of file names; fetch the model again.")
+    files = [folder / name for name in sorted(set(places.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise BadInput(f"model folder {folder} lacks {', '.join(missing)} of {WEIGHTS_INDEX}; fetch the model again.")
@@ -89,9 +101,29 @@ def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
     found = {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and LAYER_INDEX.match(name)
+        if name.endswith(".weight") and len(shape) == 2 and LAYER_INDEX.match(name) and not MIXTURE.search(name)
     }
     return dict(sorted(found.items(), key=lambda item: _by_layer(item[0])))
+
+
+def decoder_numbers(model_dir: Path) -> dict[str, int]:
+    """The sizes of a decoder like Llama by their names in ``config.json``; a left out `intermediate_size` is four times the hidden.
+
+    Raises:
+        BadInput: one is missing or no positive whole number.
+    """
+    config = _read_config(model_dir)
+    text = config.get("text_config", config)
+    found: dict[str, Any] = {key: text.get(key) for key in DECODER_SIZES} if isinstance(text, dict) else {}
+    if not found.get("intermediate_size") and isinstance(found.get("hidden_size"), int):
+        found["intermediate_size"] = 4 * found["hidden_size"]
+    wrong = [key for key in DECODER_SIZES if type(found.get(key)) is not int or found[key] < 1]
+    if wrong:
+        raise BadInput(
+            f"{model_dir / CONFIG} has no proper {', '.join(wrong)}, as a decoder like Llama has; give such a model, or fetch "
+            "it again."
+        )
+    return found
 
 
 def linear_modules(model_dir: Path) -> list[str]:
@@ -126,7 +158,7 @@ def weight_samples(file: Path) -> Iterator[bytes]:
     header = _read_header(file)
     yield json.dumps(header, sort_keys=True).encode()
     begins = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
-    with file.open("rb") as stream:
+    with readable(file), file.open("rb") as stream:
         data_start = 8 + struct.unpack("<Q", stream.read(8))[0]
         for begin, end in begins:
             stream.seek(data_start + begin)
@@ -143,14 +175,14 @@ def _tensor_shapes(folder: Path) -> dict[str, Shape]:
 
 def _read_header(file: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file whose size agrees with it."""
-    with file.open("rb") as stream:
+    with readable(file), file.open("rb") as stream:
         start = stream.read(8)
         length_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         text = stream.read(length_bytes) if 0 < length_bytes <= LONGEST_HEADER_BYTES else b""
     try:
         header: dict[str, Any] = json.loads(text)
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError) as exc:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
         raise BadInput(f"{file} is no safetensors file (perhaps a Git LFS pointer?); fetch the model again.") from exc
     if file.stat().st_size < 8 + length_bytes + end:
         raise BadInput(f"{file} is cut short: {file.stat().st_size} of {8 + length_bytes + end} bytes; fetch it again.")
@@ -168,7 +200,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as exc:
+        with readable(path):
+            value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as exc:
         raise BadInput(f"{path} is no JSON ({exc}); fetch the model again.") from exc
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} has to hold a JSON object, not a {type(value).__name__}; fetch the model again.")
     return value

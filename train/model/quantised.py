@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from train.config import ModelConfig, QuantConfig
+from train.model.loading import PLAIN_ATTENTION, load_decoder
 
 BLOCK_SIZE = 64  # weights that share a scale, as transformers' `BitsAndBytesConfig` makes them
 
@@ -70,10 +71,7 @@ def frozen_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 def load_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The unquantised model; on a GPU its weights go there straight from their files."""
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=dtype, trust_remote_code=model.trust_remote_code, use_safetensors=True, **_sdpa(), **placed
-    )
-    return loaded
+    return load_decoder(model_dir, model, dtype=dtype, **placed)
 
 
 @torch.no_grad()
@@ -99,7 +97,7 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         hollow: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code, **_sdpa()
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code, attn_implementation=PLAIN_ATTENTION
         )
     for name in base.others:
         owner, _, attribute = name.rpartition(".")
@@ -113,8 +111,3 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
 def _distinct(state: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
     """Entries of a ``state_dict``, a tied tensor once, under its first name."""
     return {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}.values()
-
-
-def _sdpa() -> dict[str, str]:
-    """What both ways to a model have to ask for: without it transformers might look for other attention kernels."""
-    return {"attn_implementation": "sdpa"}

@@ -1,0 +1,209 @@
+"""Decoder and tokenizer by transformers' own loaders, and the refusal of what the packed trainer would compute differently.
+
+`check_decoder` looks at a model on the meta device: names, shapes and one forward without numbers. That takes a second and no
+memory, so it is done before anything is submitted, and speaks for the job, which loads the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from train.config import ModelConfig
+from train.errors import BadInput, LorapackError
+from train.model.folder import linear_shapes
+
+PLAIN_ATTENTION = "sdpa"  # asked for, since transformers might look for other kernels; `train.base` exchanges it
+PROBE_ATTENTION = "lorapack_probe"
+PROBE_TOKENS = 4
+LONGEST_REASON = 300  # characters; some messages of transformers list all that it knows
+CHOOSE_ANOTHER = "choose a Llama-like model"
+
+# What some architectures do to their logits, and the value that does nothing.
+LOGIT_KEYS: dict[str, float | None] = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "logit_scale": None,
+    "logits_scaling": 1.0,
+}
+
+
+def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        BadInput: its files are damaged or of a kind that transformers does not know.
+    """
+    with _foreign_errors(f"the tokenizer in {folder}", "save the tokenizer there again"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=model.trust_remote_code
+        )
+    return tokenizer
+
+
+def load_decoder(folder: Path, model: ModelConfig, **how: Any) -> PreTrainedModel:
+    """The model in `folder`, with all of its weights; `how` is for transformers (dtype, device_map).
+
+    Raises:
+        BadInput: weights are missing or of other shapes, which transformers would fill with random numbers.
+    """
+    loaded, told = AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+        attn_implementation=PLAIN_ATTENTION,
+        ignore_mismatched_sizes=True,  # told below, in one sentence
+        output_loading_info=True,
+        **how,
+    )
+    decoder: PreTrainedModel = loaded
+    if told["missing_keys"]:
+        raise BadInput(
+            f"the weights in {folder} are incomplete: {_some(sorted(told['missing_keys']))} of the architecture "
+            f"{_kind(decoder)} cannot be found; save or fetch the model again."
+        )
+    if told["mismatched_keys"]:
+        name, stored, expected = sorted(told["mismatched_keys"])[0]
+        raise BadInput(
+            f"the weights in {folder} do not belong to its config.json: {name} has the shape {tuple(stored)} instead of "
+            f"{tuple(expected)}; save or fetch the model again."
+        )
+    return decoder
+
+
+def check_decoder(folder: Path, model: ModelConfig, longest: int) -> None:
+    """Refuse a model that a job over sequences of at most `longest` tokens could not train, without loading its weights.
+
+    Raises:
+        BadInput: transformers cannot load it, weights are missing, or it is no decoder like Llama.
+    """
+    with _quiet(), _foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
+        _refuse_by_config(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), longest)
+        decoder = load_decoder(folder, model, dtype=torch.bfloat16, device_map="meta")
+        refuse_unsupported(decoder, longest)
+        _refuse_other_linears(decoder, folder)
+        _refuse_other_mixing(decoder)
+
+
+def refuse_unsupported(decoder: PreTrainedModel, longest: int) -> None:
+    """Refuse what would silently be computed differently from transformers.
+
+    Raises:
+        BadInput: attention sees fewer tokens than `longest`, logits are scaled or capped, or the output layer has a bias.
+    """
+    _refuse_by_config(decoder.config, longest)
+    if getattr(decoder.get_output_embeddings(), "bias", None) is not None:
+        raise BadInput(
+            f"the output layer of {_kind(decoder)} has a bias, which lorapack does not compute; {CHOOSE_ANOTHER}."
+        )
+
+
+def _refuse_by_config(config: Any, longest: int) -> None:
+    windowed = getattr(config, "use_sliding_window", True)
+    sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    window = min(filter(None, [sliding if windowed else None, chunk]), default=longest)
+    if window < longest:
+        raise BadInput(
+            f"the model attends to a sliding window of {window} tokens; set data.max_length to at most {window}, now {longest}."
+        )
+    for key, neutral in LOGIT_KEYS.items():
+        if getattr(config, key, neutral) not in (None, neutral):
+            raise BadInput(
+                f"the architecture {config.model_type!r} uses {key}, which lorapack does not compute; {CHOOSE_ANOTHER}."
+            )
+
+
+def _refuse_other_linears(decoder: PreTrainedModel, folder: Path) -> None:
+    """Refuse matrices that an adapter could be asked for by the files' names, but that are no linear layers."""
+    linears = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    others = sorted({name.rpartition(".")[2] for name in linear_shapes(folder).keys() - linears})
+    if others:
+        raise BadInput(
+            f"the architecture {_kind(decoder)} keeps {_some(others)} in modules of its own kind, on which no adapter can sit; "
+            f"{CHOOSE_ANOTHER}."
+        )
+
+
+def _refuse_other_mixing(decoder: PreTrainedModel) -> None:
+    """Refuse a decoder whose layers mix tokens in another way than by attention that can be exchanged, once a layer.
+
+    The trainer lays sequences one behind the other and keeps them apart in attention; a convolution, a state space or an
+    attention of the model's own would let them see each other.
+    """
+    calls = 0
+
+    def probe(
+        _module: nn.Module, query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any, **_others: Any
+    ) -> Any:
+        nonlocal calls
+        calls += 1
+        return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    AttentionInterface.register(PROBE_ATTENTION, probe)
+    decoder.set_attn_implementation(PROBE_ATTENTION)
+    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device="meta")
+    output = decoder.base_model(input_ids=tokens, position_ids=tokens, use_cache=False)
+    layers = decoder.config.num_hidden_layers
+    if calls != layers:
+        raise BadInput(
+            f"the architecture {_kind(decoder)} has {layers} layers and transformers' exchangeable attention in {calls} of them, "
+            f"so packed sequences could not be kept apart; {CHOOSE_ANOTHER}."
+        )
+    if not hasattr(output, "last_hidden_state"):
+        raise BadInput(f"the architecture {_kind(decoder)} does not give its last hidden state; {CHOOSE_ANOTHER}.")
+
+
+def _kind(decoder: PreTrainedModel) -> str:
+    return repr(decoder.config.model_type)
+
+
+@contextmanager
+def _foreign_errors(what: str, advice: str) -> Iterator[None]:
+    """Translate whatever a loader raises: the types differ from library to library and from version to version.
+
+    Raises:
+        BadInput: `what` cannot be loaded, the loader's own reason, and what to do.
+    """
+    try:
+        yield
+    except LorapackError:
+        raise
+    except (Exception, RecursionError) as exc:
+        sentence = " ".join(str(exc).split()).partition(". ")[0][:LONGEST_REASON] or type(exc).__name__
+        version = f"transformers {transformers.__version__}"
+        raise BadInput(f"{what} cannot be loaded by {version} ({sentence.rstrip('.')}); {advice}.") from exc
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no tables of weights: what is wrong is told once, in the error."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
