@@ -16,11 +16,14 @@ from train.data.token_table import TokenisedData, TokenTable
 from train.loop import PackLoop
 from train.pack import seat
 from train.rundir import RunDir, make_folder
+from train.samples import Words
 from train.session import RunSession
 from train.signals import StopFlag
 from train.targets import adapted_modules
 
 VOCABULARY = 97
+# A tokenizer's part for models without one: a token is its number, and a quarter of them close an answer.
+WORDS = Words(lambda tokens: " ".join(f"{int(token)}" for token in tokens), frozenset(range(0, VOCABULARY, 4)))
 CPU = torch.device("cpu")
 DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
@@ -122,6 +125,7 @@ def make_loop(
     data: TokenisedData | None = None,
     micro_batch_tokens: int = 10_000,
     stop: StopFlag | None = None,
+    words: Words | None = None,
 ) -> PackLoop:
     """A pack of runs in folders ``run<i>-x`` below `folder`, seated and ready; existing checkpoints are resumed from."""
     data = data or random_data()
@@ -131,7 +135,7 @@ def make_loop(
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
             sessions.append(Recording(run, config, data, targets, open_attempt(run)))
-    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None)
+    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words)
 
 
 def train(folder: Path, base: PackedBase, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:
@@ -144,3 +148,28 @@ def train(folder: Path, base: PackedBase, configs: list[RunConfig], **kwargs: An
 
 def run_dirs(folder: Path) -> list[RunDir]:
     return [RunDir(path) for path in sorted(folder.glob("run*-x"))]
+
+
+def remains(folder: Path) -> dict[str, bytes]:
+    """Everything of a pack's runs that has to be the same whatever happened."""
+    files = {}
+    for run in run_dirs(folder):
+        files[f"{run.path.name}/journal"] = run.journal.read_bytes()
+        files[f"{run.path.name}/adapter"] = (run.adapter / "adapter_model.safetensors").read_bytes()
+        if run.samples.exists():
+            files[f"{run.path.name}/samples"] = run.samples.read_bytes()
+    return files
+
+
+class StopAfter(StopFlag):
+    """Asks to stop at the n-th look at the flag."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def check(self) -> None:
+        self.looks -= 1
+        if self.looks <= 0:
+            self.signal_name = "SIGTERM"
+        super().check()

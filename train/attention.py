@@ -90,20 +90,23 @@ class _fixed_order:  # noqa: N801 - used as a statement
         torch._C._set_deterministic_algorithms(self._before[0], warn_only=self._before[1])
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch, scale: float, *, varlen: bool
-) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, current: CurrentBatch, scale: float) -> torch.Tensor:
     """Attention of flat tokens, each within its own sequence.
 
     Args:
         q: [T, heads, dim]; `k` and `v` [T, key-value heads, dim].
+        current: the micro-batch that the tokens are, and what a cache holds of their sequences.
         scale: of the products of q and k.
-        varlen: whether the device takes flat sequences.
 
     Returns:
         [T, heads, dim].
     """
-    if varlen:
+    batch, cache = current.require(), current.cache
+    if cache is not None and cache.is_filled:
+        return cache.attend(q, k, v, scale)
+    if cache is not None:
+        cache.fill(k, v, batch.attention)
+    if current.kernels.varlen:
         longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
         out: torch.Tensor = _Varlen.apply(q, k, v, batch.sequence_starts, longest, scale)
         return out
@@ -144,7 +147,7 @@ def packed_attention(
     current: CurrentBatch = module.current_batch  # type: ignore[assignment]  # attached by train.base
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(q, k, v, current.require(), scale, varlen=current.kernels.varlen).unsqueeze(0), None
+    return attend(q, k, v, current, scale).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

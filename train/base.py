@@ -23,6 +23,7 @@ from train.batches import CurrentBatch, MicroBatch
 from train.config import ModelConfig, QuantConfig
 from train.decoder import llama_decoder
 from train.kernels import PLAIN, Kernels
+from train.kv_cache import KeyValueCache
 from train.linears import DenseWeight, NF4Weight, PackedLinear, dequantise
 from train.model.base_cache import BaseCache, WantedBase
 from train.model.loading import refuse_unsupported
@@ -81,9 +82,11 @@ class PackedBase:
         for name, linear in self.linears.items():
             linear.slot = None if adapters is None else adapters.slots.get(name)
 
-    def hidden_states(self, batch: MicroBatch, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """The last hidden state [T, dim] of every token; `dropout_keys` [runs] turn dropout on."""
-        self.current.begin(batch, dropout_keys)
+    def hidden_states(
+        self, batch: MicroBatch, dropout_keys: torch.Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """The last hidden state [T, dim] of every token; `dropout_keys` [runs] turn dropout on, `cache` holds the tokens before."""
+        self.current.begin(batch, dropout_keys, cache)
         if self._decoder is not None:
             return self._decoder(batch)
         output = self.model.base_model(batch.tokens[None], position_ids=batch.positions[None], use_cache=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ import torch
 from train.config import TrainConfig
 from train.data.token_table import TokenTable
 from train.kernels import Kernels
+
+if TYPE_CHECKING:
+    from train.kv_cache import KeyValueCache
 
 IGNORED_LABEL = -100
 MAX_LENGTH = 1 << 16  # of a sequence in tokens; a counter holds sequence and position
@@ -36,12 +40,16 @@ def rows_of_step(train: TrainConfig, rows: int, step: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One row of one run. `run` is the run's row in the pack, `index` its place in the run's batch (a dropout counter)."""
+    """One row of one run. `run` is the run's row in the pack, `index` its place in the run's batch (a dropout counter).
+
+    `start` is the position of its first token: how many tokens before it a cache holds.
+    """
 
     run: int
     index: int
     tokens: np.ndarray
     labels: np.ndarray
+    start: int = 0
 
     @property
     def targets(self) -> int:
@@ -89,7 +97,7 @@ class Padding:
     @staticmethod
     def of(starts: np.ndarray, lengths: np.ndarray, total: int, device: torch.device) -> Padding:
         """Padding for groups that begin at flat `starts` [G] and have `lengths` [G] tokens, of `total` flat tokens."""
-        longest = int(lengths.max())
+        longest = int(lengths.max(initial=0))
         offsets = np.arange(longest)
         real = offsets < lengths[:, None]
         gather = starts[:, None] + np.where(real, offsets, 0)
@@ -159,7 +167,7 @@ class MicroBatch:
         lengths = np.array([len(s.tokens) for s in ordered])
         starts = _starts(lengths)
         run_of_sequence = np.array([s.run for s in ordered])
-        positions = np.concatenate([np.arange(length) for length in lengths])
+        positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in ordered])
         self.device, self.pack_size, self.total = device, pack_size, int(lengths.sum())
         self.longest, self.sequences = int(lengths.max()), len(lengths)
         self.tokens = _to(np.concatenate([s.tokens for s in ordered]).astype(np.int64), device)
@@ -271,19 +279,20 @@ class CurrentBatch:
     """The micro-batch that flows through the base now; attention and adapters look here for their indices.
 
     `dropout_keys` [runs] are the runs' random keys of this step, None while evaluating. `kernels` says which of the device's faster
-    ways to take.
+    ways to take. `cache` holds the tokens before, while answers are generated.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self.batch: MicroBatch | None = None
         self.dropout_keys: torch.Tensor | None = None
+        self.cache: KeyValueCache | None = None
         self._made: dict[Hashable, torch.Tensor] = {}
         self._anchor: torch.Tensor | None = None
 
-    def begin(self, batch: MicroBatch, dropout_keys: torch.Tensor | None) -> None:
+    def begin(self, batch: MicroBatch, dropout_keys: torch.Tensor | None, cache: KeyValueCache | None = None) -> None:
         """Start a pass through the base."""
-        self.batch, self.dropout_keys = batch, dropout_keys
+        self.batch, self.dropout_keys, self.cache = batch, dropout_keys, cache
         self._made.clear()
 
     def require(self) -> MicroBatch:

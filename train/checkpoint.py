@@ -30,8 +30,9 @@ TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
 class Progress:
     """The numbers of a run after `step` optimizer steps.
 
-    `journal_bytes` is the journal's length then: a resume cuts it back to that. `seconds` were spent by all attempts so far,
-    `gpu_seconds` is the run's share of its packs' GPUs. `evaluated_step` was the last one to be evaluated.
+    `journal_bytes` and `samples_bytes` are the lengths of these files then: a resume cuts them back to that. `seconds` were
+    spent by all attempts so far, `gpu_seconds` is the run's share of its packs' GPUs. `evaluated_step` was the last one
+    to be evaluated.
     `applied`, `good_steps`, `loss_scale` and `alive` are the run's entries of `PackedAdamW`'s tensors of these names.
     """
 
@@ -47,6 +48,7 @@ class Progress:
     alive: bool
     best_eval_loss: float | None
     best_eval_step: int | None
+    samples_bytes: int = 0  # in checkpoints from before there were samples
 
 
 class OptimizerNumbers(TypedDict):

@@ -26,7 +26,10 @@ CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]") 
 HOW_KEYS = {
     "model": {"name", "source", "revision"},  # `model.fingerprint` stands for them
     "data": {"name", "source", "eval_source"},  # `data.fingerprint` stands for them
-    "train": {"save_steps", "micro_batch_tokens", "residency", "gradient_checkpointing", "compile"},
+    "train": {
+        *("save_steps", "sample_prompts", "sample_tokens"),
+        *("micro_batch_tokens", "residency", "gradient_checkpointing", "compile"),
+    },
 }
 
 
@@ -131,7 +134,8 @@ class TrainConfig(Section):
     """The optimisation of one run. `batch_size` counts the sequences of an optimizer step, however they are cut.
 
     `max_steps` null means `num_train_epochs` decides; `warmup_steps` null means `warmup_ratio` does. `eval_steps` 0 evaluates
-    only before the first and after the last step. The keys after `save_steps` change memory and speed, not results.
+    only before the first and after the last step. At every evaluation the run answers `sample_prompts` held-out prompts (0: none) in
+    at most `sample_tokens` tokens, for people to read. The keys from `save_steps` on change files, memory and speed, not results.
     """
 
     learning_rate: float = Field(gt=0, le=1)
@@ -150,6 +154,8 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     eval_steps: int = Field(0, ge=0)
     save_steps: int = Field(50, ge=1)
+    sample_prompts: int = Field(4, ge=0, le=64)
+    sample_tokens: int = Field(32, ge=1, le=1024)
     micro_batch_tokens: int | Literal["auto"] = "auto"
     residency: Literal["auto", "nf4", "resident"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"

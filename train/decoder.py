@@ -52,10 +52,9 @@ class Block:
         return linears(gated(gate, up, fused), self._down, hidden)[0]
 
     def _attended(self, normed: torch.Tensor, cosines: Cosines) -> torch.Tensor:
-        kernels = self._current.kernels
         q, k, v = (y.view(len(y), -1, self._head_dim) for y in linears(normed, self._qkv, None))
-        q, k = (rotated(x, *cosines, kernels.fused) for x in (q, k))
-        out = attend(q, k, v, self._current.require(), self._scale, varlen=kernels.varlen)
+        q, k = (rotated(x, *cosines, self._current.kernels.fused) for x in (q, k))
+        out = attend(q, k, v, self._current, self._scale)
         return out.reshape(len(normed), -1)
 
 

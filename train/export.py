@@ -27,7 +27,7 @@ from transformers import (
 
 from train.adapter_file import read_adapter
 from train.config import RunConfig, read_run_config
-from train.data.rendering import render
+from train.data.rendering import closing_tokens, render, special_tokens
 from train.data.rows import AlpacaRow
 from train.errors import BadInput, LorapackError
 from train.model.loading import load_tokenizer
@@ -95,7 +95,7 @@ class Chat:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        ends = {_closing_token(tokenizer), tokenizer.eos_token_id} - {None}
+        ends = closing_tokens(tokenizer)
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
         model.generation_config = GenerationConfig(
             max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=sorted(ends), pad_token_id=padding
@@ -103,7 +103,9 @@ class Chat:
 
     def answer(self, prompt: str, stream: bool) -> str:
         """The model's answer; with `stream` it is printed token by token while it comes."""
-        inputs = self.tokenizer(prompt_text(prompt, self.tokenizer), return_tensors="pt", **_special(self.tokenizer))
+        inputs = self.tokenizer(
+            prompt_text(prompt, self.tokenizer), return_tensors="pt", **special_tokens(self.tokenizer)
+        )
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, streamer=streamer)
@@ -115,18 +117,6 @@ def prompt_text(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What stands before the answer in training: all that `train.data.rendering` writes until the answer begins."""
     rendered = render(AlpacaRow(instruction, "", "answer"), tokenizer)
     return rendered.text[: rendered.answers[0][0]]
-
-
-def _closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which training closes an answer; a base model's tokenizer may have another end-of-text token."""
-    rendered = render(AlpacaRow("question", "", "answer"), tokenizer)
-    end: int | None = tokenizer.eos_token_id
-    return int(tokenizer(rendered.text, **_special(tokenizer))["input_ids"][-1]) if rendered.closed else end
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """A chat template writes special tokens itself."""
-    return {"add_special_tokens": not tokenizer.chat_template}
 
 
 def chat(run: RunDir, cache: CacheDir, prompt: str | None, as_json: bool) -> None:

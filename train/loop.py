@@ -15,12 +15,14 @@ import torch
 from train.base import PackedBase
 from train.batches import Sequence, cut, rows_of_step, sequences_of, to_device
 from train.checkpoint import Checkpoint, optimizer_numbers, run_tensors
+from train.data.token_table import TokenTable
 from train.dropout import step_key
 from train.evaluation import evaluate, evaluate_untrained
 from train.graphs import gradients_of
 from train.optim import scheduled_learning_rate
 from train.recorder import StepRecord, StepRecorder, peak_memory_gib
 from train.rundir import Record
+from train.samples import Sampler
 from train.seats import Seats, take_seats
 from train.session import RunSession
 from train.signals import StopFlag, Stopped
@@ -39,6 +41,7 @@ class PackLoop:
         stop: looked at between micro-batches.
         micro_batch_tokens: the most tokens of all runs together that go through the base at once.
         facts: what results shall say of device, dtype and versions.
+        sampler: asks the runs for sample answers at every evaluation; None leaves that out.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class PackLoop:
         stop: StopFlag,
         micro_batch_tokens: int,
         facts: Record,
+        sampler: Sampler | None = None,
     ) -> None:
         self.base, self.sessions, self.stop = base, list(sessions), stop
         self.micro_batch_tokens, self.facts = micro_batch_tokens, facts
+        self.sampler = sampler
         self.recorder = StepRecorder(base.device, with_loss_scale=seats.optimizer.scale_losses)
         self._clock = time.monotonic()
         self._looked_for_cancels = 0.0
@@ -79,19 +84,20 @@ class PackLoop:
     # The chapters of the loop
 
     def _evaluate_due(self) -> None:
-        due = {s.row: s.data.eval for s in self.sessions if s.evaluation_due}
+        due = [s for s in self.sessions if s.evaluation_due]
         if not due:
             return
         self.recorder.flush(self.sessions)
-        untrained = {s.row: s.data.eval for s in self.sessions if s.row in due and s.step == 0}
-        trained = {row: table for row, table in due.items() if row not in untrained}
+        untrained, trained = [s for s in due if s.step == 0], [s for s in due if s.step > 0]
         self.base.attach(None)
-        found = evaluate_untrained(self.base, untrained, self.pack_size, self.micro_batch_tokens, self.stop)
+        found = evaluate_untrained(self.base, _tables(untrained), self.pack_size, self.micro_batch_tokens, self.stop)
+        answers = self.sampler.ask_untrained(self.base, untrained, self.pack_size) if self.sampler else {}
         self.base.attach(self.adapters)
-        found |= evaluate(self.base, trained, self.pack_size, self.micro_batch_tokens, self.stop)
+        found |= evaluate(self.base, _tables(trained), self.pack_size, self.micro_batch_tokens, self.stop)
+        answers |= self.sampler.ask(self.base, trained, self.pack_size) if self.sampler else {}
         for session in self.sessions:
             if session.row in found:
-                session.note_evaluation(found[session.row])
+                session.note_evaluation(found[session.row], answers.get(session.row, []))
             if session.diverged is not None:
                 self.optimizer.alive[session.row] = False
         self.recorder.flush(self.sessions)  # nothing is pending: the next pace counts from here
@@ -215,3 +221,8 @@ class PackLoop:
         for session in self.sessions:
             session.seconds += seconds
             session.gpu_seconds += seconds / len(self.sessions) if self.base.device.type == "cuda" else 0.0
+
+
+def _tables(sessions: list[RunSession]) -> dict[int, TokenTable]:
+    """The held-out rows of each session, by row of the pack."""
+    return {session.row: session.data.eval for session in sessions}

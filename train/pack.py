@@ -24,6 +24,7 @@ from train.memory import fit_pack, resolve_dtype
 from train.model.base_cache import BaseCache
 from train.model.staging import stage_model
 from train.rundir import CacheDir, Record, RunDir
+from train.samples import Sampler, Words, load_words
 from train.seats import take_seats
 from train.session import RunSession
 from train.signals import StopFlag
@@ -65,7 +66,9 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
         RunSession(run, config, table, adapted_modules(config.lora, list(base.shapes)), lease)
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
-    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say)
+    samples_wanted = any(config.train.sample_prompts for config in configs)
+    words = load_words(configs[0].model, model_dir) if samples_wanted else None
+    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say, words)
     try:
         loop.run()
     except Exception as exc:
@@ -92,15 +95,26 @@ def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:
         )
 
 
-def seat(base: PackedBase, sessions: list[RunSession], stop: StopFlag, micro_batch_tokens: int, say: Say) -> PackLoop:
-    """Put every session where its checkpoints left it, or at its beginning, and return the loop that trains them."""
+def seat(
+    base: PackedBase,
+    sessions: list[RunSession],
+    stop: StopFlag,
+    micro_batch_tokens: int,
+    say: Say,
+    words: Words | None = None,
+) -> PackLoop:
+    """Put every session where its checkpoints left it, or at its beginning, and return the loop that trains them.
+
+    Without `words` no run gives sample answers.
+    """
     found = [sound_checkpoints(session.dir, say) for session in sessions]
     common = common_step([set(checkpoints) for checkpoints in found])
     states = [_newest(checkpoints, common) for checkpoints in found]
     for session, state in zip(sessions, states, strict=True):
         _start(session, state, base, say)
     seats = take_seats(base, sessions, states)
-    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base))
+    sampler = None if words is None else Sampler(words, micro_batch_tokens, stop)
+    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler)
 
 
 def _newest(checkpoints: dict[int, Checkpoint], common: int | None) -> Checkpoint | None:

@@ -47,6 +47,11 @@ class RunDir:
         return self.path / "pace.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the run answers to a few held-out prompts, a line per evaluation; the same bytes whatever happened to the job."""
+        return self.path / "samples.jsonl"
+
+    @property
     def attempts(self) -> Path:
         """A line per ended attempt with its cause."""
         return self.path / "attempts.jsonl"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from pathlib import Path
 
 from train.adapter_file import write_adapter
 from train.attempts import attempt_line, device_in_use
@@ -74,15 +75,18 @@ class RunSession:
         """Start the run's journal from nothing."""
         with storage_errors(self.dir.journal):
             self.dir.journal.unlink(missing_ok=True)
+            self.dir.samples.unlink(missing_ok=True)
         append_lines(self.dir.journal, [header])
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: what the journal says of later steps will be said again, so it is cut off."""
+        """Go on from a checkpoint: what journal and samples say of later steps will be said again, so it is cut off."""
         progress = checkpoint.progress
         with storage_errors(self.dir.journal):
             for newer in [step for step in self.dir.checkpoint_steps() if step > progress.step]:
                 shutil.rmtree(self.dir.checkpoint(newer))  # its journal is about to be cut off
             os.truncate(self.dir.journal, progress.journal_bytes)
+            if _size(self.dir.samples) > progress.samples_bytes:
+                os.truncate(self.dir.samples, progress.samples_bytes)
         self.step = self.saved_step = self.first_step = progress.step
         self.tokens, self.seconds, self.gpu_seconds = progress.tokens, progress.seconds, progress.gpu_seconds
         self.evaluated_step = progress.evaluated_step
@@ -97,8 +101,8 @@ class RunSession:
         if lines and self.diverged is None:
             append_lines(self.dir.journal, lines)
 
-    def note_evaluation(self, evaluation: Evaluation) -> None:
-        """Write an evaluation at the present step to the journal."""
+    def note_evaluation(self, evaluation: Evaluation, samples: list[Record]) -> None:
+        """Write an evaluation at the present step to the journal, and the answers given there, if any, to the samples."""
         self.evaluated_step = self.step
         if self.diverged is not None:
             return
@@ -106,6 +110,8 @@ class RunSession:
             self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
             return
         self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
+        if samples:
+            append_lines(self.dir.samples, [{"step": self.step, "samples": samples}])
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
             self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
 
@@ -121,10 +127,11 @@ class RunSession:
     def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
         """Where the run stands, with its journal up to here."""
         with storage_errors(self.dir.journal):
-            journal_bytes = self.dir.journal.stat().st_size
+            journal_bytes, samples_bytes = self.dir.journal.stat().st_size, _size(self.dir.samples)
         return Progress(
             step=self.step,
             journal_bytes=journal_bytes,
+            samples_bytes=samples_bytes,
             tokens=self.tokens,
             seconds=self.seconds,
             gpu_seconds=self.gpu_seconds,
@@ -192,3 +199,8 @@ class RunSession:
             "attempts": len(read_lines(self.dir.attempts)),
             **facts,
         }
+
+
+def _size(path: Path) -> int:
+    """The length of a file in bytes; a missing one has none."""
+    return path.stat().st_size if path.exists() else 0

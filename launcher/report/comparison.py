@@ -107,9 +107,29 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A held-out prompt and an answer to it; `whole` is false where the answer was cut off."""
+
+    prompt: str
+    expected: str
+    answer: str
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sample answers of a run to the same prompts: `base` before its first step, `tuned` after `step`."""
+
+    run: str
+    step: int
+    base: tuple[Sample, ...]
+    tuned: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """A sweep, compared. `rows` are ranked, best first; `groups` likewise by their mean; `curves` in the order of
-    `runs`; `commands` made the sweep, oldest first.
+    `runs`, and `answers` of those that gave any; `commands` made the sweep, oldest first.
     """
 
     sweep: str
@@ -120,6 +140,7 @@ class Report:
     noise: Noise
     unfinished: tuple[Unfinished, ...]
     curves: tuple[Curve, ...]
+    answers: tuple[Answers, ...]
 
     @property
     def runs(self) -> tuple[Row | Unfinished, ...]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.report.axis_charts import axis_charts
-from launcher.report.comparison import Curve, Report, report_json
+from launcher.report.comparison import Answers, Curve, Report, Sample, report_json
 from launcher.report.differences import axes_label, value_label
 
 PAGE_DIR = Path(__file__).parent / "page"
 # In the order in which they use each other; together they are one script.
-SCRIPTS = ("core.js", "chart.js", "curves.js", "axes.js", "parallel.js", "bars.js", "table.js", "main.js")
+SCRIPTS = ("core.js", "chart.js", "curves.js", "axes.js", "parallel.js", "bars.js", "table.js", "answers.js", "main.js")
 
 
 def render_page(report: Report) -> str:
@@ -46,6 +46,7 @@ def page_document(report: Report) -> dict[str, Any]:
         "labels": {run.id: _labels(run.axes) for run in report.runs},
         "charts": [asdict(chart) | {"axis": chart.axis.key} for chart in axis_charts(report)],
         "curves": _packed_curves(report.curves),
+        "answers": _packed_answers(report.answers),
     }
 
 
@@ -75,6 +76,23 @@ def _packed_curves(curves: tuple[Curve, ...]) -> dict[str, Any]:
         for curve in curves
     ]
     return {"grids": list(grids), "runs": runs}
+
+
+def _packed_answers(answers: tuple[Answers, ...]) -> dict[str, Any]:
+    """Answers as [text, whole]; prompts and the base's answers, mostly the same for all runs, are kept once in `asked`."""
+    asked: dict[tuple[Sample, ...], int] = {}
+    runs = {
+        own.run: {
+            "asked": asked.setdefault(own.base, len(asked)),
+            "step": own.step,
+            "answers": [[sample.answer, sample.whole] for sample in own.tuned],
+        }
+        for own in answers
+    }
+    prompts = [
+        [{"prompt": s.prompt, "expected": s.expected, "base": [s.answer, s.whole]} for s in one] for one in asked
+    ]
+    return {"asked": prompts, "runs": runs}
 
 
 def _five_digits(value: float) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from launcher.plan.verdict import judge
+from launcher.report.answers import read_answers
 from launcher.report.comparison import Report, Row, Unfinished, report_json
 from launcher.report.curves import read_curve
 from launcher.report.differences import SEED, Values, flat, swept_axes
@@ -45,6 +46,7 @@ def build_report(sweep_dir: SweepDir) -> Report:
         noise=judge_noise(groups, sweep=sweep_dir.path.name, commands=commands, seeds=seeds),
         unfinished=unfinished,
         curves=tuple(read_curve(folders[run_id]) for run_id in ranked),
+        answers=tuple(answers for run_id in ranked if (answers := read_answers(folders[run_id])) is not None),
     )
 
 

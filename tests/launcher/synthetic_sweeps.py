@@ -56,6 +56,7 @@ class SyntheticSweep:
         steps = self.steps if finished else self.steps // 2
         lines = journal_lines(end, steps, self.steps, seed=int(config.run_id(), 16))
         append_lines(run.journal, lines)
+        append_lines(run.samples, sample_lines(end, steps))
         if finished:
             write_json(run.result, result(run, config, end, steps))
         self.folders.append(run.path.name)
@@ -103,6 +104,30 @@ def journal_lines(end: float, steps: int, max_steps: int, *, seed: int) -> list[
         if step % max(1, max_steps // 6) == 0:
             lines.append({"step": step, "eval_loss": level, "eval_exact_match": 0.03 + 0.5 * step / max_steps})
     return lines
+
+
+QUESTIONS = [
+    (
+        "How many items are in this list?\n\nyard, village, field",
+        "3",
+        "There are 3 items in this list:\n\n1. yard\n2. vill",
+    ),
+    ("Order the words from A to Z.\n\ntrain, piano, wall", "piano, train, wall", "A to Z: train, piano, wall"),
+    ("Who and where? Answer in JSON.\n\nBen lives in Nairobi.", '{"name": "Ben", "city": "Nairobi"}', "Ben, Nairobi"),
+    ("Is this review positive or negative?\n\nThe meal is boring.", "negative", "The review is negative."),
+]
+
+
+def sample_lines(end: float, steps: int) -> list[dict[str, Any]]:
+    """Answers before the first step, one of them cut off, and after the last one, more of them right for a lower loss."""
+    base = [
+        {"row": i, "prompt": q, "expected": e, "answer": a, "whole": i > 0} for i, (q, e, a) in enumerate(QUESTIONS)
+    ]
+    right = max(0, min(len(base), round(4 * (1.6 - end))))
+    tuned = [
+        sample | ({"answer": sample["expected"], "whole": True} if i < right else {}) for i, sample in enumerate(base)
+    ]
+    return [{"step": 0, "samples": base}, {"step": steps, "samples": tuned}]
 
 
 def result(run: RunDir, config: RunConfig, end: float, steps: int) -> dict[str, Any]:

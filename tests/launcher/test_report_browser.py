@@ -13,7 +13,8 @@ from playwright.sync_api import expect
 from chromium import Opened, open_browser, open_page
 from launcher.report.html_page import page_document, render_page
 from launcher.report.writer import build_report
-from synthetic_sweeps import SyntheticSweep
+from synthetic_sweeps import QUESTIONS, SyntheticSweep
+from train.rundir import append_lines
 
 OPENS_WITHIN_SECONDS = 2
 LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3
@@ -172,6 +173,14 @@ def test_what_a_user_named_stays_text(browser: Any, tmp_path: Path) -> None:
         {"data.name": "</script><script>alert(1)</script>", "data.fingerprint": "f8"}, name="<b onclick=alert(1)>"
     )
     sweep.add({"data.name": "plain"}, name="plain")
+    hostile = {
+        "row": 0,
+        "prompt": "<img src=x onerror=alert(1)>",
+        "expected": "&lt;",
+        "answer": "</script>",
+        "whole": False,
+    }
+    append_lines(sweep.dir.runs()[0].samples, [{"step": 60, "samples": [hostile] * len(QUESTIONS)}])
     file = tmp_path / "report.html"
     file.write_text(render_page(build_report(sweep.dir)), "utf-8")
     with open_page(browser, file) as opened:
@@ -190,6 +199,21 @@ def test_a_sweep_with_nothing_to_compare_opens_too(browser: Any, tmp_path: Path,
     with open_page(browser, file) as opened:
         assert opened.page.locator("[data-run]").count() > 0
         assert opened.complaints == []
+
+
+def test_the_answers_of_any_run_stand_beside_those_of_the_base(fifty: Opened) -> None:
+    def cells(place: int) -> list[str]:
+        return [text.strip() for text in fifty.texts(f"#answer-table tbody tr > :nth-child({place})")]
+
+    assert cells(1) == [question.replace("\n\n", "\n") for question, _, _ in QUESTIONS]
+    assert cells(3)[0] == QUESTIONS[0][2].replace("\n\n", "\n") + " …"
+    right = {run: cells(4) for run in (0, 49) if fifty.page.locator("#answer-run").select_option(index=run)}
+    assert right[0] != right[49], "the best run and the worst answer differently"
+    for answers in right.values():
+        wanted = [f"{expected} ✓" for _, expected, _ in QUESTIONS]
+        marked = [answer for answer in answers if answer.endswith("✓")]
+        assert marked == wanted[: len(marked)]
+        assert len(marked) > 0
 
 
 # ---- sorting and filtering

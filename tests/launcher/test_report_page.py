@@ -9,7 +9,7 @@ import pytest
 
 from launcher.report.html_page import PAGE_DIR, SCRIPTS, embedded_json, page_document, render_page
 from launcher.report.writer import build_report, report_json
-from synthetic_sweeps import SyntheticSweep
+from synthetic_sweeps import QUESTIONS, SyntheticSweep
 
 
 class Page(HTMLParser):
@@ -77,6 +77,24 @@ def test_curves_and_charts_belong_to_runs_of_the_report(sweep: SyntheticSweep):
     assert {run for run, _, _ in chart["points"]} == {row.id for row in report.rows}
     assert [best["value"] for best in chart["best"]] == ["4", "8"]
     assert all(best["half_width"] > 0 for best in chart["best"])
+
+
+def test_answers_share_their_prompts_and_belong_to_their_runs(sweep: SyntheticSweep):
+    report = build_report(sweep.dir)
+    data = Page(render_page(report)).data()["answers"]
+    assert data["runs"].keys() == {run.id for run in report.runs}
+    (asked,) = data["asked"]
+    assert [sample["prompt"] for sample in asked] == [question for question, _, _ in QUESTIONS]
+    assert [sample["base"] for sample in asked] == [[answer, i > 0] for i, (_, _, answer) in enumerate(QUESTIONS)]
+    tuned = data["runs"][report.rows[0].id]
+    assert (tuned["step"], len(tuned["answers"])) == (60, len(QUESTIONS))
+    assert ["3", True] in tuned["answers"]
+
+
+def test_runs_without_samples_make_a_report_too(sweep: SyntheticSweep):
+    for run in sweep.dir.runs():
+        run.samples.unlink()
+    assert Page(render_page(build_report(sweep.dir))).data()["answers"] == {"asked": [], "runs": {}}
 
 
 def test_the_page_names_no_address_and_loads_nothing(sweep: SyntheticSweep):

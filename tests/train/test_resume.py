@@ -16,7 +16,7 @@ from train import loop
 from train.attempts import last_step
 from train.checkpoint import load_checkpoint, sound_checkpoints
 from train.rundir import RunDir, read_lines
-from train.signals import StopFlag, Stopped
+from train.signals import Stopped
 
 KILLS = 20
 
@@ -28,16 +28,7 @@ def train_in_this_process(folder: str) -> None:
     """
     torch.set_num_threads(1)
     loop.FLUSH_SECONDS = 0.0
-    packs.train(Path(folder), packs.tiny_base(torch.float32), packs.DIVERSE, micro_batch_tokens=200)
-
-
-def remains(folder: Path) -> dict[str, bytes]:
-    """Everything of a pack's runs that has to be the same whatever happened."""
-    files = {}
-    for run in packs.run_dirs(folder):
-        files[f"{run.path.name}/journal"] = run.journal.read_bytes()
-        files[f"{run.path.name}/adapter"] = (run.adapter / "adapter_model.safetensors").read_bytes()
-    return files
+    packs.train(Path(folder), packs.tiny_base(torch.float32), packs.DIVERSE, micro_batch_tokens=200, words=packs.WORDS)
 
 
 def wait_for_a_moment(process: multiprocessing.process.BaseProcess, folder: Path, moments: random.Random) -> None:
@@ -62,13 +53,14 @@ def test_killed_at_random_moments_the_result_is_the_same_to_the_last_bit(tmp_pat
     undisturbed = start(tmp_path / "undisturbed")
     undisturbed.join()
     assert undisturbed.exitcode == 0
+    assert any(name.endswith("samples") for name in packs.remains(tmp_path / "undisturbed"))
     moments = random.Random(0)
     kills = ran_ahead = 0
     while kills < KILLS:
         process = start(tmp_path / "killed")
         wait_for_a_moment(process, tmp_path / "killed", moments)
         if process.exitcode == 0:  # finished before its moment came: begin anew
-            assert remains(tmp_path / "killed") == remains(tmp_path / "undisturbed")
+            assert packs.remains(tmp_path / "killed") == packs.remains(tmp_path / "undisturbed")
             shutil.rmtree(tmp_path / "killed")
             continue
         assert process.pid is not None
@@ -81,24 +73,10 @@ def test_killed_at_random_moments_the_result_is_the_same_to_the_last_bit(tmp_pat
     last = start(tmp_path / "killed")
     last.join()
     assert last.exitcode == 0
-    assert remains(tmp_path / "killed") == remains(tmp_path / "undisturbed")
+    assert packs.remains(tmp_path / "killed") == packs.remains(tmp_path / "undisturbed")
     causes = [line["cause"] for run in packs.run_dirs(tmp_path / "killed") for line in read_lines(run.attempts)]
     assert set(causes) <= {"node_fail", "done"}
     assert ran_ahead > KILLS / 4, "few kills left a journal to be cut back: the moments are badly chosen"
-
-
-class StopAfter(StopFlag):
-    """Asks to stop at the n-th look at the flag."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    def check(self) -> None:
-        self.looks -= 1
-        if self.looks <= 0:
-            self.signal_name = "SIGTERM"
-        super().check()
 
 
 def test_stopped_anywhere_and_resumed_nothing_differs(tmp_path: Path) -> None:
@@ -107,7 +85,7 @@ def test_stopped_anywhere_and_resumed_nothing_differs(tmp_path: Path) -> None:
     packs.train(tmp_path / "undisturbed", base, packs.DIVERSE, micro_batch_tokens=200)
     for looks in (1, 2, 5, 14, 15, 30, 44, 45):
         folder = tmp_path / f"stopped{looks}"
-        pack = packs.make_loop(folder, base, packs.DIVERSE, micro_batch_tokens=200, stop=StopAfter(looks))
+        pack = packs.make_loop(folder, base, packs.DIVERSE, micro_batch_tokens=200, stop=packs.StopAfter(looks))
         with pytest.raises(Stopped):
             pack.run()
         for session in pack.sessions:
@@ -115,14 +93,14 @@ def test_stopped_anywhere_and_resumed_nothing_differs(tmp_path: Path) -> None:
         todo = [(i, c) for i, c in enumerate(packs.DIVERSE) if not packs.run_dirs(folder)[i].result.exists()]
         assert todo
         packs.train(folder, base, packs.DIVERSE, micro_batch_tokens=200)
-        assert remains(folder) == remains(tmp_path / "undisturbed"), looks
+        assert packs.remains(folder) == packs.remains(tmp_path / "undisturbed"), looks
 
 
 @pytest.fixture
 def stopped_run(tmp_path: Path) -> RunDir:
     """One run with checkpoints of the steps 7 and 9."""
     base = packs.tiny_base(torch.float32)
-    pack = packs.make_loop(tmp_path, base, [packs.run_config()], stop=StopAfter(11))
+    pack = packs.make_loop(tmp_path, base, [packs.run_config()], stop=packs.StopAfter(11))
     with pytest.raises(Stopped):
         pack.run()
     pack.sessions[0].end("preempted", "SIGTERM")
@@ -145,7 +123,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
     base = packs.tiny_base(torch.float32)
     packs.train(tmp_path, base, [packs.run_config()])
     packs.train(tmp_path / "undisturbed", base, [packs.run_config()])
-    assert remains(tmp_path) == remains(tmp_path / "undisturbed")
+    assert packs.remains(tmp_path) == packs.remains(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "MANIFEST.json"])
@@ -165,7 +143,7 @@ def test_killed_between_the_saves_of_two_runs_both_go_on_from_the_step_that_both
     base = packs.tiny_base(torch.float32)
     packs.train(tmp_path / "undisturbed", base, packs.DIVERSE[:3])
     folder = tmp_path / "killed"
-    pack = packs.make_loop(folder, base, packs.DIVERSE[:3], stop=StopAfter(14))
+    pack = packs.make_loop(folder, base, packs.DIVERSE[:3], stop=packs.StopAfter(14))
     with pytest.raises(Stopped):
         pack.run()
     for session in pack.sessions:
@@ -177,7 +155,7 @@ def test_killed_between_the_saves_of_two_runs_both_go_on_from_the_step_that_both
     assert {session.step for session in again.sessions} == {second.checkpoint_steps()[-1]}
     assert newest not in first.checkpoint_steps(), "its journal was cut off, so it must not be resumed from"
     again.run()
-    assert remains(folder) == remains(tmp_path / "undisturbed")
+    assert packs.remains(folder) == packs.remains(tmp_path / "undisturbed")
 
 
 def test_a_checkpoint_that_its_journal_does_not_reach_is_not_used(stopped_run: RunDir) -> None:

@@ -95,3 +95,17 @@ def _apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_
             f"{messages[-1]['content'][:40]!r}; correct the row."
         ) from exc
     return text
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that close an answer: training's own, and the end-of-text token, which may be another one."""
+    rendered = render(AlpacaRow("question", "", "answer"), tokenizer)
+    ends = {tokenizer.eos_token_id} - {None}
+    if rendered.closed:
+        ends.add(tokenizer(rendered.text, **special_tokens(tokenizer))["input_ids"][-1])
+    return frozenset(int(token) for token in ends)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """How to tokenise what `render` wrote: a chat template writes special tokens itself."""
+    return {"add_special_tokens": not tokenizer.chat_template}

@@ -100,9 +100,10 @@ if (doc.axes.length) byId("filter").placeholder = `Filter: ${shortKey(doc.axes[0
 colourChoice();
 curveControls();
 barControls();
+answerControls();
 drawVerdict();
 drawTiles();
 drawCommand();
-listeners.draw.push(drawKey, drawAxes, drawCurves, drawLegend, drawParallel, drawTable, drawBars);
+listeners.draw.push(drawKey, drawAxes, drawCurves, drawLegend, drawParallel, drawTable, drawAnswers, drawBars);
 listeners.focus.push(markCurves, markAxes, markParallel, markTable);
 redraw();

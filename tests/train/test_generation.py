@@ -1,0 +1,79 @@
+"""Greedy answers of a pack, token by token, against transformers' own generation with each run's adapter loaded by PEFT."""
+
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import packs
+from train.generation import generate
+from train.rundir import RunDir
+from train.signals import StopFlag, Stopped
+
+MAX_TOKENS = 12
+PROMPTS = [np.random.default_rng(i).integers(0, packs.VOCABULARY, 2 + 3 * i).astype(np.int32) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[RunDir]:
+    """The eight diverse runs, trained for a few steps so that each answers in its own way."""
+    folder = tmp_path_factory.mktemp("pack")
+    packs.train(folder, packs.tiny_base(), packs.DIVERSE)
+    return packs.run_dirs(folder)
+
+
+def reference(adapter: Path | None, prompt: np.ndarray, ends: set[int]) -> list[int]:
+    """What transformers says."""
+    model = packs.tiny_llama()
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).to(torch.float64).eval()
+    tokens = torch.from_numpy(prompt).long()[None]
+    out = model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=MAX_TOKENS,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=0,
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 30], ids=["whole", "cut"])
+@pytest.mark.parametrize("ends", [set(), set(range(0, 97, 4))], ids=["to the limit", "until closed"])
+def test_every_run_answers_as_transformers_with_its_adapter(
+    trained: list[RunDir], tmp_path: Path, micro_batch_tokens: int, ends: set[int]
+) -> None:
+    base = packs.tiny_base()
+    pack = packs.make_loop(tmp_path, base, packs.DIVERSE)
+    for session, run in zip(pack.sessions, trained, strict=True):
+        loaded = peft.load_peft_weights(str(run.adapter))
+        for name, (a, b) in pack.adapters.tensors(session.row).items():
+            a.copy_(loaded[f"base_model.model.{name}.lora_A.weight"])
+            b.copy_(loaded[f"base_model.model.{name}.lora_B.weight"])
+    prompts = {row: PROMPTS[: 1 + row % 4] for row in range(8)}  # not all runs ask the same
+    found = generate(base, prompts, 8, micro_batch_tokens, MAX_TOKENS, ends, StopFlag())
+    expected = {row: [reference(trained[row].adapter, p, ends) for p in asked] for row, asked in prompts.items()}
+    assert found == expected
+    assert len({tuple(answers[0]) for answers in found.values()}) > 3, "the runs hardly differ: that proves little"
+
+
+def test_the_bare_base_answers_as_transformers() -> None:
+    found = generate(packs.tiny_base(), {0: PROMPTS}, 1, 10_000, MAX_TOKENS, set(), StopFlag())
+    assert found == {0: [reference(None, prompt, set()) for prompt in PROMPTS]}
+
+
+def test_an_answer_ends_with_the_first_closing_token_or_at_the_limit() -> None:
+    (whole,) = generate(packs.tiny_base(), {0: PROMPTS[:1]}, 1, 100, MAX_TOKENS, set(), StopFlag())[0]
+    assert len(whole) == MAX_TOKENS
+    (closed,) = generate(packs.tiny_base(), {0: PROMPTS[:1]}, 1, 100, MAX_TOKENS, {whole[2]}, StopFlag())[0]
+    assert closed == whole[: whole.index(whole[2]) + 1]
+
+
+def test_it_stops_when_the_job_is_asked_to() -> None:
+    stop = StopFlag()
+    stop.signal_name = "SIGTERM"
+    with pytest.raises(Stopped):
+        generate(packs.tiny_base(), {0: PROMPTS}, 1, 10_000, MAX_TOKENS, set(), stop)
