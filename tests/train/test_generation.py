@@ -60,8 +60,13 @@ def test_every_run_answers_as_transformers_with_its_adapter(
     assert len({tuple(answers[0]) for answers in found.values()}) > 3, "the runs hardly differ: that proves little"
 
 
-def test_the_bare_base_answers_as_transformers() -> None:
-    found = generate(packs.tiny_base(), {0: PROMPTS}, 1, 10_000, MAX_TOKENS, set(), StopFlag())
+@pytest.mark.parametrize("decoder", ["ours", "transformers'"])
+def test_the_bare_base_answers_as_transformers(decoder: str) -> None:
+    base = packs.tiny_base()
+    assert base._decoder is not None
+    if decoder != "ours":
+        base._decoder = None  # as for a model whose formulas are not Llama's
+    found = generate(base, {0: PROMPTS}, 1, 10_000, MAX_TOKENS, set(), StopFlag())
     assert found == {0: [reference(None, prompt, set()) for prompt in PROMPTS]}
 
 
