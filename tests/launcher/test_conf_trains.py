@@ -40,7 +40,14 @@ ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
     "qwen2_5_7b": Qwen2Config,
     "own": LlamaConfig,
 }
-QUICK = ["train.max_steps=1", "train.warmup_ratio=0", "train.batch_size=2", "data.train_rows=8", "data.eval_rows=4"]
+QUICK = [
+    "train.max_steps=1",
+    "train.warmup_ratio=0",
+    "train.batch_size=2",
+    "data.train_rows=8",
+    "data.eval_rows=4",
+    "train.sample_tokens=2",
+]
 
 
 @pytest.fixture(autouse=True)
