@@ -41,10 +41,12 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool =
     return Kernels(sixteen_bit, grouped, fused=compiles, graphs=compiles and sixteen_bit and grouped)
 
 
-def keep_compiled(folder: Path) -> None:
-    """Keep what is compiled on the disk below `folder`, so that a requeued job does not compile again.
+def prepare_torch(compiled: Path) -> None:
+    """Settings that torch reads once, when it first needs them; the user's own win.
 
-    Call it before anything is compiled; settings of the user's own win.
+    What is compiled is kept on the disk below `compiled`, so that a requeued job does not compile again. Memory is taken in
+    segments that can grow: packs have tensors of many sizes, and fixed segments would leave gaps.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

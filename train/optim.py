@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from train.batches import to_device
 from train.config import LoraConfig, TrainConfig
+from train.elementwise import run
 from train.packed_lora import PackedAdapters
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -45,6 +47,29 @@ class StepOutcome:
     loss_scale: torch.Tensor
 
 
+def adamw(
+    theta: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    gradient: torch.Tensor,
+    applies: torch.Tensor,
+    rate: torch.Tensor,
+    decay: torch.Tensor,
+    clip: torch.Tensor,
+    beta1: torch.Tensor,
+    beta2: torch.Tensor,
+    correction1: torch.Tensor,
+    root_correction2: torch.Tensor,
+    eps: torch.Tensor,
+) -> None:
+    """Move `theta` [runs, columns] and both averages in place; what comes after `gradient` is [runs, 1]."""
+    gradient.mul_(clip).masked_fill_(~applies, 0)
+    exp_avg.mul_(beta1).addcmul_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient * gradient, 1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(root_correction2).add_(eps)
+    theta.mul_(1 - decay).addcmul_(denominator.reciprocal_().mul_(exp_avg), -rate / correction1)
+
+
 class PackedAdamW:
     """The optimizers of all runs of a pack.
 
@@ -56,9 +81,13 @@ class PackedAdamW:
     """
 
     def __init__(
-        self, adapters: PackedAdapters, configs: Sequence[tuple[TrainConfig, LoraConfig]], scale_losses: bool
+        self,
+        adapters: PackedAdapters,
+        configs: Sequence[tuple[TrainConfig, LoraConfig]],
+        scale_losses: bool,
+        fused: bool = False,
     ) -> None:
-        self.adapters = adapters
+        self.adapters, self._fused = adapters, fused
         self.exp_avg = torch.zeros_like(adapters.theta)
         self.exp_avg_sq = torch.zeros_like(adapters.theta)
         trains = [train for train, _ in configs]
@@ -75,7 +104,10 @@ class PackedAdamW:
         self.alive = torch.ones(len(configs), dtype=torch.bool, device=adapters.theta.device)
 
     def _per_run(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=self.adapters.theta.dtype, device=self.adapters.theta.device)
+        return self._on_host(values).to(self.adapters.theta.device)
+
+    def _on_host(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=self.adapters.theta.dtype)
 
     @torch.no_grad()
     def step(self, learning_rates: Sequence[float], losses: torch.Tensor) -> StepOutcome:
@@ -88,32 +120,31 @@ class PackedAdamW:
         gradient = self.adapters.gradient
         norm = gradient.norm(dim=1) / self.loss_scale
         finite = torch.isfinite(norm)
-        healthy = finite & torch.isfinite(losses)
-        applies = self.alive & healthy
+        applies = self.alive & finite & torch.isfinite(losses)
         clip = (self._max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale
-        gradient.mul_(clip[:, None]).masked_fill_(~applies[:, None], 0)
-        self._move(gradient, self._per_run(learning_rates), applies)
+        self._move(to_device(self._on_host(learning_rates), gradient.device), clip, applies)
         gradient.zero_()
         outcome_scale = self.loss_scale.clone()
         self._note_failures(finite, losses)
         return StepOutcome(norm, self.alive.clone(), outcome_scale)
 
-    def _move(self, gradient: torch.Tensor, learning_rate: torch.Tensor, applies: torch.Tensor) -> None:
+    def _move(self, learning_rate: torch.Tensor, clip: torch.Tensor, applies: torch.Tensor) -> None:
         """AdamW's update of the rows in `applies`."""
         self.applied += applies
-        one = torch.ones_like(self._beta1)
-        beta1, beta2 = (torch.where(applies, beta, one)[:, None] for beta in (self._beta1, self._beta2))
-        self.exp_avg.mul_(beta1).addcmul_(gradient, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(gradient.square(), 1 - beta2)
         steps = self.applied.clamp(min=1)
-        correction1, correction2 = 1 - self._beta1**steps, 1 - self._beta2**steps
-        update = self.exp_avg / (self.exp_avg_sq.sqrt().div_(correction2.sqrt()[:, None]).add_(self._eps[:, None]))
-        rate_of_a = torch.where(applies, learning_rate, 0)
+        rate = torch.where(applies, learning_rate, 0)
+        beta1, beta2 = (torch.where(applies, beta, 1) for beta in (self._beta1, self._beta2))
+        corrections = 1 - self._beta1**steps, (1 - self._beta2**steps).sqrt()
         split = self.adapters.b_columns_start
-        for columns, rate in ((slice(None, split), rate_of_a), (slice(split, None), rate_of_a * self._b_ratio)):
-            theta = self.adapters.theta[:, columns]
-            theta.mul_((1 - rate * self._weight_decay)[:, None]).addcmul_(
-                update[:, columns], (-rate / correction1)[:, None]
+        matrices = (self.adapters.theta, self.exp_avg, self.exp_avg_sq, self.adapters.gradient)
+        for columns, rates in ((slice(None, split), rate), (slice(split, None), rate * self._b_ratio)):
+            factors = (rates, rates * self._weight_decay, clip, beta1, beta2, *corrections, self._eps)
+            run(
+                adamw,
+                self._fused,
+                *(matrix[:, columns] for matrix in matrices),
+                applies[:, None],
+                *(factor[:, None] for factor in factors),
             )
 
     def _note_failures(self, finite: torch.Tensor, losses: torch.Tensor) -> None:

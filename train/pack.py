@@ -17,7 +17,7 @@ from train.config import RunConfig, read_run_config
 from train.data.loading import load_tokenised
 from train.data.token_table import TokenisedData, tokens_key
 from train.errors import BadInput
-from train.kernels import choose_kernels, keep_compiled
+from train.kernels import choose_kernels, prepare_torch
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
@@ -45,7 +45,7 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
         BadInput, StorageError: see the messages.
     """
     started = time.monotonic()
-    keep_compiled(CacheDir(cache).compiled)
+    prepare_torch(CacheDir(cache).compiled)
     configs = [read_run_config(run.config) for run, _ in leases]
     for config in configs:
         refuse_changed_sources(config, CacheDir(cache))

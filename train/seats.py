@@ -31,7 +31,9 @@ def take_seats(base: PackedBase, sessions: list[RunSession], states: Sequence[Ch
     adapters = PackedAdapters(
         [s.targets for s in sessions], base.shapes, [c.lora.lora_dropout for c in configs], base.dtype, base.device
     )
-    optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in configs], scale_losses=base.dtype == torch.float16)
+    optimizer = PackedAdamW(
+        adapters, [(c.train, c.lora) for c in configs], base.dtype == torch.float16, base.current.kernels.fused
+    )
     for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
         session.row = row
         if state is None or not state.tensors:
