@@ -34,13 +34,8 @@ def fit_pack(
     shared: RunConfig, architecture: Any, model_dir: Path, dtype: torch.dtype, device: torch.device, longest: int
 ) -> Fit:
     """Choose for packs over the base of `shared`: transformers' `architecture`, with its weights in `model_dir`."""
-    hidden = architecture.hidden_size
     base = BaseSize(
-        layers=architecture.num_hidden_layers,
-        hidden=hidden,
-        intermediate=getattr(architecture, "intermediate_size", 4 * hidden),
-        parameters=parameter_count(model_dir),
-        linear_parameters=sum(rows * columns for rows, columns in linear_shapes(model_dir).values()),
+        architecture.num_hidden_layers, architecture.hidden_size, parameter_count(model_dir), linear_shapes(model_dir)
     )
     size = Device("cuda" if device.type == "cuda" else "cpu", device_bytes(device))
     return choose_fit(shared.train, shared.quant, base, dtype.itemsize, size, longest)

@@ -9,6 +9,7 @@ sit in the pack. So a job that resumes only some runs of a pack cuts the same mi
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,15 @@ ACTIVATION_SHARE = 0.5  # of what the base leaves free that activations of a mic
 LARGEST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # beyond this no device is faster
 FULL_GPU_TOKENS = 4096  # a micro-batch that keeps a GPU busy: below it, recomputing makes room for a larger one
 
+ATTENTION_OUTPUT, MLP_OUTPUT = (
+    "o_proj",
+    "down_proj",
+)  # the layers that write to the residual stream, as Llamas name them
+BACKWARD_HIDDEN, BACKWARD_WIDEST = (
+    5,
+    3,
+)  # values a token that the backward of a layer, or the loss, holds beside what was kept
+
 # NF4: 4 bit a weight, and an absmax per 64 weights: 32 bit, or 0.127 bit a weight after double quantisation (arXiv 2305.14314, 3).
 NF4_BYTES = 0.5 + 4 / 64
 NF4_DOUBLE_QUANT_BYTES = 0.5 + 0.127 / 8
@@ -29,13 +39,22 @@ NF4_DOUBLE_QUANT_BYTES = 0.5 + 0.127 / 8
 
 @dataclass(frozen=True)
 class BaseSize:
-    """A base model by its numbers; `linear_parameters` are those of its `parameters` that NF4 quantises."""
+    """A base model by its numbers; `linears` maps every linear layer of its decoder to (out, in) features."""
 
     layers: int
     hidden: int
-    intermediate: int
     parameters: int
-    linear_parameters: int
+    linears: Mapping[str, tuple[int, int]]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the decoder's linear layers: those that NF4 holds in 4 bit."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def widest(self) -> int:
+        """Features of the widest linear layer, the MLP's."""
+        return max((max(shape) for shape in self.linears.values()), default=self.hidden)
 
 
 @dataclass(frozen=True)
@@ -83,10 +102,35 @@ def base_bytes(base: BaseSize, quant: QuantConfig, residency: Residency, value_b
     return base.linear_parameters * nf4 + (base.parameters - base.linear_parameters) * value_bytes
 
 
-def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool) -> int:
-    """What the backward needs of a token: 12 hidden-sized and 4 MLP-sized values a layer, or the layers' inputs and one layer."""
-    layer = 12 * base.hidden + 4 * base.intermediate
-    return value_bytes * (base.layers * base.hidden + layer if recomputed else base.layers * layer)
+def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: Collection[str] | None = None) -> int:
+    """What a token takes while its gradient is computed: what was kept for the backward, and what the backward holds at once.
+
+    Without `adapted` (full names of linear layers) every layer is taken to learn, which takes the most.
+    """
+    kept = kept_values(base, adapted)
+    if recomputed:  # the layers' inputs, and one layer
+        kept = base.layers * base.hidden + kept // base.layers
+    return value_bytes * (kept + BACKWARD_HIDDEN * base.hidden + BACKWARD_WIDEST * base.widest)
+
+
+def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
+    """Values per token that `train.decoder` keeps for the backward, of all layers.
+
+    Of every layer the inputs of its two norms and of its output projection (attention's own result), and what the other
+    projections put out; of layers that learn their input too, once where several read the same.
+    """
+    inputs: dict[tuple[str, int], int] = {}
+    kept = 2 * base.hidden * base.layers
+    for name, (out_features, in_features) in base.linears.items():
+        block, _, part = name.rpartition(".")
+        if part == ATTENTION_OUTPUT:
+            kept += in_features
+            continue
+        if part != MLP_OUTPUT:  # what the two outputs add is the next norm's input
+            kept += out_features
+        if adapted is None or name in adapted:
+            inputs[block, in_features] = in_features
+    return kept + sum(inputs.values())
 
 
 def _residency(train: TrainConfig, quant: QuantConfig, dense_bytes: float, device: Device) -> Residency:

@@ -15,12 +15,13 @@ from launcher.records import Forecast
 from train.config import RunConfig
 from train.sizing import Device, Fit, base_bytes, choose_fit, token_bytes
 
-ADAPTER_BYTES = 16  # float32 weight, gradient and AdamW's two averages
-LOGIT_ROWS = 1024  # rows of logits that exist at once, float32, with their gradient
+ADAPTER_BYTES = 16  # float32 weight, gradient and AdamW's two averages; the weight in the base's precision comes on top
+LOGIT_ROWS, LOGIT_BYTES = 1024, 8  # rows of logits that exist at once, in float32 and twice in 16 bit
 
 USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}  # of the memory; the rest is the system's, or lost to fragmentation
 
-CPU_PROCESS_GIB = 0.9  # Python with torch and transformers, before any weights
+# What is there before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
+PROCESS_GIB = {"cpu": 0.9, "cuda": 0.6}
 GPU_LAYER_SECONDS = 0.0047  # a layer's kernels cannot be launched faster, forward and backward: 32 layers take 150 ms
 STARTUP_SECONDS = 15.0  # imports, loading
 
@@ -53,11 +54,14 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     fit, tokens = _micro_batch(config, work, shape, device)
     width = _dtype_bytes(config, device)
     base = base_bytes(shape.size, config.quant, fit.residency, width)
-    adapters = ADAPTER_BYTES * sum(w.adapter_parameters for w in work)
-    activations = tokens * token_bytes(shape.size, width, recomputed=fit.checkpoint_activations)
-    logits = 2 * 4 * min(tokens, LOGIT_ROWS) * shape.vocabulary
-    process = CPU_PROCESS_GIB * GIB if device.kind == "cpu" else 0.0
-    return base + adapters + activations + logits + process
+    # Rows of one matrix: the largest adapter decides how long all are.
+    adapters = (ADAPTER_BYTES + width) * len(work) * max((w.adapter_parameters for w in work), default=0)
+    adapted = frozenset[str]().union(*(w.adapted for w in work))
+    activations = tokens * token_bytes(
+        shape.size, width, recomputed=fit.checkpoint_activations, adapted=adapted or None
+    )
+    logits = LOGIT_BYTES * min(tokens, LOGIT_ROWS) * shape.vocabulary
+    return base + adapters + activations + logits + PROCESS_GIB[device.kind] * GIB
 
 
 def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> float:

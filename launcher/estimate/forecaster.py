@@ -6,7 +6,7 @@ from launcher.estimate.arithmetic import Correction, fits, forecast, memory_byte
 from launcher.estimate.devices import GIB, DeviceFacts
 from launcher.estimate.history import Measured, measured_packs, median_ratio
 from launcher.estimate.shapes import ModelShape, model_shape
-from launcher.estimate.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
+from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
 from launcher.plan.packing import BaseKey, base_key
 from launcher.records import Forecast, Run, Sweep
 from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig
@@ -21,7 +21,7 @@ class Forecaster:
         self._device = device
         self._shapes: dict[ModelConfig, ModelShape] = {}
         self._data: dict[tuple[ModelConfig, DataConfig], DataFacts] = {}
-        self._adapters: dict[tuple[ModelConfig, str], int] = {}
+        self._adapters: dict[tuple[ModelConfig, str], Adapter] = {}
         self._corrections: dict[BaseKey, Correction] = {}
         self._measured = measured_packs(sweep.dir, device)
 
@@ -51,12 +51,12 @@ class Forecaster:
         """Whether the device holds the pack."""
         return fits(self.forecast(runs, work), self._device)
 
-    def _adapter(self, model: ModelConfig, lora: LoraConfig) -> int:
-        """Parameters of an adapter; a thousand runs have few different ones."""
+    def _adapter(self, model: ModelConfig, lora: LoraConfig) -> Adapter:
+        """The adapter of a run; a thousand runs have few different ones."""
         decisive = lora.model_dump(exclude={"lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"})
         key = (model, repr(decisive))
         if key not in self._adapters:
-            self._adapters[key] = adapter_parameters(lora, self.shape(model))
+            self._adapters[key] = adapter_of(lora, self.shape(model))
         return self._adapters[key]
 
     def _correction(self, config: RunConfig) -> Correction:

@@ -28,19 +28,14 @@ class ModelShape:
     assumed: bool
 
     @property
-    def linear_parameters(self) -> int:
-        """Weights of the decoder's linear layers: those that NF4 holds in 4 bit."""
-        return sum(rows * columns for rows, columns in self.linears.values())
-
-    @property
     def size(self) -> BaseSize:
         """What decides how it fits on a device."""
-        return BaseSize(self.layers, self.hidden, self.intermediate, self.parameters, self.linear_parameters)
+        return BaseSize(self.layers, self.hidden, self.parameters, self.linears)
 
     @property
     def flop_parameters(self) -> int:
         """Weights that every token is multiplied with: the linears and the head."""
-        return self.linear_parameters + self.vocabulary * self.hidden
+        return self.size.linear_parameters + self.vocabulary * self.hidden
 
 
 # billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json

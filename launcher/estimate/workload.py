@@ -12,7 +12,7 @@ from train.data.token_table import read_facts
 from train.errors import BadInput
 from train.rundir import CacheDir
 from train.sources import data_path
-from train.targets import trainable_parameters
+from train.targets import adapted_modules, trainable_parameters
 
 CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
 TEMPLATE_TOKENS = 25  # a chat template's marks and system prompt
@@ -31,7 +31,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Workload:
-    """One run's work from its next step on. Tokens are real ones, of all these steps and evaluations together."""
+    """One run's work from its next step on. Tokens are real ones, of all these steps and evaluations together.
+
+    `adapted` names the layers that learn, nothing where the model is not known yet.
+    """
 
     adapter_parameters: int
     steps: int
@@ -39,6 +42,7 @@ class Workload:
     longest: int
     train_tokens: float
     eval_tokens: float
+    adapted: frozenset[str] = frozenset()
 
 
 def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
@@ -54,34 +58,44 @@ def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
     return _guessed_facts(config.data)
 
 
-def workload(train: TrainConfig, data: DataFacts, adapter: int, done_steps: int) -> Workload:
-    """What is left of a run with an adapter of that many parameters after `done_steps`."""
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter weighs, and the full names of the layers that it sits on."""
+
+    parameters: int
+    layers: frozenset[str]
+
+
+def workload(train: TrainConfig, data: DataFacts, adapter: Adapter, done_steps: int) -> Workload:
+    """What is left of a run with that adapter after `done_steps`."""
     steps = max(0, train.total_steps(data.train_rows) - done_steps)
     step_tokens = train.batch_size * data.tokens_per_row
     evaluations = 2 + (steps // train.eval_steps if train.eval_steps else 0)
     return Workload(
-        adapter_parameters=adapter,
+        adapter_parameters=adapter.parameters,
         steps=steps,
         step_tokens=step_tokens,
         longest=data.longest,
         train_tokens=steps * step_tokens,
         eval_tokens=evaluations * data.eval_rows * data.tokens_per_row,
+        adapted=adapter.layers,
     )
 
 
-def adapter_parameters(lora: LoraConfig, shape: ModelShape) -> int:
-    """Trainable parameters of an adapter.
+def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter:
+    """The adapter that `lora` makes over a base of this shape.
 
     Raises:
         BadInput: the model has no module that the adapter targets. (Of a model that is not fetched yet only the usual
             modules are known, so nothing is refused.)
     """
     try:
-        return trainable_parameters(lora, shape.linears)
+        targets = adapted_modules(lora, list(shape.linears))
+        return Adapter(trainable_parameters(lora, shape.linears), frozenset(targets))
     except BadInput:
         if not shape.assumed:
             raise
-        return shape.layers * 2 * lora.r * 2 * shape.hidden
+        return Adapter(shape.layers * 2 * lora.r * 2 * shape.hidden, frozenset())
 
 
 def _guessed_facts(data: DataConfig) -> DataFacts:

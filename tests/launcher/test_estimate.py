@@ -9,7 +9,7 @@ from launcher.estimate.arithmetic import Correction, fits, forecast, memory_byte
 from launcher.estimate.devices import GIB, DeviceFacts, cpu_device, gpu_device, local_device
 from launcher.estimate.history import median_ratio
 from launcher.estimate.shapes import model_shape, staged_shape, typical_shape
-from launcher.estimate.workload import DataFacts, Workload, adapter_parameters, data_facts, workload
+from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
 from train.errors import BadInput
 from train.rundir import CacheDir
@@ -17,6 +17,7 @@ from train.rundir import CacheDir
 H200, T4 = gpu_device("NVIDIA H200", 139.8), gpu_device("Tesla T4", 15.0)
 LAPTOP = DeviceFacts("cpu", "2 CPU cores", 16.0, 100e9)
 LLAMA_7B = typical_shape("meta-llama/Llama-2-7b-hf")
+QUERY_AND_VALUE = frozenset(name for name in LLAMA_7B.linears if name.endswith(("q_proj", "v_proj")))
 TOKENS_PER_ROW = 145.0
 STEPS = 100
 
@@ -33,25 +34,25 @@ def config(*, load_in_4bit: bool = True, double_quant: bool = True, **train: Any
 
 def runs(count: int, batch_size: int = 4) -> list[Workload]:
     step_tokens = batch_size * TOKENS_PER_ROW
-    return [Workload(8_388_608, STEPS, step_tokens, 512, STEPS * step_tokens, 0.0)] * count
+    return [Workload(8_388_608, STEPS, step_tokens, 512, STEPS * step_tokens, 0.0, QUERY_AND_VALUE)] * count
 
 
 @pytest.mark.parametrize(
     ("count", "batch_size", "residency", "measured_gib"),
     [
-        (1, 4, "nf4", 7.4),
-        (4, 4, "nf4", 16.7),
-        (8, 4, "nf4", 25.6),
-        (16, 4, "nf4", 49.3),
-        (1, 4, "resident", 15.1),
-        (8, 4, "resident", 30.8),
-        (8, 16, "resident", 70.2),
+        (1, 4, "nf4", 7.3),
+        (8, 4, "nf4", 18.9),
+        (1, 4, "resident", 16.3),
+        (4, 4, "resident", 22.2),
+        (8, 4, "resident", 27.8),
+        (16, 4, "resident", 41.8),
+        (8, 16, "resident", 69.3),
     ],
 )
 def test_memory_of_measured_packs(count: int, batch_size: int, residency: str, measured_gib: float) -> None:
     shared = config(residency=residency, gradient_checkpointing=False)
     expected = memory_bytes(shared, runs(count, batch_size), LLAMA_7B, H200) / GIB
-    assert expected == pytest.approx(measured_gib, rel=0.35)
+    assert expected == pytest.approx(measured_gib, rel=0.2)
 
 
 @pytest.mark.parametrize(("count", "measured_gib"), [(1, 4.3), (8, 7.65), (16, 11.56)])
@@ -72,7 +73,7 @@ def test_a_typical_shape_has_the_models_own_numbers() -> None:
     norms = (2 * 32 + 1) * 4096
     assert LLAMA_7B.parameters + norms == 6_738_415_616
     assert LLAMA_7B.assumed
-    assert adapter_parameters(config().lora, LLAMA_7B) == 8_388_608
+    assert adapter_of(config().lora, LLAMA_7B).parameters == 8_388_608
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_nf4_takes_a_quarter_of_16_bit_and_double_quantisation_saves_more() -> N
     def base(**how: Any) -> float:
         return memory_bytes(config(residency="nf4", **how), [], LLAMA_7B, H200)
 
-    linears = LLAMA_7B.linear_parameters
+    linears = LLAMA_7B.size.linear_parameters
     assert base(double_quant=False) - base() == pytest.approx(linears * (0.0625 - 0.127 / 8))
     assert base(load_in_4bit=False) - base(double_quant=False) == pytest.approx(linears * (2 - 0.5625))
 
@@ -134,7 +135,7 @@ def test_a_correction_scales_what_was_measured() -> None:
 def test_the_work_left_shrinks_with_every_finished_step() -> None:
     data = DataFacts(train_rows=1000, eval_rows=50, tokens_per_row=100.0, longest=300)
     train = config(eval_steps=25).train
-    fresh, later = (workload(train, data, 1, done) for done in (0, 60))
+    fresh, later = (workload(train, data, Adapter(1, frozenset()), done) for done in (0, 60))
     assert (fresh.steps, later.steps) == (100, 40)
     assert fresh.train_tokens == 100 * 4 * 100
     assert fresh.eval_tokens == 6 * 50 * 100
@@ -151,15 +152,15 @@ def test_the_real_shape_of_a_staged_model(tiny_model: tuple[ModelConfig, CacheDi
     shape = staged_shape(folder)
     assert model_shape(model, cache) == shape
     assert (shape.layers, shape.hidden, shape.intermediate, shape.assumed) == (4, 64, 128, False)
-    assert 0 < shape.linear_parameters < shape.parameters
+    assert 0 < shape.size.linear_parameters < shape.parameters
     assert len(shape.linears) == 4 * 7
 
 
 def test_a_target_that_a_staged_model_lacks_is_refused(tiny_model: tuple[ModelConfig, CacheDir, Path]) -> None:
     wrong = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"])
     with pytest.raises(BadInput, match=r"c_attn.*q_proj"):
-        adapter_parameters(wrong, staged_shape(tiny_model[2]))
-    assert adapter_parameters(wrong, LLAMA_7B) > 0
+        adapter_of(wrong, staged_shape(tiny_model[2]))
+    assert adapter_of(wrong, LLAMA_7B).parameters > 0
 
 
 def test_data_that_is_not_tokenised_yet_is_guessed_from_its_file(tmp_path: Path) -> None:

@@ -3,10 +3,18 @@
 from typing import Any
 
 from train.config import QuantConfig, TrainConfig
-from train.sizing import FULL_GPU_TOKENS, BaseSize, Device, Fit, choose_fit, token_bytes
+from train.sizing import FULL_GPU_TOKENS, BaseSize, Device, Fit, choose_fit, kept_values, token_bytes
 
 GIB = 2**30
-LLAMA_7B = BaseSize(32, 4096, 11_008, 6_738_415_616, 6_476_005_376)
+HIDDEN, MLP = 4096, 11_008
+LAYER = {
+    **{f"self_attn.{name}": (HIDDEN, HIDDEN) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{f"mlp.{name}": (MLP, HIDDEN) for name in ("gate_proj", "up_proj")},
+    "mlp.down_proj": (HIDDEN, MLP),
+}
+LLAMA_7B = BaseSize(
+    32, HIDDEN, 6_738_415_616, {f"model.layers.{i}.{name}": shape for i in range(32) for name, shape in LAYER.items()}
+)
 H200, T4, LAPTOP = Device("cuda", 139.8 * GIB), Device("cuda", 15 * GIB), Device("cpu", 16 * GIB)
 
 
@@ -42,7 +50,14 @@ def test_the_user_has_the_last_word() -> None:
     assert fit == Fit("nf4", True, 7)
 
 
-def test_recomputing_keeps_the_layers_inputs_alone() -> None:
-    layer = 12 * 4096 + 4 * 11_008
-    assert token_bytes(LLAMA_7B, 2, recomputed=False) == 2 * 32 * layer
-    assert token_bytes(LLAMA_7B, 2, recomputed=True) == 2 * (32 * 4096 + layer)
+def test_what_a_layer_keeps_is_what_its_backward_reads() -> None:
+    query_and_value = [name for name in LLAMA_7B.linears if name.endswith(("q_proj", "v_proj"))]
+    # both residual inputs, q, k, v, attention's result, what q and v read; gate and up
+    assert kept_values(LLAMA_7B, query_and_value) == 32 * (7 * HIDDEN + 2 * MLP)
+    # also what gate and up read, and what down reads
+    assert kept_values(LLAMA_7B) == 32 * (8 * HIDDEN + 3 * MLP)
+
+
+def test_recomputing_keeps_the_layers_inputs_and_one_layer() -> None:
+    kept, again = (token_bytes(LLAMA_7B, 2, recomputed=recomputed) for recomputed in (False, True))
+    assert kept - again == 2 * (31 * (8 * HIDDEN + 3 * MLP) - 32 * HIDDEN)
