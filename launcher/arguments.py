@@ -25,19 +25,21 @@ class Request:
         """The words that are names, the root, and the cache if one is given, for verbs that look at what exists.
 
         Raises:
-            BadInput: more than `names` names, or another ``key=value`` than root= and cache=.
+            BadInput: more than `names` names, another ``key=value`` than root= and cache=, or one of these is empty.
         """
-        found = {"root": "runs", "cache": ""}
+        from train.rundir import named_folder
+
+        found = {"root": "runs"}
         rest = []
         for word in self.words:
             key, equals, value = word.partition("=")
-            if equals and key in found:
+            if equals and key in {"root", "cache"}:
                 found[key] = value
             else:
                 rest.append(word)
         _refuse_excess(rest, names)
-        root, cache = (Path(found[key]).expanduser().absolute() for key in ("root", "cache"))
-        return rest, root, cache if found["cache"] else None
+        root, cache = named_folder("root", found["root"]), found.get("cache")
+        return rest, root, None if cache is None else named_folder("cache", cache)
 
 
 @dataclass(frozen=True)

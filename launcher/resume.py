@@ -9,6 +9,7 @@ from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
 from launcher.submit.submission import plan_numbers
 from train.config import parse_section, read_run_config
 from train.errors import BadInput
+from train.ownership import refuse_shared
 from train.rundir import RunDir, SweepDir, read_json
 
 
@@ -16,8 +17,9 @@ def frozen_sweep(sweep: SweepDir) -> Sweep:
     """Every run of the folder, with the cache and cluster settings of its newest plan.
 
     Raises:
-        BadInput: no plan was ever accepted there.
+        BadInput: no plan was ever accepted there, or others can write there.
     """
+    refuse_shared(sweep)
     plans = _accepted_plans(sweep)
     newest = plans[-1]
     axes = {run["id"]: run["overrides"] for plan in plans for run in plan["runs"]}

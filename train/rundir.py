@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -397,21 +396,29 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def refuse_shared_root(root: Path) -> None:
-    """Refuse a root folder into which other users could put code that the user's jobs would run.
+def local_path(text: str) -> Path:
+    """The absolute path that the user means by `text`.
 
     Raises:
-        BadInput: the folder belongs to somebody else, or others may write there.
+        BadInput: it begins with the home of a user that does not exist.
     """
-    if not root.exists():
-        return
-    info = root.stat()
-    if not stat.S_ISDIR(info.st_mode):
-        raise BadInput(f"root={root} is no folder; choose another root=.")
-    if info.st_uid != os.getuid():
-        raise BadInput(f"root={root} belongs to another user (uid {info.st_uid}); choose a root= of your own.")
-    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and info.st_gid != os.getgid()):
-        raise BadInput(f"root={root} can be written by others; run 'chmod go-w {root}' or choose another root=.")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as exc:
+        raise BadInput(
+            f"{text!r} begins with a home folder that cannot be found ({exc}); write the path in full."
+        ) from exc
+
+
+def named_folder(key: str, text: str) -> Path:
+    """The absolute path of the folder that the user gave as ``key=text``.
+
+    Raises:
+        BadInput: it is empty, which would be the present folder, or see `local_path`.
+    """
+    if not text.strip():
+        raise BadInput(f"{key}= is empty; name a folder, {key}=. for this one, or leave it out.")
+    return local_path(text)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from train.model.folder import (
     weight_files,
     weight_samples,
 )
-from train.rundir import CacheDir, readable
+from train.rundir import CacheDir, local_path, readable
 
 __all__ = [
     "data_fingerprint",
@@ -76,20 +76,6 @@ def source_kind(source: str) -> Kind:
         f"model.source={source!r} is none of: an existing folder (looked at {local_path(source)}), a hub id like "
         f"org/name, a GGUF in a Python package like pypi:package==version, {TINY}."
     )
-
-
-def local_path(text: str) -> Path:
-    """The absolute path that the user means.
-
-    Raises:
-        BadInput: it begins with the home of a user that does not exist.
-    """
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError as exc:
-        raise BadInput(
-            f"{text!r} begins with a home folder that cannot be found ({exc}); write the path in full."
-        ) from exc
 
 
 def is_there(path: Path) -> bool:

@@ -24,7 +24,7 @@ def flatten(axes: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"lora": {"r": [8]}}``, as ``sweep.grid.lora.r=[8]`` makes it, is ``{"lora.r": [8]}``."""
     flat: dict[str, Any] = {}
     for key, values in axes.items():
-        flat |= flatten(values, f"{prefix}{key}.") if isinstance(values, dict) else {prefix + key: values}
+        flat |= flatten(values, f"{prefix}{key}.") if isinstance(values, dict) else {f"{prefix}{key}": values}
     return flat
 
 

@@ -14,8 +14,9 @@ from launcher.compose.tree import Composer, Values, resolved
 from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
 from train.config import RunConfig, Section, check_name, parse_run_config, parse_section
 from train.errors import BadInput
-from train.rundir import refuse_shared_root
-from train.sources import data_fingerprint, model_fingerprint
+from train.ownership import refuse_shared
+from train.rundir import SweepDir, local_path, named_folder
+from train.sources import data_fingerprint, is_there, model_fingerprint
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -35,17 +36,20 @@ def compose(overrides: list[str], *, conf_dir: Path = CONF_DIR) -> Sweep:
     """
     groups = find_groups(conf_dir)
     request = read_overrides(overrides, groups)
-    composer = Composer(request, conf_dir)
+    composer = Composer(request, conf_dir, groups)
     axes = composer.axes()
     points = span(axes.grid, axes.zip, groups)
     _refuse_fixed_axes(request, points[0])
     runs = _distinct_runs(points, composer)
     settings = resolved(composer.values(points[0]))
     places = parse_section(Places, {key: settings[key] for key in Places.model_fields if key in settings})
+    name = _sweep_name(settings.get("sweep", {}).get("name"), composer.sweep_file(), runs)
+    root = named_folder("root", places.root)
+    refuse_shared(SweepDir(root / name))
     return Sweep(
-        name=_sweep_name(settings.get("sweep", {}).get("name"), composer.sweep_file(), runs),
-        root=_own_root(places.root),
-        cache=_absolute(places.cache),
+        name=name,
+        root=root,
+        cache=named_folder("cache", places.cache),
         runs=tuple(runs),
         cluster=parse_section(ClusterConfig, settings.get("cluster", {}), "cluster"),
         tracking=parse_section(TrackingConfig, settings.get("tracking", {}), "tracking"),
@@ -95,8 +99,8 @@ def _located(config: RunConfig) -> RunConfig:
 
 def _absolute_source(source: str) -> str:
     """A path made absolute; ``kind:…`` sources and hub ids as they are."""
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() or source.startswith((".", "~")) else source
+    path = local_path(source)
+    return str(path) if source.startswith((".", "~")) or is_there(path) else source
 
 
 def _missing_keys(values: Values, prefix: str = "") -> Iterator[str]:
@@ -124,14 +128,3 @@ def _sweep_name(given: str | None, sweep_file: str, runs: list[Run]) -> str:
         return check_name(given, "sweep.name")
     models, data = {run.config.model.name for run in runs}, {run.config.data.name for run in runs}
     return sweep_name(sweep_file, list(runs[0].axes), models, data)
-
-
-def _own_root(text: str) -> Path:
-    """The absolute root, if nobody else can write there."""
-    root = _absolute(text)
-    refuse_shared_root(root)
-    return root
-
-
-def _absolute(text: str) -> Path:
-    return Path(text).expanduser().absolute()

