@@ -72,13 +72,15 @@ def _compiled(formula: Formula) -> Formula:
     return torch.compile(formula)
 
 
-def run(formula: Formula, fused: bool, *arguments: Any) -> Any:
-    """Compute a formula, as one kernel where `fused`; the first dimension of every activation may differ from call to call."""
+def run(formula: Formula, fused: bool, *arguments: Any, dynamic: tuple[int, ...] = (0,)) -> Any:
+    """Compute a formula, as one kernel where `fused`; the `dynamic` dimensions of its matrices may differ from call to call."""
     if not fused:
         return formula(*arguments)
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.dim() > 1:
-            torch._dynamo.maybe_mark_dynamic(argument, 0)
+            for dimension in dynamic:
+                if argument.shape[dimension] > 1:
+                    torch._dynamo.maybe_mark_dynamic(argument, dimension)
     return _compiled(formula)(*arguments)
 
 

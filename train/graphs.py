@@ -17,9 +17,9 @@ from train.base import PackedBase
 from train.batches import MicroBatch, Sequence
 from train.gradients import DirectGradients, Gradients, add_gradients
 from train.loss import sums_per_run
+from train.sizing import LARGEST_GRAPH_TOKENS
 
 TOKEN_MULTIPLE = 128
-LARGEST_GRAPH_TOKENS = 6144  # beyond it the GPU is the slower one
 MOST_GRAPHS = 32  # each keeps some megabytes of launch records
 
 Shape = tuple[int, int, tuple[int, ...], bool]

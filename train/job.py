@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.attempts import attempt_line, cause_of, device_in_use, last_step, open_attempt
+from train.environment import prepare_torch
 from train.errors import LeaseHeld, StorageError
 from train.lease import Heartbeat, Lease, release
-from train.rundir import RunDir, append_lines, read_json
+from train.rundir import CacheDir, RunDir, append_lines, read_json
 from train.signals import StopFlag, Stopped
 
 
@@ -65,6 +66,7 @@ def _train(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag) -> s
     """Run the pack and turn every ending into its cause."""
     try:
         stop.check()
+        prepare_torch(CacheDir(cache).compiled)
         say("importing torch")
         from train.pack import train_pack
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -32,21 +30,10 @@ class Kernels:
 PLAIN = Kernels()
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True) -> Kernels:
-    """The ways that `device` has in `dtype`; `compiles` false leaves out what needs a compiler or repeats shapes."""
+def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True, graphs: bool = True) -> Kernels:
+    """The ways that `device` has in `dtype`, without what needs a compiler or the memory of CUDA graphs if those are not there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FIRST_VARLEN_CAPABILITY:
         return PLAIN
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
     grouped = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == FIRST_GROUPED_CAPABILITY
-    return Kernels(sixteen_bit, grouped, fused=compiles, graphs=compiles and sixteen_bit and grouped)
-
-
-def prepare_torch(compiled: Path) -> None:
-    """Settings that torch reads once, when it first needs them; the user's own win.
-
-    What is compiled is kept on the disk below `compiled`, so that a requeued job does not compile again. Memory is taken in
-    segments that can grow: packs have tensors of many sizes, and fixed segments would leave gaps.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return Kernels(sixteen_bit, grouped, fused=compiles, graphs=graphs and compiles and grouped)

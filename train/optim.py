@@ -145,6 +145,7 @@ class PackedAdamW:
                 *(matrix[:, columns] for matrix in matrices),
                 applies[:, None],
                 *(factor[:, None] for factor in factors),
+                dynamic=(0, 1),
             )
 
     def _note_failures(self, finite: torch.Tensor, losses: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from train.config import RunConfig, read_run_config
 from train.data.loading import load_tokenised
 from train.data.token_table import TokenisedData, tokens_key
 from train.errors import BadInput
-from train.kernels import choose_kernels, prepare_torch
+from train.kernels import choose_kernels
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
@@ -45,7 +45,6 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
         BadInput, StorageError: see the messages.
     """
     started = time.monotonic()
-    prepare_torch(CacheDir(cache).compiled)
     configs = [read_run_config(run.config) for run, _ in leases]
     for config in configs:
         refuse_changed_sources(config, CacheDir(cache))
@@ -150,7 +149,7 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     device = _device()
     dtype = resolve_dtype(config.train, device)
     bases.say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
-    kernels = choose_kernels(device, dtype, compiles=config.train.compile is not False)
+    kernels = choose_kernels(device, dtype, compiles=config.train.compile is not False, graphs=fit.graphs)
     base = load_base(model_dir, config.model, config.quant, dtype, device, fit.residency, longest, bases, kernels)
     if fit.checkpoint_activations:
         base.checkpoint_activations()

@@ -21,6 +21,8 @@ DeviceKind = Literal["cpu", "cuda"]
 RESIDENT_SHARE = 0.35  # of the device that a base in full width may take
 ACTIVATION_SHARE = 0.5  # of what the base leaves free that activations of a micro-batch may take
 LARGEST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # beyond this no device is faster
+GPU_TOKENS_PER_GIB = 128  # nor is a GPU with little memory, which is a slow one: a T4 is full with 1,920 tokens
+LARGEST_GRAPH_TOKENS = 6144  # of a micro-batch that is replayed as a CUDA graph; beyond it no GPU waits for its host
 FULL_GPU_TOKENS = 4096  # a micro-batch that keeps a GPU busy: below it, recomputing makes room for a larger one
 
 ATTENTION_OUTPUT, MLP_OUTPUT = (
@@ -67,11 +69,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Fit:
-    """The choices for one pack; `micro_batch_tokens` counts the tokens of all runs together."""
+    """The choices for one pack; `micro_batch_tokens` counts the tokens of all runs together.
+
+    `graphs` says that CUDA graphs have room: what they compute with is theirs, beside what everything else computes with.
+    """
 
     residency: Residency
     checkpoint_activations: bool
     micro_batch_tokens: int
+    graphs: bool
 
     def __str__(self) -> str:
         kept = "recomputed" if self.checkpoint_activations else "kept"
@@ -87,11 +93,18 @@ def choose_fit(
     recompute = train.gradient_checkpointing
     if recompute == "auto":
         kept_tokens = room / token_bytes(base, value_bytes, recomputed=False)
-        recompute = device.kind == "cuda" and kept_tokens < max(longest, FULL_GPU_TOKENS)
+        recompute = device.kind == "cuda" and kept_tokens < max(longest, min(FULL_GPU_TOKENS, _useful_tokens(device)))
+    per_token = token_bytes(base, value_bytes, recomputed=recompute)
+    graphs = device.kind == "cuda" and not recompute and room >= LARGEST_GRAPH_TOKENS * per_token
     if train.micro_batch_tokens != "auto":
-        return Fit(residency, recompute, train.micro_batch_tokens)
-    tokens = int(room / token_bytes(base, value_bytes, recomputed=recompute))
-    return Fit(residency, recompute, max(1, min(tokens, LARGEST_MICRO_BATCH_TOKENS[device.kind])))
+        return Fit(residency, recompute, train.micro_batch_tokens, graphs)
+    return Fit(residency, recompute, max(1, min(int(room / per_token), _useful_tokens(device))), graphs)
+
+
+def _useful_tokens(device: Device) -> int:
+    """The tokens of a micro-batch beyond which a device is no faster."""
+    most = LARGEST_MICRO_BATCH_TOKENS[device.kind]
+    return most if device.kind == "cpu" else min(most, int(device.memory_bytes / 2**30 * GPU_TOKENS_PER_GIB))
 
 
 def base_bytes(base: BaseSize, quant: QuantConfig, residency: Residency, value_bytes: int) -> float:
