@@ -20,6 +20,7 @@ class Request:
     words: list[str]
     json: bool = False
     follow: bool = False
+    wait: bool = False
 
     def places(self, *, names: int = 1) -> tuple[list[str], Path, Path | None]:
         """The words that are names, the root, and the cache if one is given, for verbs that look at what exists.
@@ -52,6 +53,7 @@ class Verb:
     more: str = ""
     json: bool = False
     follow: bool = False
+    wait: bool = False
 
 
 def parse(name: str, verb: Verb, arguments: list[str]) -> Request:
@@ -62,7 +64,9 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> Request:
         SystemExit: ``-h`` printed the verb's help.
     """
     parsed = _parser(name, verb).parse_intermixed_args(arguments)
-    return Request(parsed.words, getattr(parsed, "json", False), getattr(parsed, "follow", False))
+    return Request(
+        parsed.words, getattr(parsed, "json", False), getattr(parsed, "follow", False), getattr(parsed, "wait", False)
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +90,8 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
         parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     if verb.follow:
         parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
+    if verb.wait:
+        parser.add_argument("--wait", action="store_true", help="on Slurm: stay until the jobs have ended, then report")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

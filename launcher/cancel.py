@@ -1,21 +1,27 @@
-"""Ask runs to stop through a file in their folders, which works wherever they train."""
+"""Ask runs to stop through a file in their folders, which works wherever they train; Slurm is told of jobs that wait for nothing."""
 
 from __future__ import annotations
 
 import time
 
+from launcher.cluster.requests import report_name
+from launcher.cluster.slurm import cancel_jobs, cancel_named
+from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
 from launcher.track.tracker import track
 from train.rundir import RunDir, SweepDir, write_json
 
 STOPPABLE = {State.PENDING, State.RUNNING, State.UNKNOWN}
-POLL_SECONDS = 0.5
+POLL_SECONDS, SLURM_POLL_SECONDS = 0.5, 2.0
 
 
 def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatus]:
     """Ask those of `runs` that train or wait to stop; their states once they have, or after `wait_seconds`.
 
     All runs are of one sweep.
+
+    Raises:
+        ClusterError: Slurm did not take the order; the request is on disk all the same.
     """
     if not runs:
         return []
@@ -24,12 +30,47 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     asked = [run for run in runs if states[run.id] in STOPPABLE]
     for run in asked:
         write_json(run.cancel_request, {"time": time.time()})
-    return _wait(sweep, asked, time.monotonic() + wait_seconds)
+    jobs = _slurm_jobs(sweep, asked)
+    _tell_slurm(sweep, jobs)
+    if jobs and not any(map(_goes_on, sweep.runs())):
+        cancel_named(report_name(sweep.path.name))
+    pause = SLURM_POLL_SECONDS if jobs else POLL_SECONDS
+    return _wait(sweep, asked, time.monotonic() + wait_seconds, pause)
 
 
-def _wait(sweep: SweepDir, runs: list[RunDir], until: float) -> list[RunStatus]:
+def _slurm_jobs(sweep: SweepDir, runs: list[RunDir]) -> list[JobRecord]:
+    """The jobs on Slurm that these runs were given to, as Slurm sees them."""
+    names = {run.path.name for run in runs}
+    newest = newest_job_per_run(jobs_of(sweep))
+    jobs = {job.pack.path: job for run, job in newest.items() if run in names and job.slurm is not None}
+    return look_up(list(jobs.values()))
+
+
+def _tell_slurm(sweep: SweepDir, jobs: list[JobRecord]) -> None:
+    """Take out of the queue what waits, and warn what runs, so that it saves at once; jobs with other runs to train go on."""
+    empty = [job for job in jobs if job.id is not None and not any(map(_goes_on, _runs(sweep, job)))]
+    running = [job for job in empty if _is_running(job)]
+    waiting = [job for job in empty if not _is_running(job) and job.alive is not False]
+    cancel_jobs([job.id for job in waiting if job.id])
+    cancel_jobs([job.id for job in running if job.id], warn=True)
+
+
+def _is_running(job: JobRecord) -> bool:
+    view = job.slurm.view if job.slurm is not None else None
+    return view is not None and view.state.state is State.RUNNING
+
+
+def _runs(sweep: SweepDir, job: JobRecord) -> list[RunDir]:
+    return [RunDir(sweep.path / name) for name in job.runs]
+
+
+def _goes_on(run: RunDir) -> bool:
+    return not run.result.exists() and not run.cancel_request.exists()
+
+
+def _wait(sweep: SweepDir, runs: list[RunDir], until: float, pause: float) -> list[RunStatus]:
     while True:
         statuses = track(sweep, runs)
         if time.monotonic() > until or all(status.state not in STOPPABLE for status in statuses):
             return statuses
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)

@@ -28,6 +28,7 @@ VERBS = {
 
 Ctrl-C saves a checkpoint; the same command goes on from it.""",
         json=True,
+        wait=True,
     ),
     "plan": Verb(
         verbs.plan,
@@ -60,6 +61,7 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
         "Train what is unfinished in a sweep, failed runs too, packed afresh",
         "It uses the configurations that are frozen in the sweep's folder.",
         json=True,
+        wait=True,
     ),
     "report": Verb(
         verbs.report, "[SWEEP] [root=DIR]", "Rank the finished runs; write report.html and plots/*.png", json=True

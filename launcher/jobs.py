@@ -1,43 +1,107 @@
-"""What the sweep folder says of its jobs: which pack trains a run, under which job id, and whether that job can still start."""
+"""What the sweep folder says of its jobs, and Slurm: which pack trains a run, under which id, and whether it can still start."""
 
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from launcher.cluster.queue import JobView, read_accounting, read_queue
 from train.lease import process_started, read_lease
-from train.rundir import PackDir, RunDir, SweepDir, read_json
+from train.rundir import ArrayDir, PackDir, RunDir, SweepDir, read_json
+
+
+@dataclass(frozen=True)
+class SlurmTask:
+    """A pack's place on Slurm: task `task` of the array called `name`. `view` is what Slurm says of it, None if nothing."""
+
+    array: ArrayDir
+    name: str
+    task: int
+    view: JobView | None = None
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """One pack as submitted. `id` and `host` are None while it waits for its turn; `submitted` is Unix time."""
+    """One pack as submitted. `id` and `host` are None while it waits for its turn; `submitted` is Unix time.
+
+    `alive` says whether the job trains or can still start; None where only Slurm can tell and was not asked, or did not answer.
+    """
 
     pack: PackDir
     runs: tuple[str, ...]
     id: str | None
     host: str | None
     submitted: float
-    alive: bool
+    alive: bool | None
+    slurm: SlurmTask | None = None
 
 
 def jobs_of(sweep: SweepDir) -> list[JobRecord]:
-    """Every job of the sweep, the oldest first."""
+    """Every job of the sweep, the oldest first, by its folder alone."""
     launcher = read_lease(sweep)
     launcher_alive = launcher is not None and launcher.alive()
-    records = (_record(PackDir(path.parent), launcher_alive) for path in sweep.jobs.glob("*/pack.json"))
+    on_slurm = {str(job.pack.pack): job for job in _slurm_jobs(sweep)}
+    records = (
+        on_slurm.get(str(path)) or _record(PackDir(path.parent), launcher_alive)
+        for path in sweep.jobs.glob("*/pack.json")
+    )
     return sorted(records, key=lambda record: record.submitted)
 
 
-def newest_job_per_run(sweep: SweepDir) -> dict[str, JobRecord]:
+def newest_job_per_run(jobs: Iterable[JobRecord]) -> dict[str, JobRecord]:
     """The last job that each run was given to, by the name of the run's folder."""
-    return {run: job for job in jobs_of(sweep) for run in job.runs}
+    return {run: job for job in jobs for run in job.runs}
+
+
+def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
+    """The same jobs with what Slurm says of them: one squeue for all, and one sacct if some are no longer in the queue."""
+    tasks = [job.slurm for job in jobs if job.slurm is not None]
+    if not tasks:
+        return list(jobs)
+    queue = read_queue({task.name for task in tasks})
+    views = dict(queue.views)
+    gone = {task.name for task in tasks if (task.name, task.task) not in views}
+    if queue.answered and gone:
+        since = min(job.submitted for job in jobs if job.slurm is not None and job.slurm.name in gone)
+        views = read_accounting(gone, since) | views
+    return [_seen(job, views, queue.answered) for job in jobs]
 
 
 def runs_of_pack(pack: PackDir) -> list[RunDir]:
     """The folders of the runs that a pack trains."""
-    facts = read_json(pack.pack)
-    return [RunDir(pack.path.parent.parent / name) for name in facts["runs"]]
+    return [RunDir(pack.path.parent.parent / name) for name in read_json(pack.pack)["runs"]]
+
+
+def _seen(job: JobRecord, views: dict[tuple[str, int], JobView], answered: bool) -> JobRecord:
+    """A job with its view. What is neither in the queue nor in the books of a Slurm that answers is gone."""
+    if job.slurm is None:
+        return job
+    view = views.get((job.slurm.name, job.slurm.task))
+    alive = (not view.state.over if view is not None else False) if answered else None
+    slurm = replace(job.slurm, view=view)
+    if view is None:
+        return replace(job, slurm=slurm, alive=alive)
+    return replace(job, slurm=slurm, alive=alive, id=view.id, host=view.node)
+
+
+def _slurm_jobs(sweep: SweepDir) -> Iterable[JobRecord]:
+    """The jobs of every array that was, or was about to be, submitted."""
+    for path in sweep.arrays.glob("*/array.json"):
+        array, record = ArrayDir(path.parent), read_json(path)
+        for place, pack_file in enumerate(record["packs"]):
+            pack = sweep.pack(Path(pack_file).parent.name)
+            number = record["job"] if len(record["packs"]) == 1 else f"{record['job']}_{place}"
+            yield JobRecord(
+                pack,
+                tuple(read_json(pack.pack)["runs"]),
+                number if record["job"] else None,
+                None,
+                record["submitted"],
+                None,
+                SlurmTask(array, record["name"], place),
+            )
 
 
 def _record(pack: PackDir, launcher_alive: bool) -> JobRecord:

@@ -1,44 +1,99 @@
-"""compose -> plan -> submit -> train -> track -> report, for one sweep on this machine."""
+"""compose -> plan -> submit -> train -> track -> report, for one sweep: here to its end, or into Slurm's queue."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
-from launcher.cluster.choice import explain_choice
+from launcher.cluster.choice import explain_choice, on_slurm
+from launcher.cluster.slurm import Submitted
 from launcher.follow import follow
 from launcher.plan.planner import make_plan
 from launcher.records import Plan, State, Sweep, Verdict
+from launcher.report.job import submit_report
 from launcher.report.writer import print_report, write_report
 from launcher.stopping import Interrupts
 from launcher.submit.prepare import prepare, unprepared
 from launcher.submit.sole import sole_launcher
-from launcher.submit.submission import submit
+from launcher.submit.submission import plan_numbers, submit, submit_to_slurm
 from launcher.track.tracker import track
 from launcher.view import print_plan, print_statuses
+from launcher.watch import watch
 from train.rundir import SweepDir
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
-def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False) -> int:
+def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wait: bool = False) -> int:
     """Plan the sweep, train what is to be trained, compare all of it; the exit code of the program.
+
+    On Slurm this returns once the jobs are in the queue; `wait` stays until they have ended.
 
     Raises:
         BadInput: something cannot be trained; nothing was written below the root.
         LeaseHeld: another launcher is at work on the sweep.
+        ClusterError: Slurm refused.
     """
+    slurm, plans = on_slurm(sweep.cluster), plan_numbers(sweep.dir)
     plan = ready_plan(sweep, retry_failed=retry_failed)
-    console.print(explain_choice(sweep.cluster))
+    console.print(explain_choice(sweep.cluster, slurm=slurm))
     print_plan(plan, console)
-    if not plan.packs:
+    if not plan.packs and not (slurm and wait and _in_training(plan)):
         return _nothing_to_train(plan, console)
     interrupts = Interrupts()
-    with sole_launcher(sweep.dir), interrupts.counted():
-        follow(submit(plan), sweep.dir, console, interrupts)
+    if slurm:
+        if plan.packs:
+            _submit_once(plan, plans, console, retry_failed=retry_failed)
+        if not wait:
+            return 0
+        with interrupts.counted():
+            watch(sweep.dir, console, interrupts)
+    else:
+        with sole_launcher(sweep.dir), interrupts.counted():
+            follow(submit(plan), sweep.dir, console, interrupts)
     if interrupts.count:
-        return _stopped(sweep, console)
+        return _still_on_slurm(sweep, console) if slurm else _stopped(sweep, console)
     compare(sweep.dir, console)
     return _exit_code(sweep.dir, plan)
+
+
+def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed: bool) -> None:
+    """Put the plan's jobs into the queue; what another launcher submitted since it was made is left to that one's jobs."""
+    with sole_launcher(plan.sweep.dir):
+        if plan_numbers(plan.sweep.dir) != plans:
+            plan = make_plan(plan.sweep, retry_failed=retry_failed)
+        if not plan.packs:
+            console.print("Another launcher has submitted these runs meanwhile; nothing to submit.")
+            return
+        submitted = submit_to_slurm(plan, console.print)
+        submit_report(plan, submitted, console.print)
+    _say_submitted(plan, submitted, console)
+
+
+def _say_submitted(plan: Plan, submitted: Submitted, console: Console) -> None:
+    arrays = dict.fromkeys(job.partition("_")[0] for job in submitted.jobs.values())
+    jobs, name = len(submitted.jobs), plan.sweep.name
+    if jobs:
+        console.print(
+            f"{jobs} job{'s' if jobs > 1 else ''} in the queue ({', '.join(arrays)}); "
+            f"watch with 'python -m launcher status {name}'.",
+            highlight=False,
+        )
+    if submitted.left:
+        console.print(
+            f"{len(submitted.left)} more do not fit into the queue now (Slurm says: {submitted.why}); "
+            "the same command submits them later.",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _in_training(plan: Plan) -> bool:
+    return any(planned.verdict is Verdict.RUNNING for planned in plan.runs)
+
+
+def _still_on_slurm(sweep: Sweep, console: Console) -> int:
+    console.print(f"The jobs go on; 'python -m launcher status {sweep.name}' shows them, cancel stops them.")
+    return INTERRUPTED
 
 
 def ready_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:

@@ -150,12 +150,17 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Pack:
-    """The runs that one job trains together, by id."""
+    """The runs that one job trains together, by id, and what the job is asked for with.
+
+    gres: what ``--gres`` takes, empty on this machine. minutes: the job's time limit, None for no limit.
+    """
 
     id: str
     partition: str
     runs: tuple[str, ...]
     forecast: Forecast
+    gres: str = ""
+    minutes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What is known of a run now. Speeds in tokens per second of this run alone; `seconds_left` by its latest pace."""
+    """What is known of a run now. Speeds in tokens per second of this run alone; `seconds_left` by its latest pace.
+
+    `reason` is why it waits, is held, or is unknown.
+    """
 
     id: str
     name: str
@@ -200,3 +208,4 @@ class RunStatus:
     cause: str | None
     job: str | None
     node: str | None
+    reason: str | None = None

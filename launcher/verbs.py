@@ -158,7 +158,8 @@ def _train(sweep: Sweep, request: Request, *, retry_failed: bool = False) -> int
     from launcher.pipeline import run_sweep
     from launcher.report.writer import build_report, report_json
 
-    code = run_sweep(sweep, _console(to_stderr=request.json), retry_failed=retry_failed)
+    console = _console(to_stderr=request.json)
+    code = run_sweep(sweep, console, retry_failed=retry_failed, wait=request.wait)
     if request.json:
         _print_json(report_json(build_report(sweep.dir)))
     return code

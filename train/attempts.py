@@ -1,7 +1,14 @@
 """Attempts: a run folder is taken by one process, and every attempt leaves one line that says how it ended.
 
 Causes: ``done preempted timeout node_fail out_of_memory diverged bad_input storage crash cancelled``. A process that was killed or
-lost its node cannot write its line; the next attempt finds the dead lease and writes it (``node_fail``). Light on purpose.
+lost its node cannot write its line; the next attempt finds the dead lease and writes it: with the cause that the dead one noted when
+it was asked to stop (`train.witness`), else ``node_fail``. Light on purpose.
+
+When to give up (`why_held`). A run is tried again as long as it gets anywhere, however often it is preempted. An attempt is
+fruitless if the next one has to begin where it began (`saved_step` did not grow). Two fruitless attempts in a row that computed steps
+and lost them hold the run. Attempts that never computed a step (preempted while the model loads, say) are cheap and often somebody
+else's doing: of those that end at the same step `PATIENCE` are allowed, by the cause of the last. A job counts only its own attempts,
+so that `resume` begins anew; the launcher counts all.
 """
 
 from __future__ import annotations
@@ -9,11 +16,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from train.errors import BadInput, LorapackError, StorageError
 from train.lease import Lease, acquire, read_lease
-from train.rundir import Record, RunDir, append_lines, last_line, read_lines
+from train.rundir import Record, RunDir, append_lines, last_line, read_json, read_lines
 from train.signals import Stopped
+from train.slurm import this_job
+
+LOST_STEPS_PATIENCE = 2
+PATIENCE = {"preempted": 8, "node_fail": 3}  # attempts in a row that end at one step; two of all others
+# Ends that the same run would come to again; and those after which a job that goes on does not take the run up again.
+HOPELESS = {"diverged", "bad_input", "out_of_memory", "crash"}
+FINAL = HOPELESS | {"cancelled"}
+USER_STOPS = {"SIGINT", "cancelled"}  # details and causes that say that somebody wanted the run to stop
 
 
 def open_attempt(run: RunDir) -> Lease:
@@ -23,19 +39,73 @@ def open_attempt(run: RunDir) -> Lease:
         LeaseHeld: another live process trains the run.
     """
     attempts = read_lines(run.attempts)
-    dead = read_lease(run)
-    lost = dead is not None and not dead.alive() and all(line["attempt"] != dead.attempt for line in attempts)
-    lease = acquire(run, job=job_id(), attempt=len(attempts) + 1 + lost)
-    if lost and dead is not None:
-        detail = f"process {dead.pid} on {dead.host} was killed or its node was lost"
-        append_lines(
-            run.attempts,
-            [attempt_line(dead, "node_fail", detail, None, last_step(run), ended=dead.heartbeat, device="unknown")],
-        )
+    before = read_lease(run)
+    job = this_job()
+    lease = acquire(run, job=job_id(), attempt=_next_number(attempts, before), restarts=job.restarts if job else 0)
+    if before is not None and all(line["attempt"] != before.attempt for line in attempts):
+        cause, detail = _cause_of_loss(run, before)
+        line = attempt_line(run, before, cause, detail, None, last_step(run), ended=before.heartbeat, device="unknown")
+        append_lines(run.attempts, [line])
+    run.stop_note.unlink(missing_ok=True)
     return lease
 
 
+def why_held(attempts: Sequence[Record], job: str | None = None) -> str | None:
+    """Why another attempt would be a waste, None if it would not: see the rule above.
+
+    `attempts` in the order of their ends; `job` counts only that job's.
+    """
+    counted = [line for line in attempts if not USER_STOPS & {line["cause"], line["detail"]}]
+    fruitless = _fruitless_tail(counted, job)
+    if not fruitless:
+        return None
+    last = fruitless[-1]
+    if sum(line.get("trained", False) for line in fruitless) >= LOST_STEPS_PATIENCE:
+        return f"two attempts in a row could save nothing beyond step {_saved_step(last)}, the last ended by {last['cause']}"
+    came_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].get("job"))
+    ends = len(fruitless) + came_there
+    if ends >= PATIENCE.get(last["cause"], 2):
+        return f"{ends} attempts in a row ended at step {_saved_step(last)}, the last by {last['cause']}"
+    return None
+
+
+def _fruitless_tail(attempts: list[Record], job: str | None) -> list[Record]:
+    """The attempts at the end that left the run where they found it."""
+    tail: list[Record] = []
+    begun = [0, *map(_saved_step, attempts)]
+    for line, before in reversed([*zip(attempts, begun, strict=False)]):
+        if _saved_step(line) > before or job not in (None, line.get("job")):
+            break
+        tail.insert(0, line)
+    return tail
+
+
+def _saved_step(line: Record) -> int:
+    """Where the attempt left the run; a diverged one lost its last checkpoints, so that it may be less than before."""
+    return int(line["saved_step"] if "saved_step" in line else line["last_step"])
+
+
+def _next_number(attempts: list[Record], before: Lease | None) -> int:
+    """One more than every attempt that has a line, or will get one."""
+    return max([line["attempt"] for line in attempts] + ([before.attempt] if before is not None else []), default=0) + 1
+
+
+def _left_a_pace(run: RunDir, lease: Lease) -> bool:
+    return (last_line(run.pace) or {}).get("attempt") == lease.attempt
+
+
+def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[str, str]:
+    """Why a process left a lease behind and no line: by what it noted when it was asked to stop."""
+    note = read_json(run.stop_note)
+    if note is not None and note["token"] == dead.token:
+        return note["cause"], f"{note['detail']}; killed before it could save"
+    if dead.alive():
+        return "node_fail", f"Slurm started the job again while process {dead.pid} on {dead.host} was still running"
+    return "node_fail", f"process {dead.pid} on {dead.host} was killed or its node was lost"
+
+
 def attempt_line(
+    run: RunDir,
     lease: Lease,
     cause: str,
     detail: str | None,
@@ -45,7 +115,10 @@ def attempt_line(
     ended: float | None = None,
     device: str,
 ) -> Record:
-    """The line of one ended attempt; times in Unix seconds, `first_step` None where nobody knows."""
+    """The line of one ended attempt; times in Unix seconds, `first_step` None where nobody knows.
+
+    `saved_step` is where the next attempt will begin; `trained` says whether this one computed any step.
+    """
     ended = time.time() if ended is None else ended
     return {
         "attempt": lease.attempt,
@@ -53,26 +126,34 @@ def attempt_line(
         "detail": detail,
         "first_step": first_step,
         "last_step": last_step,
+        "saved_step": max(run.checkpoint_steps(), default=0),
+        "trained": last_step > first_step if first_step is not None else _left_a_pace(run, lease),
         "seconds": round(ended - lease.started, 3),
         "started": lease.started,
         "ended": ended,
         "node": lease.host,
         "device": device,
         "job": lease.job,
-        "restart_count": restart_count(),
+        "restart_count": lease.restarts,
     }
 
 
 def cause_of(error: Exception) -> tuple[str, str]:
     """The cause of an attempt that ended by `error`, and the detail for its line."""
-    detail = str(error) if isinstance(error, Stopped | LorapackError) else f"{type(error).__name__}: {error}"
     if isinstance(error, Stopped):
-        return "preempted", detail
+        return error.cause()
+    detail = str(error) if isinstance(error, LorapackError) else f"{type(error).__name__}: {error}"
     if isinstance(error, BadInput):
         return "bad_input", detail
     if isinstance(error, StorageError):
         return "storage", detail
     return ("out_of_memory" if _is_out_of_memory(error) else "crash"), detail
+
+
+def stop_cause(run: RunDir, cause: str, detail: str | None) -> tuple[str, str | None]:
+    """The cause for one run of a job that was asked to stop: its user's wish outweighs what the job was told."""
+    wished = cause in {"preempted", "timeout", "cancelled"} and run.cancel_request.exists()
+    return ("cancelled", "cancel was asked for") if wished else (cause, detail)
 
 
 def device_in_use() -> str:
@@ -89,17 +170,8 @@ def last_step(run: RunDir) -> int:
 
 def job_id() -> str:
     """The id of the job that this process belongs to, as its user knows it; a local job may run inside a Slurm allocation."""
-    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
-        return os.environ["SUBMITIT_LOCAL_JOB_ID"]
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        return f"{array}_{task}"
-    return os.environ.get("SLURM_JOB_ID") or str(os.getpid())
-
-
-def restart_count() -> int:
-    """How often Slurm has requeued this job."""
-    return 0 if "SUBMITIT_LOCAL_JOB_ID" in os.environ else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    job = this_job()
+    return job.id if job else os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

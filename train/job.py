@@ -1,22 +1,43 @@
 """The entry point of a job: one process, one pack, from leases to results.
 
 Light until the handlers stand: whoever starts the job gives it a path, and torch is imported inside. Every way to end is one of the
-causes in `train.attempts`, written to every run of the pack.
+causes in `train.attempts`, written to every run of the pack. A job that Slurm stops asks to be queued again once all is saved.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.attempts import attempt_line, cause_of, device_in_use, last_step, open_attempt
+from train.attempts import (
+    FINAL,
+    attempt_line,
+    cause_of,
+    device_in_use,
+    job_id,
+    last_step,
+    open_attempt,
+    stop_cause,
+    why_held,
+)
 from train.environment import prepare_torch
 from train.errors import LeaseHeld, StorageError
-from train.lease import Heartbeat, Lease, release
-from train.rundir import CacheDir, RunDir, append_lines, read_json
+from train.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
+from train.rundir import CacheDir, RunDir, append_lines, read_json, read_lines
 from train.signals import StopFlag, Stopped
+from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue_and_wait, this_job
+from train.witness import Witness
+
+STOPS = {"preempted", "timeout"}  # ends after which the job goes on later
+
+Leases = list[tuple[RunDir, Lease]]
 
 
 @dataclass(frozen=True)
@@ -33,16 +54,37 @@ class PackJob:
         if not todo:
             say("every run of this pack is done; nothing to train")
             return "done"
-        leases = _take(todo)
+        if all(run.cancel_request.exists() for run in todo):
+            say("cancel was asked for; nothing to train")
+            return "cancelled"
+        leases, superseded = _take([run for run in todo if not _is_held(run)], stop)
         if not leases:
             return "nothing to train"
-        with Heartbeat(leases):
-            return _train(leases, Path(pack["cache"]), stop)
+        job = this_job()
+        with Heartbeat(leases), Witness(leases, functools.partial(_why_stopped, job)) as witness:
+            stop.explain = witness.cause
+            cause = _train(leases, Path(pack["cache"]), stop, _fence(stop) if superseded else _no_fence)
+        if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
+            requeue_and_wait(job, say)
+        return cause
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """What every task of an array runs: it finds its pack by its place in the array's record."""
+
+    record_file: str
+
+    def __call__(self) -> str:
+        """Train the pack of this task."""
+        packs = read_json(Path(self.record_file))["packs"]
+        return PackJob(packs[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)])()
 
 
 def say(text: str) -> None:
-    """A line for the job's log."""
-    print(text, flush=True)
+    """A line for the job's log. Slurm may take the log away before the job ends, which must not end the job."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def _runs(pack: dict[str, object]) -> list[RunDir]:
@@ -51,18 +93,59 @@ def _runs(pack: dict[str, object]) -> list[RunDir]:
     return [RunDir(sweep / str(name)) for name in names] if isinstance(names, list) else []
 
 
-def _take(runs: list[RunDir]) -> list[tuple[RunDir, Lease]]:
-    """Take every run folder that no other live process trains."""
-    taken = []
-    for run in runs:
-        try:
-            taken.append((run, open_attempt(run)))
-        except LeaseHeld as exc:
-            say(str(exc))
-    return taken
+def _is_held(run: RunDir) -> bool:
+    """Whether this job has ended with the run, or tried it often enough; says so."""
+    attempts = read_lines(run.attempts)
+    reason = why_held(attempts, job_id())
+    if attempts and attempts[-1]["job"] == job_id() and attempts[-1]["cause"] in FINAL:
+        reason = f"it ended with {attempts[-1]['cause']}"
+    if reason is not None:
+        say(f"{run.path.name} is left alone: {reason}")
+    return reason is not None
 
 
-def _train(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag) -> str:
+def _take(runs: list[RunDir], stop: StopFlag) -> tuple[Leases, bool]:
+    """Take every run folder that no other live process trains; whether an earlier copy of this job may still be running.
+
+    On Slurm a job waits for leases from other nodes: what a lost node held grows stale in `STALE_SECONDS`.
+    """
+    taken: Leases = []
+    job, superseded = this_job(), False
+    give_up_at = time.monotonic() + (STALE_SECONDS + 10 if job else 0)
+    while runs:
+        busy = []
+        for run in runs:
+            before = read_lease(run)
+            try:
+                taken.append((run, open_attempt(run)))
+                superseded |= before is not None and before.alive()
+            except LeaseHeld as exc:
+                say(str(exc))
+                busy.append(run)
+        if taken or time.monotonic() > give_up_at or stop.signal_name:
+            break
+        runs = busy
+        time.sleep(5)
+    return taken, superseded
+
+
+def _no_fence() -> None:
+    """Nothing else can be writing."""
+
+
+def _fence(stop: StopFlag) -> Callable[[], None]:
+    """What waits until a copy of this job that lost its leases has surely noticed, counted from now."""
+    until = time.monotonic() + FENCE_SECONDS
+
+    def wait() -> None:
+        while (left := until - time.monotonic()) > 0:
+            stop.check()
+            time.sleep(min(0.5, left))
+
+    return wait
+
+
+def _train(leases: Leases, cache: Path, stop: StopFlag, fence: Callable[[], None]) -> str:
     """Run the pack and turn every ending into its cause."""
     try:
         stop.check()
@@ -70,6 +153,7 @@ def _train(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag) -> s
         say("importing torch")
         from train.pack import train_pack
 
+        fence()
         train_pack(leases, cache, stop, say)
     except Exception as exc:
         if not isinstance(exc, Stopped):
@@ -84,19 +168,25 @@ def _train(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag) -> s
 
 def _end_unseated(run: RunDir, lease: Lease, cause: str, detail: str) -> None:
     """Write the cause to a run that never came to train, or whose session could not write its own."""
-    if not _still_ours(run, lease):
+    if not owns(run, lease):
         return
     try:
-        step = last_step(run)
-        append_lines(run.attempts, [attempt_line(lease, cause, detail, step, step, device=device_in_use())])
+        step, why = last_step(run), stop_cause(run, cause, detail)
+        append_lines(run.attempts, [attempt_line(run, lease, *why, step, step, device=device_in_use())])
     except StorageError as exc:
         say(str(exc))
     release(run, lease)
 
 
-def _still_ours(run: RunDir, lease: Lease) -> bool:
-    held = read_json(run.lease)
-    return held is not None and held["token"] == lease.token
+def _why_stopped(job: SlurmJob | None, signal_name: str) -> tuple[str, str]:
+    """The cause of an end by a signal."""
+    if job is None:
+        return "preempted", signal_name
+    return cause_of_signal(signal_name, job, job_facts(job), time.time())
+
+
+def _goes_on(run: RunDir) -> bool:
+    return not run.result.exists() and not run.cancel_request.exists()
 
 
 def main() -> None:

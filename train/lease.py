@@ -24,6 +24,7 @@ from train.rundir import storage_errors, sync_folder
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
+FENCE_SECONDS = 2 * HEARTBEAT_SECONDS + 5  # until a copy that lost its lease has surely noticed
 
 
 class Leased(Protocol):
@@ -40,7 +41,10 @@ class Leased(Protocol):
 
 @dataclass(frozen=True)
 class Lease:
-    """The process that owns a run folder; times are Unix seconds, `pid_started` is in the kernel's clock ticks."""
+    """The process that owns a run folder; times are Unix seconds, `pid_started` is in the kernel's clock ticks.
+
+    `restarts` counts how often Slurm had requeued the job when it took the folder.
+    """
 
     token: str
     host: str
@@ -49,6 +53,7 @@ class Lease:
     job: str
     attempt: int
     started: float
+    restarts: int = 0
     heartbeat: float = 0.0
 
     def alive(self) -> bool:
@@ -56,6 +61,10 @@ class Lease:
         if self.host == socket.gethostname():
             return process_started(self.pid) == self.pid_started
         return time.time() - self.heartbeat < STALE_SECONDS
+
+    def superseded_by(self, job: str, restarts: int) -> bool:
+        """Whether this is an earlier copy of the same job: Slurm has given up its node, so it may not go on."""
+        return self.job == job and self.restarts < restarts and self.host != socket.gethostname()
 
 
 def read_lease(run: Leased) -> Lease | None:
@@ -67,26 +76,32 @@ def read_lease(run: Leased) -> Lease | None:
         return None
 
 
-def acquire(run: Leased, *, job: str, attempt: int) -> Lease:
-    """Take the run folder for this process; a dead lease gives way.
+def acquire(run: Leased, *, job: str, attempt: int, restarts: int = 0) -> Lease:
+    """Take the run folder for this process; a dead lease gives way, and so does an earlier copy of the same job.
+
+    That copy may still run, on a node that Slurm lost; it ends when its next heartbeat finds the new owner.
 
     Raises:
         LeaseHeld: another live process has it.
     """
     while True:
         pid = os.getpid()
-        lease = Lease(
-            uuid.uuid4().hex, socket.gethostname(), pid, process_started(pid) or 0, job, attempt, started=time.time()
-        )
+        token, host, pid_started = uuid.uuid4().hex, socket.gethostname(), process_started(pid) or 0
+        lease = Lease(token, host, pid, pid_started, job, attempt, started=time.time(), restarts=restarts)
         if _create(run.lease, lease):
             return lease
         held = read_lease(run)
-        if held is not None and held.alive():
+        if held is not None and held.alive() and not held.superseded_by(job, restarts):
             raise LeaseHeld(
                 f"{run.path.name} is being trained by process {held.pid} on {held.host} (job {held.job}); "
                 "wait for it, or stop it with 'python -m launcher cancel'."
             )
         _retire(run.lease, held.token if held is not None else _token(run.lease))
+
+
+def owns(run: Leased, lease: Lease) -> bool:
+    """Whether the folder is still in these hands."""
+    return _token(run.lease) == lease.token
 
 
 def release(run: Leased, lease: Lease) -> None:

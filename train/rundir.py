@@ -61,6 +61,11 @@ class RunDir:
         return self.path / "lease.json"
 
     @property
+    def stop_note(self) -> Path:
+        """Why the process that holds the lease was asked to stop, for its successor should it be killed before it can say so."""
+        return self.path / "stop.json"
+
+    @property
     def cancel_request(self) -> Path:
         """Exists while the user wants this run to stop; the training loop polls it."""
         return self.path / "cancel.json"
@@ -127,6 +132,28 @@ class PackDir:
 
 
 @dataclass(frozen=True)
+class ArrayDir:
+    """The files of one array of jobs on Slurm: ``runs/<sweep>/arrays/<token>/``."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """Which packs it trains, in the order of its tasks; written before it is submitted, and again once its id is known."""
+        return self.path / "array.json"
+
+    @property
+    def submitit(self) -> Path:
+        """submitit's own folder, with stdout and stderr of every attempt of every task."""
+        return self.path / "submitit"
+
+    @property
+    def callable(self) -> Path:
+        """What every task runs, pickled: a task starts from it even if its launcher died before it could name it by the job's id."""
+        return self.submitit / "task.pkl"
+
+
+@dataclass(frozen=True)
 class SweepDir:
     """The files of one sweep: ``runs/<sweep>/``."""
 
@@ -153,6 +180,16 @@ class SweepDir:
         return self.path / "jobs"
 
     @property
+    def arrays(self) -> Path:
+        """Folder of the arrays that were submitted to Slurm."""
+        return self.path / "arrays"
+
+    @property
+    def report_job(self) -> Path:
+        """submitit's folder of the job that writes the report when the others have ended."""
+        return self.path / "report-job"
+
+    @property
     def report(self) -> Path:
         """The self-contained report."""
         return self.path / "report.html"
@@ -165,6 +202,10 @@ class SweepDir:
     def pack(self, pack_id: str) -> PackDir:
         """The folder of one pack."""
         return PackDir(self.jobs / pack_id)
+
+    def array(self, token: str) -> ArrayDir:
+        """The folder of one array."""
+        return ArrayDir(self.arrays / token)
 
     def runs(self) -> list[RunDir]:
         """Every run folder, by name."""

@@ -12,12 +12,12 @@ import shutil
 from pathlib import Path
 
 from train.adapter_file import write_adapter
-from train.attempts import attempt_line, device_in_use
+from train.attempts import attempt_line, device_in_use, stop_cause
 from train.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.config import RunConfig
 from train.data.token_table import TokenisedData
 from train.evaluation import Evaluation
-from train.lease import Lease, release
+from train.lease import Lease, owns, release
 from train.packed_lora import AdapterTensors
 from train.rundir import Record, RunDir, append_lines, read_lines, storage_errors, write_folder, write_json
 from train.targets import Target
@@ -165,12 +165,13 @@ class RunSession:
         release(self.dir, self.lease)
 
     def end(self, cause: str, detail: str | None) -> None:
-        """Write the attempt's line and give the run folder back."""
-        self._note_attempt(cause, detail, self.step)
-        release(self.dir, self.lease)
+        """Write the attempt's line and give the run folder back, unless it is somebody else's by now."""
+        if owns(self.dir, self.lease):
+            self._note_attempt(*stop_cause(self.dir, cause, detail), self.step)
+            release(self.dir, self.lease)
 
     def _note_attempt(self, cause: str, detail: str | None, last_step: int) -> None:
-        line = attempt_line(self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
+        line = attempt_line(self.dir, self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
         append_lines(self.dir.attempts, [line])
 
     def _result(self, facts: Record) -> Record:

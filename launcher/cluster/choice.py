@@ -6,13 +6,16 @@ from launcher.cluster.commands import answer_of
 from launcher.records import ClusterConfig
 
 
-def explain_choice(cluster: ClusterConfig) -> str:
+def explain_choice(cluster: ClusterConfig, *, slurm: bool) -> str:
     """A line that says where the jobs will run, and why."""
-    if cluster.kind == "local":
-        return "cluster=local: training on this machine"
-    if slurm_answers():
-        return "cluster=auto: Slurm answers here, but this version trains on this machine only"
-    return "cluster=auto: no Slurm here, training on this machine"
+    if cluster.kind != "auto":
+        return f"cluster={cluster.kind}: {'submitting to Slurm' if slurm else 'training on this machine'}"
+    return f"cluster=auto: {'Slurm answers here, submitting to it' if slurm else 'no Slurm here, training on this machine'}"
+
+
+def on_slurm(cluster: ClusterConfig) -> bool:
+    """Whether jobs go to Slurm: asked for by name, or answering here."""
+    return cluster.kind == "slurm" or (cluster.kind == "auto" and slurm_answers())
 
 
 def slurm_answers() -> bool:

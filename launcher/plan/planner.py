@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
 from launcher.estimate.devices import local_device
 from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.workload import Workload
+from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.plan.packing import pack_id, pack_runs
 from launcher.plan.verdict import Judgement, judge
 from launcher.records import Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from train.rundir import RunDir, SweepDir
 
 LOCAL_PARTITION = "local"
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
@@ -57,12 +60,21 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def _judge_runs(sweep: Sweep, retry_failed: bool) -> Judged:
     """A judgement per run; a run keeps the folder that it has, even if its name would be another one now."""
     folders = {folder.id: folder for folder in sweep.dir.runs()}
+    jobs = _jobs(folders.values(), sweep.dir)
     judged = []
     for run in sweep.runs:
         folder = folders.get(run.id)
         named = run if folder is None else replace(run, name=folder.name)
-        judged.append((named, judge(folder, retry_failed=retry_failed)))
+        judged.append((named, judge(folder, retry_failed=retry_failed, job=jobs.get(named.folder))))
     return judged
+
+
+def _jobs(folders: Iterable[RunDir], sweep: SweepDir) -> dict[str, JobRecord]:
+    """The last job of every unfinished run, by its folder's name; Slurm is asked once."""
+    unfinished = {folder.path.name for folder in folders if not folder.result.exists()}
+    newest = {run: job for run, job in newest_job_per_run(jobs_of(sweep)).items() if run in unfinished}
+    seen = {job.pack.path: job for job in look_up(list({job.pack.path: job for job in newest.values()}.values()))}
+    return {run: seen[job.pack.path] for run, job in newest.items()}
 
 
 def _packs(sweep: Sweep, judged: Judged, forecaster: Forecaster) -> list[Pack]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.errors import ClusterError
+from launcher.jobs import JobRecord
 from launcher.records import Verdict
+from train.attempts import FINAL, HOPELESS, why_held
 from train.lease import read_lease
 from train.rundir import Record, RunDir, read_json, read_lines
 
-# Ends that the same run would come to again; after all others it simply goes on.
-HOPELESS = {"diverged", "bad_input", "out_of_memory", "crash"}
-USER_STOPS = {"SIGINT", "cancelled"}  # details and causes that say that somebody wanted the run to stop
+_CANNOT_TELL = (
+    "Slurm's squeue does not answer, so nobody can tell whether {name} is still in the queue; nothing was submitted. "
+    "Run the command again when it does."
+)
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,12 @@ class Judgement:
     step: int = 0
 
 
-def judge(run: RunDir | None, *, retry_failed: bool) -> Judgement:
-    """The verdict on a run with this folder, None for one that has no folder yet."""
+def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = None) -> Judgement:
+    """The verdict on a run with this folder, None for one that has no folder yet; `job` is the last that it was given to.
+
+    Raises:
+        ClusterError: only Slurm could tell whether the run is still in its queue, and it does not answer.
+    """
     if run is None:
         return Judgement(Verdict.NEW, "never trained")
     result = read_json(run.result)
@@ -33,6 +41,11 @@ def judge(run: RunDir | None, *, retry_failed: bool) -> Judgement:
     if lease is not None and lease.alive():
         return Judgement(Verdict.RUNNING, f"process {lease.pid} on {lease.host} trains it (attempt {lease.attempt})")
     attempts = read_lines(run.attempts)
+    if job is not None and job.slurm is not None and not _let_go(attempts, job):
+        if job.alive is None:
+            raise ClusterError(_CANNOT_TELL.format(name=run.path.name))
+        if job.alive:
+            return Judgement(Verdict.RUNNING, _in_the_queue(job))
     failure = _failure(attempts)
     if failure is None:
         return _unfinished(run, attempts)
@@ -40,6 +53,18 @@ def judge(run: RunDir | None, *, retry_failed: bool) -> Judgement:
         again = _unfinished(run, attempts)
         return Judgement(again.verdict, f"tried again: {failure}", again.step)
     return Judgement(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
+
+
+def _let_go(attempts: list[Record], job: JobRecord) -> bool:
+    """Whether the job has ended with this run for good, though it may go on with others."""
+    return bool(attempts) and attempts[-1]["ended"] >= job.submitted and attempts[-1]["cause"] in FINAL
+
+
+def _in_the_queue(job: JobRecord) -> str:
+    view = job.slurm.view if job.slurm is not None else None
+    if view is None:
+        return f"job {job.id} has it"
+    return f"job {view.id} is {view.word.lower()}" + (f" ({view.reason})" if view.reason else "")
 
 
 def _done_reason(result: Record) -> str:
@@ -55,10 +80,7 @@ def _failure(attempts: list[Record]) -> str | None:
     if last["cause"] in HOPELESS:
         detail = f": {last['detail']}" if last["detail"] else ""
         return f"ended with {last['cause']} at step {last['last_step']}{detail}"
-    stuck = [line for line in attempts[-2:] if not USER_STOPS & {line["cause"], line["detail"]}]
-    if len(stuck) == 2 and stuck[0]["last_step"] == stuck[1]["last_step"]:
-        return f"two attempts in a row ended at step {last['last_step']}, the last by {last['cause']}"
-    return None
+    return why_held(attempts)
 
 
 def _unfinished(run: RunDir, attempts: list[Record]) -> Judgement:

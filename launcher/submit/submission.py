@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from launcher.cluster.local import LocalQueue, open_queue
+from launcher.cluster.requests import array_requests
+from launcher.cluster.slurm import Submitted, max_array_size, submit_arrays
 from launcher.errors import ClusterError
 from launcher.plan.planner import plan_json
 from launcher.records import Pack, Plan, Run
 from launcher.submit.freeze import freeze_code
 from train.errors import BadInput, StorageError
-from train.rundir import PackDir, SweepDir, make_folder, read_json, write_json, write_text
+from train.rundir import SweepDir, make_folder, read_json, write_json, write_text
 
 
 def submit(plan: Plan) -> LocalQueue:
-    """Write everything that the plan's packs need and start the first of them. Call it as the sweep's `sole_launcher`.
+    """Write everything that the plan's packs need and start the first of them here. Call it as the sweep's `sole_launcher`.
 
     Raises:
         BadInput: the disk refuses; no job was started.
         ClusterError: the same packs were submitted meanwhile.
     """
-    sweep = plan.sweep
+    code = _write_all(plan)
+    packs = [plan.sweep.dir.pack(pack.id) for pack in plan.packs]
+    return open_queue(packs, code, plan.sweep.cluster)
+
+
+def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
+    """Write everything that the plan's packs need and put them into Slurm's queue; `say` gets a line where that is difficult.
+
+    Raises:
+        BadInput: the disk refuses; no job was submitted.
+        ClusterError: the same packs were submitted meanwhile, or Slurm refuses.
+    """
+    sweep, code = plan.sweep, _write_all(plan)
+    requests = array_requests(sweep.name, plan.packs, sweep.cluster, max_array_size())
+    return submit_arrays(requests, sweep.dir, code, sweep.cluster, say)
+
+
+def _write_all(plan: Plan) -> Path:
+    """Configurations, packs, the plan itself and the code that will run; the folder of the latter."""
     try:
-        code = freeze_code(sweep.dir)
+        code = freeze_code(plan.sweep.dir)
         for run in _runs_to_train(plan):
             _write_run(plan, run)
-        packs = [_write_pack(plan, pack) for pack in plan.packs]
+        _refuse_known_packs(plan)
+        for pack in plan.packs:
+            _write_pack(plan, pack)
         _accept(plan)
     except StorageError as exc:  # as in `sole_launcher`: no job was started yet
         raise BadInput(str(exc)) from exc
-    return open_queue(packs, code, sweep.cluster)
+    return code
 
 
 def accepted_plan(plan: Plan) -> dict[str, Any]:
@@ -62,11 +86,9 @@ def _write_run(plan: Plan, run: Run) -> None:
     folder.cancel_request.unlink(missing_ok=True)
 
 
-def _write_pack(plan: Plan, pack: Pack) -> PackDir:
+def _write_pack(plan: Plan, pack: Pack) -> None:
     sweep = plan.sweep
     folder = sweep.dir.pack(pack.id)
-    if pack.id in _accepted_packs(sweep.dir):  # a folder without a plan is what an interrupted submission left
-        raise ClusterError(f"The pack {pack.id} was submitted by another launcher meanwhile; run the command again.")
     make_folder(folder.path)
     name_of = {planned.run.id: planned.run.folder for planned in plan.runs}
     write_json(
@@ -78,13 +100,15 @@ def _write_pack(plan: Plan, pack: Pack) -> PackDir:
             "runs": [name_of[run] for run in pack.runs],
         },
     )
-    return folder
 
 
-def _accepted_packs(sweep: SweepDir) -> set[str]:
-    """The packs of every accepted plan."""
+def _refuse_known_packs(plan: Plan) -> None:
+    """A pack is submitted once. (A folder of one that is in no plan is what an interrupted submission left.)"""
+    sweep = plan.sweep.dir
     plans = (read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep))
-    return {pack["id"] for plan in plans for pack in plan["packs"]}
+    known = {pack["id"] for accepted in plans for pack in accepted["packs"]} & {pack.id for pack in plan.packs}
+    if known:
+        raise ClusterError(f"The pack {min(known)} was submitted by another launcher meanwhile; run the command again.")
 
 
 def _accept(plan: Plan) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.cluster.local import log_files
-from launcher.jobs import JobRecord, jobs_of
+from launcher.cluster.slurm import task_logs
+from launcher.jobs import JobRecord, jobs_of, look_up
 from train.rundir import PackDir, RunDir, SweepDir
 
 POLL_SECONDS = 0.5
+SLURM_POLL_SECONDS = 10.0  # between questions to a controller that serves many users
 TAIL_BYTES = 8192
 
 
@@ -20,14 +22,25 @@ def jobs_of_run(run: RunDir) -> list[JobRecord]:
     return [job for job in jobs_of(SweepDir(run.path.parent)) if run.path.name in job.runs]
 
 
+def logs_of(job: JobRecord) -> list[Path]:
+    """The logs of a job, the oldest first; of each attempt stdout, then stderr. On Slurm attempts are appended to one pair."""
+    if job.slurm is None:
+        return log_files(job.pack)
+    return task_logs(job.slurm.array, job.slurm.task)
+
+
 def read_logs(run: RunDir, *, follow: bool) -> Iterator[str]:
     """The logs of every job that trained the run, each file under a line with its name; `follow` goes on until no job is left."""
     seen: dict[Path, int] = {}
+    waiting, asked_at = follow, float("-inf")
     while True:
         jobs = jobs_of_run(run)
-        waiting = follow and any(job.alive for job in jobs)
+        pause = SLURM_POLL_SECONDS if any(job.slurm for job in jobs) else POLL_SECONDS
+        if waiting and time.monotonic() - asked_at >= pause:
+            asked_at = time.monotonic()
+            waiting = any(job.alive is not False for job in look_up(jobs))
         for job in jobs:
-            for file in log_files(job.pack):
+            for file in logs_of(job):
                 yield from _news(file, seen)
         if not waiting:
             return

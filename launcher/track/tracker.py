@@ -1,18 +1,21 @@
-"""Where every run is now, read from files alone.
+"""Where every run is now: by its files, and by one look at Slurm's queue where jobs are there.
 
-Truth order: ``result.json`` > lease and attempts > the job that was given the run > unknown. Unknown is never turned into failed.
+Truth order: ``result.json`` > lease and attempts > squeue > sacct > unknown, with its age. Unknown is never turned into failed.
 """
 
 from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from launcher.jobs import JobRecord, newest_job_per_run
+from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
+from launcher.units import seconds
+from train.attempts import FINAL, why_held
 from train.lease import Lease, read_lease
 from train.rundir import Record, RunDir, SweepDir, read_first_line, read_json, read_lines, tail_lines
 
@@ -32,9 +35,13 @@ STATE_AFTER = {
 
 def track(sweep: SweepDir, runs: Iterable[RunDir] | None = None) -> list[RunStatus]:
     """The status of `runs`, by default of every run of the sweep, r8 before r16. Reads only the ends of journals."""
-    jobs = newest_job_per_run(sweep)
-    listed = sorted(sweep.runs(), key=_natural_order) if runs is None else runs
-    return [_status(run, jobs.get(run.path.name)) for run in listed]
+    listed = list(sorted(sweep.runs(), key=_natural_order) if runs is None else runs)
+    results = {run.path.name: read_json(run.result) for run in listed}
+    jobs = newest_job_per_run(jobs_of(sweep))
+    asked = {job.pack.path: job for name, job in jobs.items() if name in results and results[name] is None}
+    seen = {job.pack.path: job for job in look_up(list(asked.values()))}
+    found = {name: seen.get(job.pack.path, job) for name, job in jobs.items()}
+    return [_status(run, results[run.path.name], found.get(run.path.name)) for run in listed]
 
 
 def status_json(sweep: SweepDir, statuses: list[RunStatus]) -> dict[str, Any]:
@@ -47,12 +54,11 @@ def _natural_order(run: RunDir) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", run.name)]
 
 
-def _status(run: RunDir, job: JobRecord | None) -> RunStatus:
+def _status(run: RunDir, result: Record | None, job: JobRecord | None) -> RunStatus:
     lease, attempts = read_lease(run), read_lines(run.attempts)
-    result = read_json(run.result)
-    state, cause = _state(result, lease, attempts, job)
     if result is not None:
         return _done_status(run, result, attempts)
+    state, cause = _state(lease, attempts, job)
     if state in {State.PENDING, State.STOPPED} and run.cancel_request.exists():  # no job will take it up
         state = State.CANCELLED
     tail = tail_lines(run.journal)
@@ -73,7 +79,24 @@ def _status(run: RunDir, job: JobRecord | None) -> RunStatus:
         cause=cause,
         job=lease.job if lease else job.id if job else None,
         node=lease.host if lease else attempts[-1]["node"] if attempts else job.host if job else None,
+        reason=_reason(run, state, lease, attempts, job),
     )
+
+
+def _reason(
+    run: RunDir, state: State, lease: Lease | None, attempts: list[Record], job: JobRecord | None
+) -> str | None:
+    """Why a run waits, is held, or is unknown."""
+    view = job.slurm.view if job is not None and job.slurm is not None else None
+    if state is State.PENDING and view is not None:
+        return view.reason
+    if state is State.STOPPED:
+        return why_held(attempts)
+    if state is State.UNKNOWN:
+        times = [lease.heartbeat if lease else 0.0, job.submitted if job else 0.0, run.config.stat().st_mtime]
+        times += [line["ended"] for line in attempts[-1:]]
+        return f"not heard of for {seconds(time.time() - max(times))}"
+    return None
 
 
 def _done_status(run: RunDir, result: Record, attempts: list[Record]) -> RunStatus:
@@ -94,22 +117,45 @@ def _done_status(run: RunDir, result: Record, attempts: list[Record]) -> RunStat
     )
 
 
-def _state(
-    result: Record | None, lease: Lease | None, attempts: list[Record], job: JobRecord | None
-) -> tuple[State, str | None]:
-    """The state of a run, and the cause of its last end."""
+def _state(lease: Lease | None, attempts: list[Record], job: JobRecord | None) -> tuple[State, str | None]:
+    """The state of a run without a result, and the cause of its last end."""
     cause = attempts[-1]["cause"] if attempts else None
-    if result is not None:
-        return State.DONE, "done"
+    ended_in_job = job is not None and bool(attempts) and attempts[-1]["ended"] >= job.submitted
+    if job is not None and job.slurm is not None:
+        return _slurm_state(lease, cause, ended_in_job, job)
     if lease is not None:
         return _leased_state(lease, cause)
-    if job is not None and job.alive and (not attempts or attempts[-1]["ended"] < job.submitted):
+    if job is not None and job.alive and not ended_in_job:
         return State.PENDING, cause
     if cause is None:
         return State.STOPPED, None
     if cause == "done" and job is not None and job.alive:  # its result is being written
         return State.RUNNING, None
     return STATE_AFTER.get(cause, State.UNKNOWN), cause
+
+
+def _slurm_state(
+    lease: Lease | None, cause: str | None, ended_in_job: bool, job: JobRecord
+) -> tuple[State, str | None]:
+    """The state of a run whose job is on Slurm. A heartbeat tells more than the queue, unless the job has left the queue."""
+    view = job.slurm.view if job.slurm is not None else None
+    if job.alive is None and view is None:  # squeue does not answer
+        if lease is not None:
+            return _leased_state(lease, cause)
+        return (STATE_AFTER[cause], cause) if ended_in_job and cause in FINAL else (State.UNKNOWN, cause)
+    if view is not None and not view.state.over and view.state.state is not State.UNKNOWN:
+        if lease is not None and lease.alive() and view.state.state is State.RUNNING:
+            return State.RUNNING, cause
+        return (
+            (STATE_AFTER[cause], cause)
+            if ended_in_job and cause in FINAL and lease is None
+            else (view.state.state, cause)
+        )
+    if lease is None and ended_in_job and cause is not None:
+        return STATE_AFTER.get(cause, State.UNKNOWN), cause
+    if view is None:
+        return (State.STOPPED, cause) if job.id is None else (State.UNKNOWN, cause)
+    return view.state.state, view.state.cause or cause
 
 
 def _leased_state(lease: Lease, cause: str | None) -> tuple[State, str | None]:

@@ -61,7 +61,7 @@ def train_pack(leases, cache, stop, say):
 
 def end(run, lease, cause, first, last):
     detail = "the loss is nan" if cause == "diverged" else None
-    append_lines(run.attempts, [attempt_line(lease, cause, detail, first, last, device="cpu")])
+    append_lines(run.attempts, [attempt_line(run, lease, cause, detail, first, last, device="cpu")])
     release(run, lease)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster.choice import explain_choice
+from launcher.cluster.choice import explain_choice, on_slurm
 from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
 from launcher.cluster.states import SLURM_STATES, slurm_state
 from launcher.records import ClusterConfig, State
@@ -59,9 +59,13 @@ def test_slurms_words_are_in_one_table_and_others_are_unknown() -> None:
 def test_the_choice_of_cluster_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = ClusterConfig(kind="auto")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no Slurm here" in explain_choice(auto)
+    assert not on_slurm(auto)
     put_command(tmp_path, "sinfo", "exit 1", monkeypatch)
-    assert "no Slurm here" in explain_choice(auto)
+    assert not on_slurm(auto)
+    assert "no Slurm here" in explain_choice(auto, slurm=False)
     put_command(tmp_path, "sinfo", "echo gpu", monkeypatch)
-    assert "trains on this machine only" in explain_choice(auto)
-    assert "cluster=local" in explain_choice(ClusterConfig(kind="local"))
+    assert on_slurm(auto)
+    assert "Slurm answers here" in explain_choice(auto, slurm=True)
+    local = ClusterConfig(kind="local")
+    assert not on_slurm(local)
+    assert "cluster=local" in explain_choice(local, slurm=False)

@@ -43,7 +43,7 @@ def kill_holder(run: RunDir, host: str = "", heartbeat_age: float = 0.0) -> None
 
 def end_attempt(run: RunDir, cause: str, last_step: int = 5) -> None:
     lease = acquire(run, job="77", attempt=1)
-    append_lines(run.attempts, [attempt_line(lease, cause, None, 0, last_step, device="cpu")])
+    append_lines(run.attempts, [attempt_line(run, lease, cause, None, 0, last_step, device="cpu")])
     run.lease.unlink()
 
 
@@ -144,10 +144,11 @@ def test_a_thousand_runs_take_less_than_two_seconds(sweep: SweepDir) -> None:
     journal = (
         "\n".join(json.dumps(line) for line in [HEADER, *({"step": i, "loss": 1.0} for i in range(1, 200))]) + "\n"
     )
+    attempt = {"attempt": 1, "cause": "preempted", "detail": None, "last_step": 199, "ended": 1.0, "node": "n"}
     for run in runs:
         run.config.write_text("{}")
         run.journal.write_text(journal)
-        run.attempts.write_text(json.dumps({"attempt": 1, "cause": "preempted", "ended": 1.0, "node": "n"}) + "\n")
+        run.attempts.write_text(json.dumps(attempt) + "\n")
     submit_job(sweep, runs, pid=DEAD_PID)
     started = time.process_time()
     statuses = track(sweep)

@@ -1,0 +1,99 @@
+"""What Slurm says of a sweep's jobs: one squeue, and one sacct for those that are no longer in the queue."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from launcher.cluster.commands import answer_of
+from launcher.cluster.states import SlurmState, slurm_state
+
+ACCOUNTING_TIMEOUT_SECONDS = 20.0
+NAMES_PER_CALL = 200  # a command line has an end
+
+
+@dataclass(frozen=True)
+class JobView:
+    """One job or task as Slurm sees it. `reason` is why it waits; `word` is Slurm's own."""
+
+    id: str
+    state: SlurmState
+    word: str
+    reason: str | None
+    node: str | None
+
+
+JobKey = tuple[str, int]  # a job's name, and its place in the array
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The views of all jobs that were asked for. `answered` is False if squeue did not: then nothing is known of what is missing."""
+
+    views: dict[JobKey, JobView]
+    answered: bool
+
+    def view(self, key: JobKey) -> JobView | None:
+        """What is known of a job."""
+        return self.views.get(key)
+
+
+def read_queue(names: Collection[str]) -> Queue:
+    """Every job in the queue, or lately in it, that has one of these names."""
+    views: dict[JobKey, JobView] = {}
+    listed = sorted(names)
+    for start in range(0, len(listed), NAMES_PER_CALL):
+        chosen = ",".join(listed[start : start + NAMES_PER_CALL])
+        command = ("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", f"--name={chosen}")
+        answer = answer_of(*command, "--format=%j|%i|%T|%r|%N")
+        if answer is None:
+            return Queue(views, answered=False)
+        views |= parse_squeue(answer)
+    return Queue(views, answered=True)
+
+
+def read_accounting(names: Collection[str], since: float) -> dict[JobKey, JobView]:
+    """How jobs with these names that were submitted after `since` (Unix time) ended, by the last of their attempts."""
+    if not names:
+        return {}
+    start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 60))
+    command = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", f"--starttime={start}")
+    answer = answer_of(
+        *command,
+        f"--name={','.join(sorted(names))}",
+        "--format=JobName,JobID,State,Start,NodeList",
+        timeout=ACCOUNTING_TIMEOUT_SECONDS,
+    )
+    return parse_sacct(answer or "")
+
+
+def parse_squeue(text: str) -> dict[JobKey, JobView]:
+    """The lines of ``squeue --array --format=%j|%i|%T|%r|%N``."""
+    views = {}
+    for line in text.splitlines():
+        name, number, word, reason, nodes = (part.strip() for part in line.rsplit("|", 4))
+        waits = None if reason in {"None", ""} else reason
+        views[_key(name, number)] = JobView(number, slurm_state(word), word, waits, nodes or None)
+    return views
+
+
+def parse_sacct(text: str) -> dict[JobKey, JobView]:
+    """The lines of ``sacct --duplicates --parsable2 --format=JobName,JobID,State,Start,NodeList``: a row per attempt."""
+    newest: dict[JobKey, tuple[str, JobView]] = {}
+    for line in text.splitlines():
+        name, number, word, started, nodes = (part.strip() for part in line.rsplit("|", 4))
+        if "[" in number:  # tasks that never started stand in one row
+            continue
+        key, begun = _key(name, number), started if started[:1].isdigit() else ""
+        if key not in newest or begun >= newest[key][0]:
+            node = None if nodes in {"", "None assigned"} else nodes
+            newest[key] = begun, JobView(number, slurm_state(word), word, None, node)
+    return {key: view for key, (_, view) in newest.items()}
+
+
+def _key(name: str, number: str) -> JobKey:
+    """``("rank.1a2b3c4d", 7)`` of job ``123_7``; a job that is no array is its own task 0."""
+    _, _, task = number.partition("_")
+    return name, int(task) if task.isdigit() else 0

@@ -1,0 +1,172 @@
+"""What will be submitted, as values: packs -> arrays -> the parameters that submitit renders. Nothing here runs a command."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.records import ClusterConfig, Pack
+from train.rundir import ArrayDir
+from train.slurm import warning_seconds
+
+LONG_MINUTES = 60  # any limit that is no short one
+REPORT_MINUTES = 30
+
+# Slurm ends a job's shell with it. A shell that waits keeps srun alive, and with it the log of what the job does in its last seconds.
+KEEP_THE_SHELL = "trap '' TERM"
+TASK_ID = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+
+
+@dataclass(frozen=True)
+class ArrayRequest:
+    """Jobs that differ in nothing but their packs. `token` is in their name, by which they are found if sbatch's answer is lost."""
+
+    token: str
+    name: str
+    partition: str
+    gres: str
+    packs: tuple[str, ...]
+    minutes: int | None
+    parallel: int
+
+
+def array_requests(sweep: str, packs: Sequence[Pack], cluster: ClusterConfig, largest: int) -> list[ArrayRequest]:
+    """One array per partition and GPU, cut at `largest` tasks; all together run as many jobs at once as the cluster section allows."""
+    by_shape: dict[tuple[str, str], list[Pack]] = {}
+    for pack in packs:
+        by_shape.setdefault((pack.partition, pack.gres), []).append(pack)
+    parts = [group[start : start + largest] for group in by_shape.values() for start in range(0, len(group), largest)]
+    shares = parallel_shares([len(part) for part in parts], cluster.jobs_at_once(slurm=True))
+    return [_request(sweep, part, share) for part, share in zip(parts, shares, strict=True)]
+
+
+def parallel_shares(sizes: Sequence[int], at_once: int) -> list[int]:
+    """`at_once` dealt out over arrays of these sizes, at least one each and never more than an array has tasks."""
+    shares = [1] * len(sizes)
+    for _ in range(at_once - len(sizes)):
+        open_ones = [place for place, size in enumerate(sizes) if shares[place] < size]
+        if not open_ones:
+            break
+        shares[max(open_ones, key=lambda place: sizes[place] / shares[place])] += 1
+    return shares
+
+
+def halves(request: ArrayRequest, sweep: str) -> tuple[ArrayRequest, ArrayRequest]:
+    """The same jobs as two arrays, for a queue that takes no more at once."""
+    middle = math.ceil(len(request.packs) / 2)
+    first, second = request.packs[:middle], request.packs[middle:]
+    return _part(request, sweep, first), _part(request, sweep, second)
+
+
+def sbatch_parameters(request: ArrayRequest, cluster: ClusterConfig, array: ArrayDir) -> dict[str, Any]:
+    """What submitit's executor is told for an array."""
+    return _for_submitit(
+        _common(cluster)
+        | {
+            "job_name": request.name,
+            "partition": request.partition,
+            "gres": request.gres or None,
+            "time": request.minutes,
+            "cpus_per_task": cluster.cpus,
+            "mem": None if cluster.ram_gib is None else f"{math.ceil(1024 * cluster.ram_gib)}M",
+            "constraint": cluster.constraint,
+            "signal_delay_s": warning_seconds(request.minutes or LONG_MINUTES),
+            "array_parallelism": request.parallel,
+            "setup": setup_lines(cluster, array),
+        }
+    )
+
+
+def afterwards_parameters(sweep: str, cluster: ClusterConfig, partition: str, jobs: Sequence[str]) -> dict[str, Any]:
+    """What submitit's executor is told for the job that runs when `jobs` have ended."""
+    return _for_submitit(
+        _common(cluster)
+        | {
+            "job_name": report_name(sweep),
+            "partition": partition,
+            "time": REPORT_MINUTES,
+            "cpus_per_task": 1,
+            "setup": [KEEP_THE_SHELL, *_user_setup(cluster)],
+            "dependency": f"afterany:{':'.join(jobs)}",
+        }
+    )
+
+
+def report_name(sweep: str) -> str:
+    """What the job is called that writes a sweep's report."""
+    return f"{sweep}.report"
+
+
+def _common(cluster: ClusterConfig) -> dict[str, Any]:
+    return {
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "srun_args": ["--open-mode=append"],  # srun would empty the log of the attempt before
+        "additional_parameters": _filled({"requeue": True, "reservation": cluster.reservation}),
+    }
+
+
+def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _for_submitit(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What is set, and no word of submitit's own: its wckey is refused where such keys are checked."""
+    return _filled(parameters) | {"wckey": None}
+
+
+def _user_setup(cluster: ClusterConfig) -> list[str]:
+    return [*(f"module load {shlex.quote(module)}" for module in cluster.modules), *cluster.setup]
+
+
+def setup_lines(cluster: ClusterConfig, array: ArrayDir) -> list[str]:
+    """The shell lines before srun: the user's, and what lets a task start whose launcher died before naming its pickle."""
+    pickle = f'{shlex.quote(str(array.submitit))}/"{TASK_ID}"_submitted.pkl'
+    return [
+        KEEP_THE_SHELL,
+        *_user_setup(cluster),
+        f"[ -e {pickle} ] || ln -s {shlex.quote(array.callable.name)} {pickle}",
+    ]
+
+
+def job_python(code: Path, container: str | None) -> str:
+    """The words before submitit's module: the frozen code first, nothing from the working folder.
+
+    Until Python's handlers stand, a signal would end the job, and one that ends while it is preempted is not queued again.
+    """
+    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "WARNING"}
+    deaf = ["sh", "-c", "trap '' TERM USR1 USR2; exec \"$@\"", "job"]
+    words = shlex.join([*deaf, "env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])
+    return f"{container} {words}" if container else words
+
+
+def _request(sweep: str, packs: list[Pack], share: int) -> ArrayRequest:
+    """The array of these packs; its time limit is that of the longest."""
+    limits = [pack.minutes for pack in packs if pack.minutes is not None]
+    minutes = max(limits) if len(limits) == len(packs) else None
+    ids, first = tuple(pack.id for pack in packs), packs[0]
+    return ArrayRequest(_token(ids), _name(sweep, ids), first.partition, first.gres, ids, minutes, share)
+
+
+def _part(request: ArrayRequest, sweep: str, packs: tuple[str, ...]) -> ArrayRequest:
+    parallel = min(request.parallel, len(packs))
+    return replace(request, token=_token(packs), name=_name(sweep, packs), packs=packs, parallel=parallel)
+
+
+def _name(sweep: str, packs: Sequence[str]) -> str:
+    return f"{sweep}.{_token(packs)}"
+
+
+def _token(packs: Sequence[str]) -> str:
+    """Eight hexadecimal digits; pack ids are never used twice."""
+    return hashlib.sha256("\n".join(packs).encode()).hexdigest()[:8]

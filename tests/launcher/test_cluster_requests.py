@@ -1,0 +1,115 @@
+"""What would be submitted, as values: which arrays, with which parameters, and the script that submitit makes of them."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from submitit import SlurmExecutor
+
+from launcher.cluster.requests import (
+    ArrayRequest,
+    afterwards_parameters,
+    array_requests,
+    halves,
+    job_python,
+    parallel_shares,
+    sbatch_parameters,
+)
+from launcher.records import ClusterConfig, Forecast, Pack
+from stand_in import put_command
+from train.rundir import ArrayDir
+
+SLURM = ClusterConfig(kind="slurm")
+REQUEST = ArrayRequest("0a1b2c3d", "rank.0a1b2c3d", "t4", "gpu:t4:1", ("p1", "p2"), 90, 2)
+
+
+def pack(number: int, partition: str = "t4", minutes: int | None = 60) -> Pack:
+    return Pack(f"p{number}", partition, (f"r{number}",), Forecast(1.0, 60.0, 0.1, None), f"gpu:{partition}:1", minutes)
+
+
+def test_an_array_per_partition_cut_at_the_clusters_limit() -> None:
+    packs = [*(pack(i) for i in range(5)), *(pack(i, "a100", minutes=90 + i) for i in range(5, 8))]
+    requests = array_requests("rank", packs, SLURM.model_copy(update={"max_parallel": 6}), largest=3)
+    assert [(r.partition, len(r.packs)) for r in requests] == [("t4", 3), ("t4", 2), ("a100", 3)]
+    assert [name for request in requests for name in request.packs] == [pack.id for pack in packs]
+    assert sum(request.parallel for request in requests) == 6
+    assert [request.minutes for request in requests] == [60, 60, 97]
+    assert len({request.name for request in requests}) == 3
+    assert all(request.name == f"rank.{request.token}" for request in requests)
+
+
+def test_one_pack_without_a_limit_leaves_the_array_without() -> None:
+    (request,) = array_requests("rank", [pack(1), pack(2, minutes=None)], SLURM, largest=9)
+    assert request.minutes is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_once", "shares"),
+    [([10], 4, [4]), ([2], 8, [2]), ([500, 500], 8, [4, 4]), ([9, 3], 8, [6, 2]), ([1, 1, 1], 2, [1, 1, 1])],
+)
+def test_jobs_at_once_are_dealt_out(sizes: list[int], at_once: int, shares: list[int]) -> None:
+    assert parallel_shares(sizes, at_once) == shares
+
+
+def test_halves_are_the_same_jobs_under_other_names() -> None:
+    whole = replace(REQUEST, packs=("a", "b", "c"), parallel=3)
+    first, second = halves(whole, "rank")
+    assert (first.packs, second.packs) == (("a", "b"), ("c",))
+    assert len({whole.name, first.name, second.name}) == 3
+    assert (first.parallel, second.parallel) == (2, 1)
+
+
+def script(cluster: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What sbatch would get, by submitit itself; srun is only looked for."""
+    put_command(tmp_path, "srun", "exit 1", monkeypatch)
+    array = ArrayDir(tmp_path / "arrays" / "0a1b2c3d")
+    executor = SlurmExecutor(array.submitit, python=job_python(tmp_path / "code", cluster.container))
+    executor.update_parameters(**sbatch_parameters(REQUEST, cluster, array))
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "uid"))
+
+
+def test_what_the_user_set_reaches_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = {
+        "account": "lab",
+        "qos": "low",
+        "reservation": "course",
+        "constraint": "nvlink",
+        "modules": ["cuda/12"],
+        "setup": ["source env"],
+        "container": "apptainer exec --nv image.sif",
+        "cpus": 6,
+        "ram_gib": 1.5,
+    }
+    lines = script(SLURM.model_copy(update=wishes), tmp_path, monkeypatch).splitlines()
+    options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert options >= {
+        "account=lab", "qos=low", "reservation=course", "constraint=nvlink", "cpus-per-task=6", "mem=1536M",
+        "partition=t4", "gres=gpu:t4:1", "time=90", "requeue", "open-mode=append", "signal=USR2@120",
+        "job-name=rank.0a1b2c3d",
+    }  # fmt: skip
+    assert not any(option.startswith("wckey") for option in options)  # submitit's own, which some clusters refuse
+    assert lines.index("module load cuda/12") < lines.index("source env")
+    (srun,) = (line for line in lines if line.startswith("srun"))
+    assert "--open-mode=append" in srun
+    assert "apptainer exec --nv image.sif sh -c" in srun
+
+
+def test_nothing_is_asked_for_that_nobody_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = script(SLURM, tmp_path, monkeypatch)
+    for word in ("account", "qos", "reservation", "constraint", "mem=", "module load"):
+        assert word not in text
+
+
+def test_the_job_is_deaf_to_signals_until_its_handlers_stand(tmp_path: Path) -> None:
+    words = shlex.split(job_python(tmp_path, None))
+    assert words[:2] == ["sh", "-c"]
+    assert "trap '' TERM USR1 USR2" in words[2]
+    assert f"PYTHONPATH={tmp_path}" in " ".join(words)
+    assert "PYTHONSAFEPATH=1" in words
+
+
+def test_the_report_waits_for_all_jobs_however_they_end() -> None:
+    parameters = afterwards_parameters("rank", SLURM, "t4", ["12", "13"])
+    assert parameters["dependency"] == "afterany:12:13"
+    assert "gres" not in parameters

@@ -1,0 +1,74 @@
+"""Why Slurm asks a job to stop, from what ``scontrol show job`` said in each case on a real 22.05."""
+
+import time
+
+import pytest
+
+from train.slurm import SlurmJob, cause_of_signal, parse_job, this_job, warning_seconds
+
+JOB = SlurmJob("12_3", restarts=0)
+STARTED = time.mktime(time.strptime("2026-11-24T23:43:56", "%Y-%m-%dT%H:%M:%S"))
+LINE = (
+    "JobId=15 ArrayJobId=12 ArrayTaskId=3 JobName=rank.1a JobState={state} Reason=None Requeue=1 Restarts={restarts} "
+    "TimeLimit={limit} StartTime=2026-11-24T23:43:56 EndTime=2026-11-24T23:44:56 PreemptTime={preempt} Command=(null)"
+)
+
+
+def cause(
+    signal: str, after: float, state: str = "RUNNING", restarts: int = 0, preempt: str = "None", limit: str = "02:00:00"
+) -> str:
+    facts = parse_job(LINE.format(state=state, restarts=restarts, preempt=preempt, limit=limit))
+    return cause_of_signal(signal, JOB, facts, STARTED + after)[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"signal": "SIGTERM", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),  # in the grace time
+        ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING", "restarts": 1}, "preempted"),  # without one
+        ({"signal": "SIGUSR2", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),  # preempt_send_user_signal
+        ({"signal": "SIGUSR2", "after": 7200 - 130}, "timeout"),
+        ({"signal": "SIGUSR2", "after": 7200 - 100, "state": "SIGNALING"}, "timeout"),
+        ({"signal": "SIGTERM", "after": 7200, "state": "COMPLETING"}, "timeout"),  # the limit itself
+        ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING"}, "cancelled"),  # scancel
+        ({"signal": "SIGTERM", "after": 60, "limit": "UNLIMITED"}, "preempted"),  # somebody's kill
+    ],
+)
+def test_the_cause_is_what_happens_to_the_job(said: dict[str, object], told: str) -> None:
+    assert cause(**said) == told  # type: ignore[arg-type]
+
+
+def test_without_an_answer_the_signal_decides() -> None:
+    assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
+    assert cause_of_signal("SIGUSR2", JOB, None, 0.0)[0] == "timeout"
+    assert cause_of_signal("SIGTERM", JOB, None, 0.0)[0] == "preempted"
+
+
+def test_limits_are_read_in_days_too() -> None:
+    facts = parse_job(LINE.format(state="RUNNING", restarts=0, preempt="None", limit="1-00:00:30"))
+    assert facts is not None
+    assert facts.limit_at == STARTED + 86_430
+
+
+def test_short_limits_are_announced_late_enough_to_train() -> None:
+    assert [warning_seconds(minutes) for minutes in (1, 3, 60, 1440)] == [20, 60, 120, 120]
+
+
+def test_a_job_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+        "SUBMITIT_LOCAL_JOB_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    assert this_job() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    assert this_job() == SlurmJob("15", 0)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert this_job() == SlurmJob("12_3", 2)
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "77")  # cluster=local inside an allocation
+    assert this_job() is None
