@@ -22,7 +22,10 @@ USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}  # of the memory; the rest is the syst
 
 # What is there before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
 PROCESS_GIB = {"cpu": 0.9, "cuda": 0.6}
-GPU_LAYER_SECONDS = 0.0047  # a layer's kernels cannot be launched faster, forward and backward: 32 layers take 150 ms
+# Measured on an H200 with 32 layers: launching a micro-batch forward and backward takes 150 ms; where a graph is replayed, or the
+# kernels take longer, 13 ms of reading weights and filling the GPU are left beside the arithmetic.
+LAUNCH_SECONDS, LAYER_SECONDS = 0.0047, 0.0004
+NF4_FLOP = 1400  # unpacking a weight takes as long as so many FLOP, at each use
 STARTUP_SECONDS = 15.0  # imports, loading
 
 
@@ -67,13 +70,17 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
 def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> float:
     """Time in steps and evaluations: 2 FLOP a weight forward, 2 backward (a frozen weight has no gradient), 2 if recomputed."""
     fit, tokens = _micro_batch(config, work, shape, device)
-    train_flop = (6 if fit.checkpoint_activations else 4) * sum(w.train_tokens for w in work)
-    flop = shape.flop_parameters * (train_flop + 2 * sum(w.eval_tokens for w in work))
+    train_tokens, eval_tokens = (
+        sum(counts) for counts in zip(*((w.train_tokens, w.eval_tokens) for w in work), strict=True)
+    )
+    flop = shape.flop_parameters * ((6 if fit.checkpoint_activations else 4) * train_tokens + 2 * eval_tokens)
     if device.kind == "cpu":
         return flop / device.flops
-    micro_batches = sum(w.train_tokens for w in work) / max(tokens, 1.0)
-    launches = max(micro_batches, max(w.steps for w in work)) * shape.layers * GPU_LAYER_SECONDS
-    return max(flop / device.flops, launches)
+    micro_batches = max(train_tokens / max(tokens, 1.0), max(w.steps for w in work))
+    if fit.residency == "nf4":
+        flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.linear_parameters
+    launches = 0.0 if device.graphed and fit.graphs else micro_batches * shape.layers * LAUNCH_SECONDS
+    return max(flop / device.flops, launches) + micro_batches * shape.layers * LAYER_SECONDS
 
 
 def _micro_batch(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> tuple[Fit, float]:

@@ -11,20 +11,21 @@ from typing import Literal
 GIB = 2**30
 NVIDIA_SMI_TIMEOUT_SECONDS = 5.0
 
-# FLOP/s that fine-tuning reaches, by a part of the GPU's name. H200: measured with packs of eight 7B runs in NF4 (13,744 tok/s).
-# The others are that share (about 0.4) of NVIDIA's data-sheet figures for dense 16-bit tensor cores.
+# FLOP/s that training reaches while launches do not hold it up, by a part of the GPU's name. H200: measured, 0.75 of its matrix
+# rate. The others are a share of NVIDIA's data-sheet figures for dense 16-bit tensor cores: 0.6 from sm_80 on, 0.4 before.
 GPU_FLOPS = {
-    "H200": 360e12,
-    "H100": 360e12,
-    "A100": 125e12,
-    "A40": 60e12,
-    "L40": 70e12,
-    "L4": 48e12,
-    "A10": 50e12,
-    "V100": 45e12,
+    "H200": 590e12,
+    "H100": 590e12,
+    "A100": 190e12,
+    "A40": 90e12,
+    "L40": 108e12,
+    "L4": 72e12,
+    "A10": 75e12,
+    "V100": 50e12,
     "T4": 25e12,
 }
 UNKNOWN_GPU_FLOPS = 40e12
+GRAPHED = ("H100", "H200")  # whose steps are replayed as CUDA graphs (`train.kernels`)
 # SmolLM2-135M in float32 on 2 cores, 512 tokens a step: 2.8 s, which is 4 x 135e6 x 512 FLOP.
 CPU_CORE_FLOPS = 50e9
 
@@ -37,6 +38,11 @@ class DeviceFacts:
     name: str
     memory_gib: float
     flops: float
+
+    @property
+    def graphed(self) -> bool:
+        """Whether its steps can be CUDA graphs, so that no launch holds them up."""
+        return any(name in self.name for name in GRAPHED)
 
 
 def local_device() -> DeviceFacts:
