@@ -70,9 +70,7 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
 def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> float:
     """Time in steps and evaluations: 2 FLOP a weight forward, 2 backward (a frozen weight has no gradient), 2 if recomputed."""
     fit, tokens = _micro_batch(config, work, shape, device)
-    train_tokens, eval_tokens = (
-        sum(counts) for counts in zip(*((w.train_tokens, w.eval_tokens) for w in work), strict=True)
-    )
+    train_tokens, eval_tokens = sum(w.train_tokens for w in work), sum(w.eval_tokens for w in work)
     flop = shape.flop_parameters * ((6 if fit.checkpoint_activations else 4) * train_tokens + 2 * eval_tokens)
     if device.kind == "cpu":
         return flop / device.flops

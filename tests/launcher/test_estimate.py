@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
+from launcher.estimate.arithmetic import STARTUP_SECONDS, Correction, fits, forecast, memory_bytes, training_seconds
 from launcher.estimate.devices import GIB, DeviceFacts, cpu_device, gpu_device, local_device
 from launcher.estimate.history import median_ratio
 from launcher.estimate.shapes import model_shape, staged_shape, typical_shape
@@ -127,7 +127,7 @@ def test_a_correction_scales_what_was_measured() -> None:
         forecast(config(), runs(2), LLAMA_7B, H200, correction) for correction in (Correction(), Correction(2.0, 1.5))
     )
     assert corrected.vram_gib == pytest.approx(1.5 * plain.vram_gib)
-    assert corrected.seconds > 1.4 * plain.seconds
+    assert corrected.seconds - STARTUP_SECONDS == pytest.approx(2 * (plain.seconds - STARTUP_SECONDS))
     assert median_ratio([]) == 1
     assert median_ratio([1.1, 1.3, 40.0]) == 1.3
 
