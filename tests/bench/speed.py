@@ -1,0 +1,275 @@
+"""One command per table: lorapack and its peers on the same GPU, in the same minutes, over the same rows.
+
+    PYTHONPATH=.:tests python -m bench.speed --table plain --json plain.json
+
+Every program is a process of its own. lorapack is measured before and after its peers, so that a GPU that slowed down meanwhile
+would show. `--quick` tries the harness on a tiny model, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from bench.measuring import LINEARS, Measured, Setting
+from bench.shapes import SHAPES, Shape, model_folder
+from bench.tables import ratios, speed_table, together, where_packing_stops
+
+HERE = Path(__file__).resolve().parent
+WORKER_SECONDS = 300.0
+VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
+NAME, AS_T4 = "lorapack", "lorapack as on a T4"
+MODULES = {NAME: "bench.ours", "plain script": "bench.plain", "Unsloth": "bench.unsloth_peer"}
+HEADLINE = Setting(runs=8, batch=4)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of a worker, or of `processes` of them at once."""
+
+    who: str
+    settings: tuple[Setting, ...]
+    processes: int = 1
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table compares: settings of lorapack, and its peers' jobs."""
+
+    title: str
+    ours: tuple[Setting, ...]
+    peers: tuple[Job, ...] = ()
+    t4: tuple[Setting, ...] = ()
+    needs: str | None = None
+
+
+def plain(*settings: Setting, processes: int = 1) -> Job:
+    return Job("plain script", settings, processes)
+
+
+def unsloth(*settings: Setting) -> Job:
+    return Job("Unsloth", settings)
+
+
+RECOMPUTED = Setting(checkpointing=True)
+TABLES = {
+    "plain": Table("the plain script, a process per run", (HEADLINE,), (plain(Setting()), plain(RECOMPUTED))),
+    "tuned": Table(
+        "the plain script with larger batches, no checkpointing",
+        (HEADLINE, Setting(runs=8, batch=16)),
+        (plain(Setting(batch=16), Setting(batch=0)),),
+    ),
+    "at_once": Table(
+        "plain processes at once", (HEADLINE,), (plain(*(Setting(processes=n) for n in (2, 4, 8)), processes=8),)
+    ),
+    "unsloth": Table(
+        "Unsloth",
+        (Setting(), Setting(batch=16), HEADLINE),
+        (
+            unsloth(Setting(), Setting(batch=16)),
+            unsloth(RECOMPUTED, replace(RECOMPUTED, batch=16)),
+        ),
+        needs="unsloth",
+    ),
+    "ours": Table(
+        "lorapack",
+        (
+            *(Setting(runs=runs) for runs in (1, 2, 4, 8, 16)),
+            Setting(batch=16),
+            Setting(runs=8, batch=16),
+            Setting(runs=8, targets=LINEARS),
+        ),
+        t4=(
+            Setting(runs=8, checkpointing=True),
+            Setting(runs=1, checkpointing=True),
+            Setting(runs=8, checkpointing=True, targets=LINEARS),
+        ),
+    ),
+}
+QUICK = Table("the harness", (Setting(), Setting(runs=2)), (plain(Setting()),))
+
+
+@dataclass
+class Session:
+    """One invocation: where files lie, and everything measured so far."""
+
+    folder: Path
+    model: Path
+    steps: tuple[str, ...]
+    again: bool = True
+    out: Path | None = None
+    results: list[tuple[Job, Measured]] = field(default_factory=list)
+    ceilings: list[float] = field(default_factory=list)
+    started: int = 0
+
+    def run(self, job: Job) -> list[Measured]:
+        """Start a job's processes, wait, and read what they measured; what failed or hung is a line with its error."""
+        self.started += 1
+        place = self.folder / f"{self.started:02d}"
+        place.mkdir()
+        (place / "settings.json").write_text(json.dumps([asdict(setting) for setting in job.settings]))
+        began = time.monotonic()
+        processes = [self._start(job, place, rank) for rank in range(job.processes)]
+        codes = [_wait(process, began + WORKER_SECONDS) for process in processes]
+        found = [self._read(place / f"{rank}.jsonl") for rank in range(job.processes)]
+        measured = [self._line(job, at, found, codes, place) for at in range(len(job.settings))]
+        print(f"{job.who}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        self.results += [(job, m) for m in measured]
+        self._save()
+        return measured
+
+    def rename(self, measured: list[Measured], who: str) -> None:
+        """Call the results of the last job by another name."""
+        self.results[-len(measured) :] = [(job, replace(m, who=who)) for job, m in self.results[-len(measured) :]]
+        self._save()
+
+    def _save(self) -> None:
+        """Write down everything measured so far, whatever happens to this process."""
+        if self.out is not None:
+            found = {"where": where(), "ceiling_flops": self.ceilings, "measured": [asdict(m) for _, m in self.results]}
+            self.out.write_text(json.dumps(found, indent=1))
+
+    def _start(self, job: Job, place: Path, rank: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", MODULES[job.who], "--model", self.model, "--settings", place / "settings.json"]
+        command += ["--out", place / f"{rank}.jsonl", *self.steps, *job.extra]
+        if job.processes > 1:
+            command += ["--meeting", place, "--rank", str(rank)]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE.parent), str(HERE.parents[1])]),
+            "HF_HUB_OFFLINE": "1",
+            "UNSLOTH_DISABLE_STATISTICS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        with (place / f"{rank}.log").open("wb") as log:
+            return subprocess.Popen(
+                [str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=place
+            )
+
+    def _read(self, out: Path) -> dict[int, Measured]:
+        """A process's results by the place of their setting in the job; the ceiling that it measured is kept."""
+        lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        self.ceilings += [line["ceiling_flops"] for line in lines if "ceiling_flops" in line]
+        return {line["place"]: Measured.of(line["measured"]) for line in lines if "measured" in line}
+
+    def _line(
+        self, job: Job, at: int, found: list[dict[int, Measured]], codes: list[int | None], place: Path
+    ) -> Measured:
+        """The result of one setting over all its processes."""
+        setting = job.settings[at]
+        parts = [results[at] for results in found if at in results]
+        if not parts:
+            return Measured(job.who, setting, error=_last_words(place / "0.log", codes[0]))
+        return together(parts, setting.processes)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
+    """The exit code, None for a process that had to be killed."""
+    try:
+        return process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+def _last_words(log: Path, code: int | None) -> str:
+    text = log.read_text(errors="replace").strip().splitlines()
+    reason = f"exit code {code}" if code is not None else f"killed after {WORKER_SECONDS:.0f} s"
+    return f"{reason}: {text[-1][:200] if text else 'no output'}".replace("|", "/")
+
+
+def measure_tables(session: Session, tables: Sequence[Table]) -> None:
+    """Ours, every peer, ours again; then the profile of a T4."""
+    ours = Job(NAME, tuple(dict.fromkeys(setting for table in tables for setting in table.ours)))
+    session.run(ours)
+    for job in dict.fromkeys(job for table in tables for job in table.peers):
+        session.run(job)
+    if session.again and any(table.peers for table in tables):
+        session.rename(session.run(ours), "lorapack, again")
+    for table in tables:
+        if table.t4:
+            session.rename(session.run(Job(NAME, table.t4, extra=("--profile", "t4"))), AS_T4)
+
+
+def report(session: Session, shape: Shape, tables: Sequence[Table]) -> str:
+    """Everything that was measured, as markdown."""
+    ceiling = statistics.median(session.ceilings) if session.ceilings else float("nan")
+    parts = [f"{where()}; bf16 matrix product {ceiling / 1e12:,.1f} TFLOP/s"]
+    for table in tables:
+        mine = [m for job, m in session.results if _belongs(job, m, table)]
+        parts += [f"### {table.title}", speed_table(mine, shape.flop_parameters, ceiling)]
+        parts += [ratios(mine, [m for m in mine if m.who.startswith(NAME) and m.setting == s]) for s in table.ours]
+    grown = [m for _, m in session.results if m.who == NAME and m.setting == Setting(runs=m.setting.runs)]
+    return "\n\n".join(part for part in [*parts, where_packing_stops(grown) if len(grown) > 2 else ""] if part)
+
+
+def _belongs(job: Job, measured: Measured, table: Table) -> bool:
+    """Whether a result answers something that the table asks for."""
+    if job.who == NAME:
+        return measured.setting in (table.t4 if measured.who == AS_T4 else table.ours)
+    return job in table.peers
+
+
+def where() -> str:
+    """Date, device and versions, without importing torch here."""
+    device = "CPU"
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        device = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONED if _installed(name))
+    return f"{time.strftime('%Y-%m-%d')}, {device}, {versions}"
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measure the tables asked for and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--table", nargs="+", choices=TABLES, default=["plain"], help="several share their runs of lorapack"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama2_7b")
+    parser.add_argument(
+        "--models", type=Path, default=Path(tempfile.gettempdir()) / "lorapack-bench", help="kept between calls"
+    )
+    parser.add_argument("--logs", type=Path, help="keep what the programs printed here")
+    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--timed", type=int, default=20, help="steps")
+    parser.add_argument("--once", action="store_true", help="lorapack before its peers only")
+    parser.add_argument("--quick", action="store_true", help="try the harness: a tiny model, two steps")
+    arguments = parser.parse_args(given)
+    tables = [QUICK] if arguments.quick else [TABLES[name] for name in arguments.table]
+    tables = [table for table in tables if table.needs is None or _installed(table.needs)] or parser.error(
+        "not installed"
+    )
+    name = "tiny" if arguments.quick else arguments.shape
+    arguments.models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = ("--warm", "1", "--timed", "2") if arguments.quick else ("--timed", str(arguments.timed))
+        folder = arguments.logs or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = model_folder(name, arguments.models)
+        session = Session(
+            folder.resolve(), model, steps, again=not (arguments.once or arguments.quick), out=arguments.json
+        )
+        measure_tables(session, tables)
+    print(report(session, SHAPES[name], tables))
+
+
+if __name__ == "__main__":
+    main()
