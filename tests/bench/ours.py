@@ -1,13 +1,10 @@
 """lorapack, measured through its own parts: `fit_to_device`, `open_base`, `seat` and the loop's optimizer step with its recorder.
 
-    python -m bench.ours --model FOLDER --settings SETTINGS.json --out RESULTS.jsonl [--profile t4]
-
-One process; the base is loaded anew only where settings ask for another residency or for checkpointing.
+One process (`bench.start`); the base is loaded anew only where settings ask for another residency or for checkpointing.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -36,13 +32,15 @@ from bench.measuring import (
     result,
 )
 from bench.rows import LONGEST, data
+from bench.start import bench_cache
 from train.attempts import open_attempt
 from train.base import PackedBase
 from train.config import RunConfig, parse_run_config
 from train.data.token_table import TokenisedData
 from train.loop import PackLoop
+from train.model.base_cache import BaseCache
 from train.pack import fit_to_device, open_base, seat
-from train.rundir import RunDir, make_folder
+from train.rundir import CacheDir, RunDir, make_folder
 from train.session import RunSession
 from train.signals import StopFlag
 from train.sizing import Fit
@@ -93,6 +91,8 @@ class Bench:
 
     folder: Path
     rows: TokenisedData
+    cache: CacheDir
+    first_step: int
     fit: Fit | None = None
     base: PackedBase | None = None
 
@@ -103,14 +103,14 @@ class Bench:
         if self.base is None or fit != self.fit:
             self.base = None
             forget_memory()
-            self.base, self.fit = open_base(config, self.folder, fit, LONGEST, say), fit
+            self.base, self.fit = open_base(config, self.folder, fit, LONGEST, BaseCache(self.cache, say, nothing)), fit
         return self.base, fit
 
     def measure(self, setting: Setting, clock: StepClock) -> Measured:
         """Seat the pack, warm up, time."""
         base, fit = self.base_for(setting)
         with tempfile.TemporaryDirectory() as folder, seated(self, setting, Path(folder)) as loop:
-            tokens = time_steps(loop, clock)
+            tokens = time_steps(loop, clock, self.first_step)
         base.attach(None)
         return result(NAME, setting, clock, tokens, note=str(fit))
 
@@ -133,44 +133,37 @@ def seated(bench: Bench, setting: Setting, folder: Path) -> Iterator[PackLoop]:
             session.end("cancelled", "measured")
 
 
-def time_steps(loop: PackLoop, clock: StepClock) -> list[int]:
-    """Take the clock's steps; the real tokens of each timed one."""
-    tokens = [0]
+def time_steps(loop: PackLoop, clock: StepClock, first: int) -> list[int]:
+    """Time the optimizer steps from step `first` on; the real tokens of each.
+
+    The warm-up takes all steps up to the last timed one, and then the runs go back to `first`: so the peers' very rows are timed,
+    and in shapes whose graphs were captured before, as in a sweep of hundreds of steps.
+    """
+    totals = []
     while not clock.done:
         loop._train_step()
         clock.tick()
-        tokens.append(sum(session.tokens for session in loop.sessions))
-    totals = tokens[clock.warm :]
-    return [after - before for before, after in pairwise(totals)]
+        if clock.warmed:
+            for session in loop.sessions:
+                session.step = first
+        totals.append(sum(session.tokens for session in loop.sessions))
+    return [after - before for before, after in pairwise(totals[clock.warm - 1 :])]
+
+
+def nothing() -> None:
+    """Nobody asks a benchmark to stop."""
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def arguments_of(given: list[str] | None) -> Any:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--settings", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--warm", type=int, default=6)
-    parser.add_argument("--timed", type=int, default=20)
-    parser.add_argument("--profile", choices=["here", "t4"], default="here")
-    return parser.parse_args(given)
-
-
-def main(given: list[str] | None = None) -> None:
-    """Measure every setting, and the matrix ceiling before them."""
-    arguments = arguments_of(given)
-    settings = [Setting.of(values) for values in json.loads(arguments.settings.read_text())]
-    append(arguments.out, {"ceiling_flops": ceiling_flops()})
-    vocabulary = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
-    bench = Bench(arguments.model, data(vocabulary))
-    with profile(arguments.profile):
+def measure_all(model: Path, settings: list[Setting], out: Path, warm: int, timed: int, as_on: str) -> None:
+    """The matrix ceiling, then every setting."""
+    append(out, {"ceiling_flops": ceiling_flops()})
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    bench = Bench(model, data(vocabulary), bench_cache(model), first_step=warm)
+    with profile(as_on):
         for place, setting in enumerate(settings):
-            clock = StepClock(arguments.warm, arguments.timed)
-            note_result(arguments.out, place, attempt(NAME, setting, partial(bench.measure, setting, clock)))
-
-
-if __name__ == "__main__":
-    main()
+            clock = StepClock(warm + timed, timed)
+            note_result(out, place, attempt(NAME, setting, partial(bench.measure, setting, clock)))

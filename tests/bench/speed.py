@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 WORKER_SECONDS = 300.0
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
 NAME, AS_T4 = "lorapack", "lorapack as on a T4"
-MODULES = {NAME: "bench.ours", "plain script": "bench.plain", "Unsloth": "bench.unsloth_peer"}
+MODULES = {NAME: "bench.start", "plain script": "bench.plain", "Unsloth": "bench.unsloth_peer"}
 HEADLINE = Setting(runs=8, batch=4)
 
 
@@ -263,7 +263,7 @@ def main(given: list[str] | None = None) -> None:
         steps = ("--warm", "1", "--timed", "2") if arguments.quick else ("--timed", str(arguments.timed))
         folder = arguments.logs or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        model = model_folder(name, arguments.models)
+        model = model_folder(name, arguments.models.resolve())
         session = Session(
             folder.resolve(), model, steps, again=not (arguments.once or arguments.quick), out=arguments.json
         )
