@@ -79,6 +79,8 @@ def _went_wrong(status: RunStatus) -> bool:
 
 
 def _why(run: RunDir, status: RunStatus) -> str:
+    if not run.path.exists():
+        return "its folder is gone"
     if status.cause in SILENT_ENDS:
         return SILENT_ENDS[status.cause]
     detail = (last_line(run.attempts) or {}).get("detail")

@@ -138,7 +138,6 @@ def _stopped(sweep: Sweep, console: Console) -> int:
 
 
 def _exit_code(sweep: SweepDir, plan: Plan) -> int:
-    """0 if all that was asked for is done or runs elsewhere, else 1."""
-    asked = {planned.run.id for planned in plan.runs}
-    states = {status.state for status in track(sweep) if status.id in asked}
-    return int(not states <= {State.DONE, State.RUNNING})
+    """0 if all that was asked for is done or runs elsewhere, else 1: a run whose folder was deleted is not done."""
+    well = {status.id for status in track(sweep) if status.state in {State.DONE, State.RUNNING}}
+    return int(any(planned.run.id not in well for planned in plan.runs))

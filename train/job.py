@@ -122,6 +122,8 @@ def _take(runs: list[RunDir], stop: StopFlag) -> tuple[Leases, bool]:
             except LeaseHeld as exc:
                 say(str(exc))
                 busy.append(run)
+            except StorageError as exc:  # its folder is gone or full: the others train without it
+                say(str(exc))
         if taken or time.monotonic() > give_up_at or stop.signal_name:
             break
         runs = busy

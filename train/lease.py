@@ -26,6 +26,8 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 FENCE_SECONDS = 2 * HEARTBEAT_SECONDS + 5  # until a copy that lost its lease has surely noticed
 
+_released: set[str] = set()  # tokens of leases that this process gave back while it went on with others
+
 
 class Leased(Protocol):
     """A folder that one process at a time may work on: a run's, or a sweep's for its launcher."""
@@ -105,7 +107,8 @@ def owns(run: Leased, lease: Lease) -> bool:
 
 
 def release(run: Leased, lease: Lease) -> None:
-    """Give the run folder back, if it is still ours."""
+    """Give the run folder back, if it is still ours; from now on its heartbeat is nobody's business here."""
+    _released.add(lease.token)
     held = read_lease(run)
     if held is not None and held.token == lease.token:
         run.lease.unlink(missing_ok=True)
@@ -134,6 +137,8 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             for path, token in self._held:
+                if token in _released:  # the next owner may be there already
+                    continue
                 owner = _token(path)
                 if owner not in (None, token):
                     print(f"{path}: another process owns this folder now; ending without another write", flush=True)

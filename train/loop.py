@@ -109,15 +109,14 @@ class PackLoop:
             self._save_all()
 
     def _end_what_is_over(self) -> None:
-        """Finish runs that are done, and let go of those that diverged once nobody learns beside them.
+        """Finish runs that are done, and let go of those that diverged or were lost once nobody learns beside them.
 
-        Until then a diverged run keeps its seat without learning: the shapes of the pack, and so the last bits of the others'
-        numbers, stay what they were.
+        Until then they keep their seats: the shapes of the pack, and so the last bits of the others' numbers, stay what they were.
         """
-        somebody_learns = any(not s.finished and s.diverged is None for s in self.sessions)
+        somebody_learns = any(s.learning for s in self.sessions)
         over = [s for s in self.sessions if s.finished or not somebody_learns]
         for session in over:
-            if session.diverged is None:
+            if session.diverged is None and session.lost is None:
                 facts = self.facts | {"peak_memory_gib": peak_memory_gib(self.base.device)}
                 session.complete(self.adapters.tensors(session.row), facts)
             else:

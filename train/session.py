@@ -9,20 +9,42 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 from train.adapter_file import write_adapter
 from train.attempts import attempt_line, device_in_use, stop_cause
 from train.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.config import RunConfig
 from train.data.token_table import TokenisedData
+from train.errors import StorageError
 from train.evaluation import Evaluation
 from train.lease import Lease, owns, release
 from train.packed_lora import AdapterTensors
 from train.rundir import Record, RunDir, append_lines, read_lines, storage_errors, write_folder, write_json
 from train.targets import Target
 
+P = ParamSpec("P")
+
 RESULT_LOSS_SHARE = 0.1  # `train_loss` of the result is the mean over this share of the last steps
+
+
+def or_lost(write: Callable[Concatenate[RunSession, P], None]) -> Callable[Concatenate[RunSession, P], None]:
+    """A write to the run's folder that never raises: a run whose folder refuses one is lost, and writes nothing more."""
+
+    @wraps(write)
+    def guarded(session: RunSession, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if session.lost is not None:
+            return
+        try:
+            write(session, *args, **kwargs)
+        except (StorageError, OSError) as exc:
+            session.lose(exc)
+
+    return guarded
 
 
 class RunSession:
@@ -34,6 +56,7 @@ class RunSession:
         seconds, gpu_seconds: spent training by all attempts; the latter is this run's share of its packs.
         evaluated_step, saved_step: where the run was last evaluated and saved.
         diverged: why, once its loss or gradient was not finite.
+        lost: the error of its folder, once one could not be written there (full, deleted, out of reach).
     """
 
     def __init__(
@@ -50,6 +73,7 @@ class RunSession:
         self.best_eval_loss: float | None = None
         self.best_eval_step: int | None = None
         self.diverged: str | None = None
+        self.lost: Exception | None = None
         self.diverged_step = 0
         self.first_step = 0
 
@@ -69,8 +93,14 @@ class RunSession:
     def save_due(self) -> bool:
         """At the start (a disk that refuses is found before training), every `train.save_steps`, and after the last step."""
         due = self.step == 0 or self.finished or self.step % self.config.train.save_steps == 0
-        return due and self.saved_step != self.step
+        return due and self.saved_step != self.step and self.lost is None
 
+    @property
+    def learning(self) -> bool:
+        """Whether there is anything left for it to do."""
+        return not self.finished and self.diverged is None and self.lost is None
+
+    @or_lost
     def begin(self, header: Record) -> None:
         """Start the run's journal from nothing."""
         with storage_errors(self.dir.journal):
@@ -78,6 +108,7 @@ class RunSession:
             self.dir.samples.unlink(missing_ok=True)
         append_lines(self.dir.journal, [header])
 
+    @or_lost
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: what journal and samples say of later steps will be said again, so it is cut off."""
         progress = checkpoint.progress
@@ -96,6 +127,7 @@ class RunSession:
                 line["diverged"] for line in reversed(read_lines(self.dir.journal)) if "diverged" in line
             )
 
+    @or_lost
     def note(self, lines: list[Record]) -> None:
         """Write step lines to the journal; a run that diverged has said its last."""
         if lines and self.diverged is None:
@@ -104,30 +136,41 @@ class RunSession:
     def note_evaluation(self, evaluation: Evaluation, samples: list[Record]) -> None:
         """Write an evaluation at the present step to the journal, and the answers given there, if any, to the samples."""
         self.evaluated_step = self.step
-        if self.diverged is not None:
+        if self.diverged is not None or self.lost is not None:
             return
         if not math.isfinite(evaluation.loss):
             self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
             return
         self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
         if samples:
-            append_lines(self.dir.samples, [{"step": self.step, "samples": samples}])
+            self.note_samples({"step": self.step, "samples": samples})
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
             self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
 
+    @or_lost
+    def note_samples(self, line: Record) -> None:
+        """Write the answers of one evaluation."""
+        append_lines(self.dir.samples, [line])
+
+    @or_lost
     def note_divergence(self, step: int, reason: str) -> None:
         """Write the last line of a run that diverged."""
         self.note([{"step": step, "diverged": reason}])
         self.diverged, self.diverged_step = reason, step
 
+    @or_lost
     def note_pace(self, line: Record) -> None:
         """Write how fast it goes."""
         append_lines(self.dir.pace, [line | {"attempt": self.lease.attempt}])
 
     def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
-        """Where the run stands, with its journal up to here."""
-        with storage_errors(self.dir.journal):
-            journal_bytes, samples_bytes = self.dir.journal.stat().st_size, _size(self.dir.samples)
+        """Where the run stands, with its journal up to here; a lost run has none."""
+        journal_bytes = samples_bytes = 0
+        try:
+            if self.lost is None:
+                journal_bytes, samples_bytes = self.dir.journal.stat().st_size, _size(self.dir.samples)
+        except OSError as exc:
+            self.lose(exc)
         return Progress(
             step=self.step,
             journal_bytes=journal_bytes,
@@ -141,11 +184,13 @@ class RunSession:
             **optimizer_numbers,
         )
 
+    @or_lost
     def save(self, state: Checkpoint) -> None:
         """Make everything up to the present step durable."""
         save_checkpoint(self.dir, state)
         self.saved_step = self.step
 
+    @or_lost
     def complete(self, adapter: AdapterTensors, facts: Record) -> None:
         """Write the adapter and, last, the result; then the run is done and its folder free."""
         with write_folder(self.dir.adapter) as folder, storage_errors(folder):
@@ -156,6 +201,7 @@ class RunSession:
         with storage_errors(self.dir.checkpoints):
             shutil.rmtree(self.dir.checkpoints)
 
+    @or_lost
     def end_diverged(self) -> None:
         """End a run that diverged; a `resume` shall begin before the divergence, so later checkpoints go."""
         with storage_errors(self.dir.checkpoints):
@@ -164,10 +210,20 @@ class RunSession:
         self._note_attempt("diverged", self.diverged, self.diverged_step)
         release(self.dir, self.lease)
 
+    @or_lost
     def end(self, cause: str, detail: str | None) -> None:
         """Write the attempt's line and give the run folder back, unless it is somebody else's by now."""
         if owns(self.dir, self.lease):
             self._note_attempt(*stop_cause(self.dir, cause, detail), self.step)
+            release(self.dir, self.lease)
+
+    def lose(self, error: Exception) -> None:
+        """Let go of a folder that cannot be written. The run keeps its seat: the others' numbers stay what they were, to the bit."""
+        self.lost = error
+        with suppress(StorageError, OSError):  # what refused the last write may refuse these
+            print(f"{self.dir.path.name} ends: storage: {error}", flush=True)
+            self._note_attempt("storage", str(error), self.step)
+        with suppress(OSError):
             release(self.dir, self.lease)
 
     def _note_attempt(self, cause: str, detail: str | None, last_step: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,17 +152,28 @@ def test_data_that_changed_since_the_plan_are_refused(make_pack: MakePack, tmp_p
     assert causes(pack) == [["bad_input"], ["bad_input"]]
 
 
-def test_a_full_disk_is_a_storage_error(make_pack: MakePack) -> None:
+def test_a_full_disk_ends_the_run_that_met_it_and_no_other(make_pack: MakePack) -> None:
     """/dev/full answers every write as a full disk does."""
     pack = make_pack()
     first, second = runs_of(pack)
     os.symlink("/dev/full", first.pace)
     out, _ = run_job(pack)
-    assert "ended: storage" in out
+    assert "ends: storage" in out
     assert "the disk is full" in out
-    assert causes(pack) == [["storage"], ["storage"]]
+    assert causes(pack) == [["storage"], ["done"]]
     assert not first.result.exists()
-    assert not second.lease.exists()
+    assert second.result.exists()
+    assert not first.lease.exists()
+
+
+def test_a_folder_that_is_gone_before_the_job_begins_stops_no_other(make_pack: MakePack) -> None:
+    pack = make_pack()
+    first, second = runs_of(pack)
+    shutil.rmtree(first.path)
+    out, _ = run_job(pack)
+    assert "its folder is gone" in out
+    assert second.result.exists()
+    assert not first.path.exists()
 
 
 def test_a_run_that_another_process_trains_is_left_alone(make_pack: MakePack) -> None:

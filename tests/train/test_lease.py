@@ -147,3 +147,16 @@ def test_of_many_that_want_a_dead_lease_one_wins(run: RunDir) -> None:
 def test_a_process_is_known_by_its_start_time() -> None:
     assert process_started(os.getpid()) is not None
     assert process_started(2**22 + 1) is None
+
+
+def test_a_lease_that_was_given_back_may_be_another_ones_while_its_heart_still_beats(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancelled run leaves its pack, and may be resumed elsewhere before the pack ends."""
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the pack was killed"))
+    ours = acquire(run, job="1", attempt=1)
+    with Heartbeat([(run, ours)]):
+        release(run, ours)
+        acquire(run, job="2", attempt=2)
+        time.sleep(0.1)
