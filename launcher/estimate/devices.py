@@ -8,23 +8,11 @@ import subprocess
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.estimate.gpus import UNKNOWN_GPU_FLOPS, known_gpu
+
 GIB = 2**30
 NVIDIA_SMI_TIMEOUT_SECONDS = 5.0
 
-# FLOP/s that training reaches while launches do not hold it up, by a part of the GPU's name. H200: measured, 0.75 of its matrix
-# rate. The others are a share of NVIDIA's data-sheet figures for dense 16-bit tensor cores: 0.6 from sm_80 on, 0.4 before.
-GPU_FLOPS = {
-    "H200": 590e12,
-    "H100": 590e12,
-    "A100": 190e12,
-    "A40": 90e12,
-    "L40": 108e12,
-    "L4": 72e12,
-    "A10": 75e12,
-    "V100": 50e12,
-    "T4": 25e12,
-}
-UNKNOWN_GPU_FLOPS = 40e12
 GRAPHED = ("H100", "H200")  # whose steps are replayed as CUDA graphs (`train.kernels`)
 # SmolLM2-135M in float32 on 2 cores, 512 tokens a step: 2.8 s, which is 4 x 135e6 x 512 FLOP.
 CPU_CORE_FLOPS = 50e9
@@ -42,7 +30,7 @@ class DeviceFacts:
     @property
     def graphed(self) -> bool:
         """Whether its steps can be CUDA graphs, so that no launch holds them up."""
-        return any(name in self.name for name in GRAPHED)
+        return any(name in self.name.upper() for name in GRAPHED)
 
 
 def local_device() -> DeviceFacts:
@@ -58,9 +46,9 @@ def cpu_device() -> DeviceFacts:
 
 
 def gpu_device(name: str, memory_gib: float) -> DeviceFacts:
-    """A GPU by the name that NVIDIA's tools print."""
-    flops = next((rate for part, rate in GPU_FLOPS.items() if part in name), UNKNOWN_GPU_FLOPS)
-    return DeviceFacts("cuda", name, memory_gib, flops)
+    """A GPU by the name that NVIDIA's tools or a cluster give it."""
+    model = known_gpu(name)
+    return DeviceFacts("cuda", name, memory_gib, model.flops if model else UNKNOWN_GPU_FLOPS)
 
 
 def _first_gpu() -> DeviceFacts | None:

@@ -1,63 +1,43 @@
-"""Forecasts for the packs of one sweep: looks up shapes and data once, and learns from the sweep's finished packs."""
+"""Forecasts for the packs of one sweep on one kind of device, corrected by the sweep's finished packs there."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
-from launcher.estimate.devices import GIB, DeviceFacts
+from launcher.estimate.devices import GIB
+from launcher.estimate.facts import Facts
 from launcher.estimate.history import Measured, measured_packs, median_ratio
-from launcher.estimate.shapes import ModelShape, model_shape
-from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
+from launcher.estimate.partition import Partition
+from launcher.estimate.workload import Workload
 from launcher.plan.packing import BaseKey, base_key
-from launcher.records import Forecast, Run, Sweep
-from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig
-from train.rundir import CacheDir
+from launcher.records import Forecast, Run
+from train.config import RunConfig
+from train.rundir import SweepDir
 
 
 class Forecaster:
-    """Answers what a pack of the sweep's runs would take on `device`, and remembers what it looked up."""
+    """Answers what a pack of the sweep's runs would take in `partition`."""
 
-    def __init__(self, sweep: Sweep, device: DeviceFacts) -> None:
-        self._cache = CacheDir(sweep.cache)
-        self._device = device
-        self._shapes: dict[ModelConfig, ModelShape] = {}
-        self._data: dict[tuple[ModelConfig, DataConfig], DataFacts] = {}
-        self._adapters: dict[tuple[ModelConfig, str], Adapter] = {}
+    def __init__(self, sweep: SweepDir, partition: Partition, facts: Facts) -> None:
+        self._partition, self._device, self._facts = partition, partition.device, facts
         self._corrections: dict[BaseKey, Correction] = {}
-        self._measured = measured_packs(sweep.dir, device)
+        self._measured = measured_packs(sweep, partition.device)
 
-    def shape(self, model: ModelConfig) -> ModelShape:
-        """The base model's shape, real or assumed."""
-        if model not in self._shapes:
-            self._shapes[model] = model_shape(model, self._cache)
-        return self._shapes[model]
-
-    def work(self, config: RunConfig, done_steps: int = 0) -> Workload:
-        """What is left of a run.
-
-        Raises:
-            BadInput: the model has no module that the adapter targets.
-        """
-        key = (config.model, config.data)
-        if key not in self._data:
-            self._data[key] = data_facts(config, self._cache)
-        return workload(config.train, self._data[key], self._adapter(config.model, config.lora), done_steps)
-
-    def forecast(self, runs: list[Run], work: list[Workload]) -> Forecast:
-        """The forecast for one pack."""
-        config = runs[0].config
-        return forecast(config, work, self.shape(config.model), self._device, self._correction(config))
+    def forecast(self, config: RunConfig, work: list[Workload]) -> Forecast:
+        """The forecast for one pack of runs that share the base of `config`."""
+        shape = self._facts.shape(config.model)
+        expected = forecast(config, work, shape, self._device, self._correction(config))
+        price = self._partition.usd_per_gpu_hour
+        return expected if price is None else replace(expected, usd=price * expected.gpu_hours)
 
     def fits(self, runs: list[Run], work: list[Workload]) -> bool:
         """Whether the device holds the pack."""
-        return fits(self.forecast(runs, work), self._device)
+        return self.holds(runs[0].config, work)
 
-    def _adapter(self, model: ModelConfig, lora: LoraConfig) -> Adapter:
-        """The adapter of a run; a thousand runs have few different ones."""
-        decisive = lora.model_dump(exclude={"lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"})
-        key = (model, repr(decisive))
-        if key not in self._adapters:
-            self._adapters[key] = adapter_of(lora, self.shape(model))
-        return self._adapters[key]
+    def holds(self, config: RunConfig, work: list[Workload]) -> bool:
+        """The same for runs that exist as configurations alone."""
+        return fits(self.forecast(config, work), self._device)
 
     def _correction(self, config: RunConfig) -> Correction:
         """What finished packs over the same base measured, over what is forecast for them."""
@@ -71,8 +51,8 @@ class Forecaster:
         """The median ratios of seconds and of memory."""
         seconds, memory = [], []
         for pack in packs:
-            config, work = pack.configs[0], [self.work(config) for config in pack.configs]
-            shape = self.shape(config.model)
+            config, work = pack.configs[0], [self._facts.work(config) for config in pack.configs]
+            shape = self._facts.shape(config.model)
             seconds.append(pack.seconds / training_seconds(config, work, shape, self._device))
             memory.append(pack.memory_gib * GIB / memory_bytes(config, work, shape, self._device))
         return Correction(median_ratio(seconds), median_ratio(memory))

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from launcher.estimate.devices import DeviceFacts
+from launcher.estimate.gpus import known_gpu
 from launcher.plan.packing import BaseKey, base_key
 from train.config import RunConfig, read_run_config
 from train.rundir import PackDir, Record, RunDir, SweepDir, read_json
@@ -49,5 +50,10 @@ def _measured(sweep: SweepDir, pack: PackDir, device: DeviceFacts) -> Measured |
 
 def _alike(result: Record, device: DeviceFacts) -> bool:
     """Whether a result comes from one attempt on such a device."""
-    name = "cpu" if device.kind == "cpu" else device.name
-    return (result["attempts"], result["device"]) == (1, name)
+    return result["attempts"] == 1 and _same_kind(result["device"], "cpu" if device.kind == "cpu" else device.name)
+
+
+def _same_kind(name: str, other: str) -> bool:
+    """Whether two names mean one GPU: clusters say ``a100``, the trainer writes ``NVIDIA A100-SXM4-40GB``."""
+    models = known_gpu(name), known_gpu(other)
+    return name == other or (models[0] is not None and models[1] is not None and models[0].name == models[1].name)

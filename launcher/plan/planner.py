@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-from launcher.estimate.devices import local_device
-from launcher.estimate.forecaster import Forecaster
-from launcher.estimate.workload import Workload
+from launcher.cluster.partitions import partitions_for
+from launcher.estimate.facts import Facts
 from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
-from launcher.plan.packing import pack_id, pack_runs
+from launcher.plan.packing import pack_id
+from launcher.plan.routing import Routed, Router
 from launcher.plan.verdict import Judgement, judge
 from launcher.records import Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
-from train.rundir import RunDir, SweepDir
+from train.rundir import CacheDir, RunDir, SweepDir
 
-LOCAL_PARTITION = "local"
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
 
 Judged = list[tuple[Run, Judgement]]
@@ -25,15 +24,16 @@ def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
     """Judge every run by its folder and pack those that are to train; `retry_failed` takes failed ones up again.
 
     Raises:
-        BadInput: an adapter targets what the model does not have.
+        BadInput: an adapter targets what the model does not have, or a run fits no partition.
+        ClusterError: Slurm is asked for and does not answer.
     """
     judged = _judge_runs(sweep, retry_failed)
     sweep = replace(sweep, runs=tuple(run for run, _ in judged))
-    forecaster = Forecaster(sweep, local_device())
-    packs = _packs(sweep, judged, forecaster)
+    facts = Facts(CacheDir(sweep.cache))
+    packs = _packs(sweep, judged, facts)
     pack_of = {run: pack.id for pack in packs for run in pack.runs}
     planned = (
-        PlannedRun(run, judgement.verdict, _reason(run, judgement, forecaster), pack_of.get(run.id))
+        PlannedRun(run, judgement.verdict, _reason(run, judgement, facts), pack_of.get(run.id))
         for run, judgement in judged
     )
     return Plan(sweep, tuple(planned), tuple(packs))
@@ -77,35 +77,31 @@ def _jobs(folders: Iterable[RunDir], sweep: SweepDir) -> dict[str, JobRecord]:
     return {run: seen[job.pack.path] for run, job in newest.items()}
 
 
-def _packs(sweep: Sweep, judged: Judged, forecaster: Forecaster) -> list[Pack]:
+def _packs(sweep: Sweep, judged: Judged, facts: Facts) -> list[Pack]:
     """The packs that train everything that is new or resumable."""
     todo = [(run, judgement.step) for run, judgement in judged if judgement.verdict in TO_TRAIN]
-    work = {run.id: forecaster.work(run.config, step) for run, step in todo}
-
-    def work_of(runs: list[Run]) -> list[Workload]:
-        return [work[run.id] for run in runs]
-
-    groups = pack_runs(
-        [run for run, _ in todo],
-        sweep.cluster,
-        work_of=lambda run: work[run.id].train_tokens,
-        fits=lambda runs: forecaster.fits(runs, work_of(runs)),
-    )
+    if not todo:
+        return []
+    work = {run.id: facts.work(run.config, step) for run, step in todo}
+    router = Router(sweep.dir, partitions_for(sweep.cluster), facts, sweep.cluster, work)
     prior_plans = len(list(sweep.dir.plans.glob("*.json")))
-    return [
-        Pack(
-            pack_id(runs, prior_plans),
-            LOCAL_PARTITION,
-            tuple(run.id for run in runs),
-            forecaster.forecast(runs, work_of(runs)),
-        )
-        for runs in groups
-    ]
+    return [_pack(routed, prior_plans) for routed in router.route([run for run, _ in todo])]
 
 
-def _reason(run: Run, judgement: Judgement, forecaster: Forecaster) -> str:
+def _pack(routed: Routed, prior_plans: int) -> Pack:
+    return Pack(
+        pack_id(routed.runs, prior_plans),
+        routed.partition.name,
+        tuple(run.id for run in routed.runs),
+        routed.forecast,
+        routed.partition.gres,
+        routed.minutes,
+    )
+
+
+def _reason(run: Run, judgement: Judgement, facts: Facts) -> str:
     """The judgement's reason, and what could not be checked yet."""
-    if judgement.verdict in TO_TRAIN and forecaster.shape(run.config.model).assumed:
+    if judgement.verdict in TO_TRAIN and facts.shape(run.config.model).assumed:
         return f"{judgement.reason}; target modules are checked once the model is fetched"
     return judgement.reason
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import pytest
 import yaml
 
 from launcher.compose.composer import compose
-from launcher.estimate.devices import cpu_device
+from launcher.estimate.facts import Facts
 from launcher.estimate.forecaster import Forecaster
-from launcher.plan.packing import pack_runs
+from launcher.estimate.partition import local_partition
+from launcher.plan.packing import Bench, pack_runs
 from launcher.plan.planner import make_plan, plan_json
-from launcher.records import ClusterConfig, Run, Sweep, Verdict
+from launcher.records import Run, Sweep, Verdict
 from train.config import ModelConfig
 from train.errors import BadInput
 from train.lease import process_started
@@ -197,12 +199,15 @@ def test_the_cluster_limits_a_pack(tmp_path: Path) -> None:
     assert len({pack.id for pack in plan.packs}) == 3
 
 
+def bench(fits: Callable[[list[Run]], bool]) -> Bench:
+    """One device that holds what `fits` says."""
+    return Bench(fits, seconds=lambda runs: 1.0, full_packs=lambda runs: 1, slots=1)
+
+
 def test_packs_are_the_fewest_that_fit_and_of_similar_length(tmp_path: Path) -> None:
     sweep = tiny_sweep(tmp_path, "train.max_steps=10,20,30,40,50,60,70,80")
     work = {run.id: float(run.config.train.max_steps or 0) for run in sweep.runs}
-    packs = pack_runs(
-        list(sweep.runs), ClusterConfig(kind="local"), lambda run: work[run.id], lambda runs: len(runs) <= 4
-    )
+    packs = pack_runs(list(sweep.runs), 32, lambda run: work[run.id], bench(lambda runs: len(runs) <= 4))
     loads = [sum(work[run.id] for run in pack) for pack in packs]
     assert loads == [180, 180]
 
@@ -210,7 +215,7 @@ def test_packs_are_the_fewest_that_fit_and_of_similar_length(tmp_path: Path) -> 
 def test_a_run_too_large_for_the_forecast_still_gets_its_pack(tmp_path: Path) -> None:
     sweep = tiny_sweep(tmp_path)
     giant = sweep.runs[1]
-    packs = pack_runs(list(sweep.runs), sweep.cluster, lambda run: 1.0, lambda runs: giant not in runs)
+    packs = pack_runs(list(sweep.runs), 32, lambda run: 1.0, bench(lambda runs: giant not in runs))
     assert [[run.axes["lora.r"] for run in pack] for pack in packs] == [[4, 16, 32], [8]]
 
 
@@ -236,8 +241,9 @@ def test_finished_packs_correct_the_forecast(tmp_path: Path) -> None:
     pack = sweep.dir.pack("abc")
     make_folder(pack.path)
     write_json(pack.pack, {"id": "abc", "runs": [folder.path.name for folder in runs]})
-    forecaster = Forecaster(sweep, cpu_device())
-    after = forecaster.forecast(list(sweep.runs), [forecaster.work(run.config) for run in sweep.runs])
+    facts = Facts(CacheDir(sweep.cache))
+    forecaster = Forecaster(sweep.dir, local_partition(), facts)
+    after = forecaster.forecast(sweep.runs[0].config, [facts.work(run.config) for run in sweep.runs])
     assert after.vram_gib == pytest.approx(3 * before.vram_gib, rel=1e-6)
 
 

@@ -1,0 +1,94 @@
+"""What a cluster has and how it treats jobs: a few quick questions, each of which may stay without an answer."""
+
+from __future__ import annotations
+
+import getpass
+import grp
+import os
+from dataclasses import dataclass
+
+from launcher.cluster.commands import answer_of
+from launcher.cluster.words import (
+    Association,
+    LivePartition,
+    Qos,
+    Settings,
+    read_associations,
+    read_partition_details,
+    read_qos,
+    read_settings,
+    read_sinfo,
+    with_details,
+)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A cluster that answered ``sinfo``. What it did not say is None; an empty list says that there is nothing."""
+
+    partitions: list[LivePartition]
+    settings: Settings | None
+    associations: list[Association] | None
+    qos: list[Qos] | None
+
+    def open_partitions(self) -> list[LivePartition]:
+        """The partitions that take jobs of this user."""
+        groups, accounts = _groups(), self._accounts()
+        return [partition for partition in self.partitions if partition.up and _may_use(partition, groups, accounts)]
+
+    def _accounts(self) -> set[str] | None:
+        return {association.account for association in self.associations} if self.associations else None
+
+
+def take_inventory() -> Inventory | None:
+    """Ask the cluster; None where no Slurm answers."""
+    partitions = ask_partitions()
+    if partitions is None:
+        return None
+    settings = answer_of("scontrol", "show", "config")
+    records = settings is None or read_settings(settings).accounting
+    manage = ("sacctmgr", "--noheader", "--parsable2", "show")
+    user = getpass.getuser()
+    limits = (
+        answer_of(*manage, "assoc", f"user={user}", "format=Account,QOS,MaxJobs,MaxSubmitJobs") if records else None
+    )
+    qos = answer_of(*manage, "qos", "format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser") if records else None
+    return Inventory(
+        partitions,
+        None if settings is None else read_settings(settings),
+        None if limits is None else read_associations(limits),
+        None if qos is None else read_qos(qos),
+    )
+
+
+def ask_partitions() -> list[LivePartition] | None:
+    """The partitions of the cluster, None where no Slurm answers."""
+    rows = answer_of("sinfo", "--noheader", "--format=%P|%a|%l|%D|%T|%G|%f")
+    if rows is None:
+        return None
+    details = read_partition_details(answer_of("scontrol", "--oneliner", "show", "partition") or "")
+    return [with_details(partition, details.get(partition.name, {})) for partition in read_sinfo(rows)]
+
+
+def _may_use(partition: LivePartition, groups: set[str], accounts: set[str] | None) -> bool:
+    """Whether the partition's lists let the user in; what is not known keeps nobody out."""
+    access = partition.access
+    if access.root_only and os.geteuid() != 0:
+        return False
+    if access.groups is not None and not access.groups & groups:
+        return False
+    if accounts is None:
+        return True
+    allowed = accounts if access.accounts is None else accounts & access.accounts
+    return bool(allowed - access.denied_accounts)
+
+
+def _groups() -> set[str]:
+    """The names of the user's groups."""
+    names = set()
+    for number in {os.getgid(), *os.getgroups()}:
+        try:
+            names.add(grp.getgrgid(number).gr_name)
+        except KeyError:
+            continue
+    return names

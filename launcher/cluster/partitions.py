@@ -1,0 +1,101 @@
+"""Which partitions jobs may go to: what the configuration says, completed by what the cluster and the table of GPUs know."""
+
+from __future__ import annotations
+
+from launcher.cluster.choice import on_slurm
+from launcher.cluster.inventory import Inventory, take_inventory
+from launcher.cluster.words import UNTYPED, LivePartition
+from launcher.errors import ClusterError
+from launcher.estimate.devices import gpu_device
+from launcher.estimate.gpus import GpuModel, known_gpu
+from launcher.estimate.partition import Partition, local_partition
+from launcher.records import ClusterConfig, PartitionConfig
+from train.errors import BadInput
+
+
+def partitions_for(cluster: ClusterConfig) -> tuple[Partition, ...]:
+    """Where the packs of a sweep may go.
+
+    Raises:
+        ClusterError: Slurm is asked for by name, leaves questions open, and does not answer.
+        BadInput: there is no such partition, or none whose GPUs have a known size.
+    """
+    if not on_slurm(cluster):
+        return (local_partition(),)
+    described = all(_complete(partition) for partition in cluster.partitions.values())
+    inventory = None if cluster.partitions and described else take_inventory()
+    if inventory is None and not (cluster.partitions and described):
+        raise ClusterError(
+            "Slurm does not answer here, and the configuration does not describe its partitions. Run this where sinfo works, "
+            "use cluster=local, or describe them: cluster.partitions.NAME.gpu=a100."
+        )
+    return choose_partitions(cluster, inventory)
+
+
+def choose_partitions(cluster: ClusterConfig, inventory: Inventory | None) -> tuple[Partition, ...]:
+    """The partitions of `cluster`, completed from `inventory`; where it names none, all that have GPUs and are open to the user.
+
+    Raises:
+        BadInput: a named partition does not exist, or no GPU has a known size.
+    """
+    live = {partition.name: partition for partition in inventory.partitions} if inventory else {}
+    named = cluster.partitions or (
+        {partition.name: PartitionConfig() for partition in inventory.open_partitions() if partition.gpus}
+        if inventory
+        else {}
+    )
+    found: list[Partition] = []
+    for name, settings in named.items():
+        if live and name not in live:
+            raise BadInput(f"cluster.partitions.{name}: this cluster has no such partition; it has {', '.join(live)}.")
+        found += _partitions(name, settings, live.get(name))
+    if not found:
+        raise BadInput(_nothing_known(named, live))
+    return tuple(found)
+
+
+def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None) -> list[Partition]:
+    """One for each kind of GPU in the partition whose size is known."""
+    kinds = {settings.gpu: settings.gpus} if settings.gpu else dict(live.gpus) if live else {}
+    found = []
+    for kind, count in kinds.items():
+        model = known_gpu(kind or "") or _by_features(live)
+        memory_gib = settings.memory_gib or (model.memory_gib if model else None)
+        if memory_gib is None:
+            continue
+        found.append(
+            Partition(
+                name,
+                gpu_device(kind or (model.name if model else name), memory_gib),
+                gres=settings.model_copy(update={"gpu": kind or None}).gres_request,
+                gpus=settings.gpus or count or (live.gpus.get(kind or UNTYPED) if live else None),
+                max_minutes=settings.max_minutes or (live.max_minutes if live else None),
+                usd_per_gpu_hour=settings.usd_per_gpu_hour,
+                tier=live.tier if live else 1,
+            )
+        )
+    return found
+
+
+def _by_features(live: LivePartition | None) -> GpuModel | None:
+    """The GPU that the features of a partition's nodes name, if they agree on one."""
+    named = (known_gpu(feature) for feature in live.features) if live else ()
+    models = {model for model in named if model is not None}
+    return models.pop() if len(models) == 1 else None
+
+
+def _complete(settings: PartitionConfig) -> bool:
+    """Whether nothing has to be asked about a partition."""
+    return settings.gpu is not None and settings.gpus is not None and settings.max_minutes is not None
+
+
+def _nothing_known(named: dict[str, PartitionConfig], live: dict[str, LivePartition]) -> str:
+    """Why no pack can be placed."""
+    kinds = sorted({kind or "untyped" for name in named if name in live for kind in live[name].gpus})
+    if kinds:
+        name = next(iter(named))
+        return (
+            f"nobody here knows how much memory the GPUs of this cluster have ({', '.join(kinds)}); say it: "
+            f"cluster.partitions.{name}.memory_gib=24."
+        )
+    return "this cluster has no partition with working GPUs that is open to you; 'python -m launcher doctor' shows what it has."

@@ -1,0 +1,200 @@
+"""What Slurm's commands print about a cluster, as values: text in, facts out, no command inside."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+NO_LIMIT = {"UNLIMITED", "INFINITE", "NONE", "N/A", "(NULL)", ""}
+NODES_THAT_WORK = ("idle", "mix", "alloc", "comp", "resv", "plan")  # beginnings of sinfo's states
+GRES = re.compile(r"gpu:(?:(?P<type>[^:(),]+):)?(?P<count>\d+)")
+DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
+
+UNTYPED = ""  # the type of GPUs that a cluster gives none
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides over a job's life, from ``scontrol show config``. Times in seconds."""
+
+    version: str
+    cluster: str
+    requeue: bool
+    preempt_type: str
+    preempt_mode: str
+    kill_wait: int
+    max_array_size: int
+    accounting: bool
+    user_signal: bool
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use a partition: names, or None for everybody."""
+
+    groups: frozenset[str] | None = None
+    accounts: frozenset[str] | None = None
+    denied_accounts: frozenset[str] = frozenset()
+    root_only: bool = False
+
+
+@dataclass(frozen=True)
+class LivePartition:
+    """A partition as the cluster has it. `gpus` counts GPUs by type on nodes that work; `tier` is above those it may push out.
+
+    grace: seconds between a preemption's first SIGTERM and its end; None where the cluster did not say.
+    """
+
+    name: str
+    up: bool
+    default: bool
+    max_minutes: int | None
+    gpus: dict[str, int]
+    features: frozenset[str]
+    tier: int = 1
+    preempt_mode: str | None = None
+    grace: int | None = None
+    access: Access = Access()
+
+
+@dataclass(frozen=True)
+class Association:
+    """An account that the user may submit to, and how many jobs he may have there."""
+
+    account: str
+    qos: tuple[str, ...]
+    max_jobs: int | None
+    max_submit: int | None
+
+
+@dataclass(frozen=True)
+class Qos:
+    """A quality of service that preempts or limits. `grace` in seconds."""
+
+    name: str
+    grace: int
+    preempts: tuple[str, ...]
+    max_submit_per_user: int | None
+
+
+def read_settings(text: str) -> Settings:
+    """``scontrol show config``. A setting that is not there has Slurm's default."""
+    config = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
+    signals = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")  # moved in Slurm 24.05
+    return Settings(
+        version=config.get("SLURM_VERSION", "unknown"),
+        cluster=config.get("ClusterName", "unknown"),
+        requeue=config.get("JobRequeue", "1") == "1",
+        preempt_type=config.get("PreemptType", "preempt/none").removeprefix("preempt/"),
+        preempt_mode=config.get("PreemptMode", "OFF").upper(),
+        kill_wait=_number(config.get("KillWait", "")) or 30,
+        max_array_size=_number(config.get("MaxArraySize", "")) or 1001,
+        accounting=config.get("AccountingStorageType", "").endswith("slurmdbd"),
+        user_signal="send_user_signal" in signals,
+    )
+
+
+def read_sinfo(text: str) -> list[LivePartition]:
+    """``sinfo --format=%P|%a|%l|%D|%T|%G|%f``: a row per partition and kind of node."""
+    partitions: dict[str, LivePartition] = {}
+    for line in text.splitlines():
+        name, available, limit, nodes, state, gres, features = (word.strip() for word in line.split("|"))
+        plain = name.rstrip("*")
+        known = partitions.get(plain)
+        works = state.lower().startswith(NODES_THAT_WORK) and not state.endswith("*")
+        gpus = Counter(known.gpus if known else {})
+        if works:
+            gpus.update({kind: count * int(nodes) for kind, count in read_gres(gres).items()})
+        named = frozenset() if features == "(null)" else frozenset(features.split(","))
+        up, default, minutes = available == "up", name.endswith("*"), read_minutes(limit)
+        both = named if known is None else known.features | named
+        partitions[plain] = LivePartition(plain, up, default, minutes, dict(gpus), both)
+    return list(partitions.values())
+
+
+def read_partition_details(text: str) -> dict[str, dict[str, str]]:
+    """``scontrol --oneliner show partition``: the fields of each partition by name."""
+    rows = (dict(word.partition("=")[::2] for word in line.split()) for line in text.splitlines())
+    return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
+
+
+def with_details(partition: LivePartition, fields: dict[str, str]) -> LivePartition:
+    """`partition` with what only ``scontrol show partition`` says."""
+    access = Access(
+        _names(fields.get("AllowGroups")),
+        _names(fields.get("AllowAccounts")),
+        _names(fields.get("DenyAccounts")) or frozenset(),
+        fields.get("RootOnly") == "YES",
+    )
+    return LivePartition(
+        partition.name,
+        partition.up,
+        partition.default,
+        read_minutes(fields["MaxTime"]) if "MaxTime" in fields else partition.max_minutes,
+        partition.gpus,
+        partition.features,
+        tier=_number(fields.get("PriorityTier", "")) or 1,
+        preempt_mode=fields.get("PreemptMode"),
+        grace=_number(fields.get("GraceTime", "")),
+        access=access,
+    )
+
+
+def read_gres(text: str) -> dict[str, int]:
+    """GPUs of a node by type: ``gpu:a100:4(S:0-1),lscratch:1`` gives four a100, ``gpu:2`` two untyped ones."""
+    found: Counter[str] = Counter()
+    for match in GRES.finditer(re.sub(r"\([^)]*\)", "", text)):
+        found[match["type"] or UNTYPED] += int(match["count"])
+    return dict(found)
+
+
+def read_minutes(text: str) -> int | None:
+    """A time limit: ``30``, ``30:00``, ``1:30:00``, ``2-00:00:00``, ``1-12``; None for no limit. Seconds are dropped."""
+    match = DURATION.fullmatch(text.strip())
+    if match is None:
+        return None
+    clock = [int(part) for part in match["clock"].split(":")]
+    if match["days"] is not None:  # days-hours[:minutes[:seconds]]
+        hours, minutes = (*clock, 0)[:2]
+        return (int(match["days"]) * 24 + hours) * 60 + minutes
+    return clock[0] * 60 + clock[1] if len(clock) == 3 else clock[0]
+
+
+def read_associations(text: str) -> list[Association]:
+    """``sacctmgr --noheader --parsable2 show assoc format=Account,QOS,MaxJobs,MaxSubmitJobs``."""
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
+    return [
+        Association(account, tuple(filter(None, qos.split(","))), _number(jobs), _number(submit))
+        for account, qos, jobs, submit in rows
+    ]
+
+
+def read_qos(text: str) -> list[Qos]:
+    """``sacctmgr --noheader --parsable2 show qos format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser``."""
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
+    return [
+        Qos(name, _clock_seconds(grace), tuple(filter(None, preempts.split(","))), _number(submit))
+        for name, grace, preempts, submit in rows
+    ]
+
+
+def _clock_seconds(text: str) -> int:
+    """``00:05:00`` in seconds."""
+    seconds = 0
+    for part in text.split(":"):
+        seconds = 60 * seconds + (_number(part) or 0)
+    return seconds
+
+
+def _number(text: str) -> int | None:
+    """The number that a value begins with: ``30 sec``; None where it is none."""
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else None
+
+
+def _names(text: str | None) -> frozenset[str] | None:
+    """A list of names; None for everybody."""
+    if text is None or text.upper() in NO_LIMIT | {"ALL"}:
+        return None
+    return frozenset(text.split(","))

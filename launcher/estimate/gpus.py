@@ -1,0 +1,78 @@
+"""The GPUs that clusters have: memory and training speed, by whatever name an administrator or NVIDIA's tools give them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """Memory of one GPU as nvidia-smi reports it, and the FLOP/s that fine-tuning reaches."""
+
+    name: str
+    memory_gib: float
+    flops: float
+
+
+# A pattern over the name without punctuation, the first match counts. The memory is that of the smallest variant; a name with a size
+# of its own (a100_80gb) overrules it. FLOP/s that training reaches while launches do not hold it up: H200 measured, 0.6 of its
+# data-sheet figure for dense 16-bit tensor cores; the others are taken for 0.6 from sm_80 on, 0.4 before.
+MODELS = {
+    r"b200": GpuModel("B200", 179.0, 1350e12),
+    r"gh200": GpuModel("GH200", 95.5, 590e12),
+    r"h200": GpuModel("H200", 140.4, 590e12),
+    r"h100nvl": GpuModel("H100 NVL", 93.5, 500e12),
+    r"h100": GpuModel("H100", 79.6, 590e12),
+    r"a100l": GpuModel("A100 80GB", 80.0, 190e12),
+    r"a100": GpuModel("A100", 40.0, 190e12),
+    r"rtxpro6000": GpuModel("RTX PRO 6000", 95.5, 300e12),
+    r"(rtx)?6000ada": GpuModel("RTX 6000 Ada", 48.0, 218e12),
+    r"a6000": GpuModel("RTX A6000", 48.0, 93e12),
+    r"a5000": GpuModel("RTX A5000", 24.0, 67e12),
+    r"a4000": GpuModel("RTX A4000", 16.0, 46e12),
+    r"a40": GpuModel("A40", 45.0, 90e12),
+    r"a30": GpuModel("A30", 24.0, 99e12),
+    r"a10(?!0)": GpuModel("A10", 22.5, 75e12),
+    r"l40s": GpuModel("L40S", 45.0, 217e12),
+    r"l40": GpuModel("L40", 45.0, 108e12),
+    r"l4(?!\d)": GpuModel("L4", 22.5, 72e12),
+    r"v100l": GpuModel("V100 32GB", 32.0, 50e12),
+    r"v100": GpuModel("V100", 16.0, 50e12),
+    r"p100": GpuModel("P100", 12.0, 8e12),
+    r"t4(?!\d)": GpuModel("T4", 15.0, 25e12),
+    r"5090": GpuModel("RTX 5090", 31.8, 125e12),
+    r"4090": GpuModel("RTX 4090", 24.0, 99e12),
+    r"3090": GpuModel("RTX 3090", 24.0, 43e12),
+    r"2080ti": GpuModel("RTX 2080 Ti", 11.0, 22e12),
+    r"1080ti": GpuModel("GTX 1080 Ti", 11.0, 4e12),
+    r"titanrtx": GpuModel("TITAN RTX", 24.0, 52e12),
+    r"rtx8000": GpuModel("Quadro RTX 8000", 48.0, 52e12),
+    r"rtx6000": GpuModel("Quadro RTX 6000", 24.0, 52e12),
+}
+UNKNOWN_GPU_FLOPS = 40e12
+MIG_SLICE = re.compile(r"(\d)g\.(\d+)gb")  # 1g.10gb: one of seven slices of compute, 10 GB
+MIG_SLICES = 7
+SIZE = re.compile(r"(?<![a-z\d])(\d{1,3})(?:g|gb|gib)?(?![a-z\d])")
+SMALLEST_SIZE_GB = 8
+
+
+def known_gpu(name: str) -> GpuModel | None:
+    """The GPU that `name` speaks of, None if nobody here knows it: ``a100``, ``Tesla T4``, ``a100_1g.10gb``."""
+    lower = name.lower()
+    plain = re.sub(r"[^a-z\d]", "", lower)
+    model = next((model for pattern, model in MODELS.items() if re.search(pattern, plain)), None)
+    if model is None:
+        return None
+    part = MIG_SLICE.search(lower)
+    if part is not None:
+        return GpuModel(f"{model.name} {part[0]}", float(part[2]), model.flops * int(part[1]) / MIG_SLICES)
+    sizes = [int(size) for size in SIZE.findall(lower.replace("_", "-"))]
+    larger = [size for size in sizes if size >= SMALLEST_SIZE_GB and _is_variant(model, size)]
+    return GpuModel(model.name, float(larger[0]), model.flops) if larger else model
+
+
+def _is_variant(model: GpuModel, size_gb: int) -> bool:
+    """Whether a number in a name is another memory size: the A100 comes with 40 and 80 GB. 80 GB of an H100 are its usual 79.6 GiB."""
+    usual = abs(size_gb / model.memory_gib - 1) < 0.1
+    return 0.6 <= size_gb / model.memory_gib <= 2.5 and not usual and str(size_gb) not in model.name

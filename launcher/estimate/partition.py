@@ -1,0 +1,42 @@
+"""Where a pack can go: a partition of a cluster, or this machine, with the device that a job gets there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launcher.estimate.devices import DeviceFacts, local_device
+
+LOCAL_PARTITION = "local"
+
+# Tokens of a micro-batch from which on a device gains no speed: about 4,500 on an H200, 1,500 on a T4; between and beyond by the
+# power law through these two.
+T4_FLOPS, T4_FULL_TOKENS, FULL_TOKENS_EXPONENT = 25e12, 1500.0, 0.35
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A kind of device that jobs can ask for. `gpus` is how many there are, None where nobody said; `max_minutes` None is no limit.
+
+    tier: its priority; jobs of a higher one may push out those of a lower one.
+    """
+
+    name: str
+    device: DeviceFacts
+    gres: str = ""
+    gpus: int | None = None
+    max_minutes: int | None = None
+    usd_per_gpu_hour: float | None = None
+    tier: int = 1
+
+    @property
+    def full_tokens(self) -> float:
+        """Tokens of one step over all runs of a pack that keep the device busy; on a CPU more runs always help."""
+        if self.device.kind == "cpu":
+            return float("inf")
+        return T4_FULL_TOKENS * math.pow(self.device.flops / T4_FLOPS, FULL_TOKENS_EXPONENT)
+
+
+def local_partition() -> Partition:
+    """This machine."""
+    return Partition(LOCAL_PARTITION, local_device())

@@ -1,0 +1,127 @@
+"""Where packs go: each to the cheapest partition that holds it, cut so that the last one ends as early as possible."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launcher.estimate.facts import Facts
+from launcher.estimate.forecaster import Forecaster
+from launcher.estimate.partition import LOCAL_PARTITION, Partition
+from launcher.estimate.workload import Workload
+from launcher.plan.packing import MOST_RUNS_PER_PACK, Bench, by_base, pack_runs
+from launcher.plan.refusal import refuse
+from launcher.records import ClusterConfig, Forecast, Run
+from train.rundir import SweepDir
+
+TIME_MARGIN = 1.5  # over the forecast, which is honest to about that factor
+TIME_SPARE_MINUTES = 10  # loading from a slow disk, saving when asked to stop
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Runs that will train as one pack in a partition."""
+
+    partition: Partition
+    runs: list[Run]
+    forecast: Forecast
+
+    @property
+    def minutes(self) -> int | None:
+        """The time limit to ask for: short enough to start early, long enough for an honest forecast; Slurm requeues the rest."""
+        if self.partition.name == LOCAL_PARTITION:
+            return None
+        wanted = math.ceil(TIME_MARGIN * self.forecast.seconds / 60) + TIME_SPARE_MINUTES
+        return min(wanted, self.partition.max_minutes or wanted)
+
+
+class Router:
+    """Routes the runs of one sweep. `work` has what is left of each run, by id."""
+
+    def __init__(
+        self,
+        sweep: SweepDir,
+        partitions: tuple[Partition, ...],
+        facts: Facts,
+        cluster: ClusterConfig,
+        work: dict[str, Workload],
+    ) -> None:
+        self._partitions, self._facts, self._cluster, self._work = partitions, facts, cluster, work
+        self._forecasters = {partition: Forecaster(sweep, partition, facts) for partition in partitions}
+
+    def route(self, runs: list[Run]) -> list[Routed]:
+        """A pack and a partition for every run.
+
+        Raises:
+            BadInput: a run fits no partition of the cluster.
+        """
+        placed = [(group, self._cheapest(group, holding)) for group, holding in self._groups(runs)]
+        total = sum(self._tokens(group) for group, _ in placed) or 1.0
+        routed = []
+        for group, partition in placed:
+            share = self._slots(partition) * self._tokens(group) / total
+            routed += self._cut(group, partition, max(1, round(share)))
+        return routed
+
+    def _groups(self, runs: list[Run]) -> list[tuple[list[Run], list[Partition]]]:
+        """The runs that share a base and the partitions that hold each of them alone."""
+        groups = []
+        for group in by_base(runs):
+            parts: dict[tuple[Partition, ...], list[Run]] = {}
+            for run in group:
+                parts.setdefault(tuple(self._holding(run)), []).append(run)
+            groups += [(part, list(holding)) for holding, part in parts.items()]
+        return groups
+
+    def _holding(self, run: Run) -> list[Partition]:
+        """The partitions that hold a run alone. On this machine a try costs minutes, so a forecast is no reason to refuse it."""
+        work = [self._work[run.id]]
+        holding = [p for p, forecaster in self._forecasters.items() if forecaster.fits([run], work)]
+        if not holding and self._partitions[0].name != LOCAL_PARTITION:
+            refuse(run, self._forecasters, self._facts)
+        return holding or list(self._partitions)
+
+    def _cheapest(self, group: list[Run], holding: list[Partition]) -> Partition:
+        """By the price of the whole group where every partition has one, else the smallest GPU, of the lowest priority, the most."""
+
+        def price(partition: Partition) -> float:
+            packs = self._cut(group, partition, self._slots(partition))
+            return sum(pack.forecast.usd or 0.0 for pack in packs)
+
+        def size(partition: Partition) -> tuple[float, int, int]:
+            return partition.device.memory_gib, partition.tier, -(partition.gpus or 0)
+
+        if len(holding) > 1 and all(partition.usd_per_gpu_hour is not None for partition in holding):
+            return min(holding, key=lambda partition: (price(partition), size(partition)))
+        return min(holding, key=size)
+
+    def _cut(self, group: list[Run], partition: Partition, slots: int) -> list[Routed]:
+        """The packs of a group in one partition."""
+        forecaster = self._forecasters[partition]
+
+        def forecast(runs: list[Run]) -> Forecast:
+            return forecaster.forecast(runs[0].config, self._work_of(runs))
+
+        bench = Bench(
+            fits=lambda runs: forecaster.fits(runs, self._work_of(runs)),
+            seconds=lambda runs: forecast(runs).seconds,
+            full_packs=lambda runs: max(1, int(self._step_tokens(runs) / partition.full_tokens)),
+            slots=slots,
+        )
+        largest = self._cluster.max_runs_per_pack or MOST_RUNS_PER_PACK
+        packs = pack_runs(group, largest, lambda run: self._work[run.id].train_tokens, bench)
+        return [Routed(partition, runs, forecast(runs)) for runs in packs]
+
+    def _slots(self, partition: Partition) -> int:
+        """Packs that train side by side there."""
+        jobs = self._cluster.jobs_at_once(slurm=partition.name != LOCAL_PARTITION)
+        return min(jobs, partition.gpus or jobs)
+
+    def _work_of(self, runs: list[Run]) -> list[Workload]:
+        return [self._work[run.id] for run in runs]
+
+    def _tokens(self, runs: list[Run]) -> float:
+        return sum(work.train_tokens for work in self._work_of(runs))
+
+    def _step_tokens(self, runs: list[Run]) -> float:
+        return sum(work.step_tokens for work in self._work_of(runs))
