@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from train.config import RunConfig, Section
+from train.config import RunConfig, Section, TrackingConfig
 from train.rundir import RunDir, SweepDir
 
 SLURM_JOBS_AT_ONCE = 8
@@ -61,12 +61,6 @@ class ClusterConfig(Section):
     def jobs_at_once(self, *, slurm: bool) -> int:
         """How many jobs may run side by side."""
         return self.max_parallel or (SLURM_JOBS_AT_ONCE if slurm else 1)
-
-
-class TrackingConfig(Section):
-    """Where numbers go besides the journal."""
-
-    mode: Literal["off"]
 
 
 class SweepConfig(Section):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
+from launcher.records import ClusterConfig, Run, Sweep
 from launcher.submit.submission import plan_numbers
-from train.config import parse_section, read_run_config
+from train.config import TrackingConfig, parse_section, read_run_config
 from train.errors import BadInput
 from train.ownership import refuse_shared
 from train.rundir import RunDir, SweepDir, read_json

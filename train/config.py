@@ -209,6 +209,18 @@ class RunConfig(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
+class TrackingConfig(Section):
+    """Where numbers go besides the journal. `auto` is online where a key is found and the server answers, else offline.
+
+    `project` and `entity` null leave it to WANDB_PROJECT and WANDB_ENTITY; `key_file` holds the API key and nothing else.
+    """
+
+    mode: Literal["auto", "online", "offline", "off"]
+    project: str | None = None
+    entity: str | None = None
+    key_file: str | None = None
+
+
 def parse_run_config(values: dict[str, Any]) -> RunConfig:
     """Check plain nested `values` and return the typed configuration.
 

@@ -30,6 +30,7 @@ from train.attempts import (
 from train.environment import prepare_torch
 from train.errors import LeaseHeld, StorageError
 from train.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
+from train.mirror.child import mirrored
 from train.rundir import CacheDir, RunDir, append_lines, read_json, read_lines
 from train.signals import StopFlag, Stopped
 from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue_and_wait, this_job
@@ -61,11 +62,13 @@ class PackJob:
         if not leases:
             return "nothing to train"
         job = this_job()
-        with Heartbeat(leases), Witness(leases, functools.partial(_why_stopped, job)) as witness:
-            stop.explain = witness.cause
-            cause = _train(leases, Path(pack["cache"]), stop, _fence(stop) if superseded else _no_fence)
-        if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
-            requeue_and_wait(job, say)
+        with mirrored(Path(self.pack_file), pack, say) as mirror:
+            with Heartbeat(leases), Witness(leases, functools.partial(_why_stopped, job)) as witness:
+                stop.explain = witness.cause
+                cause = _train(leases, Path(pack["cache"]), stop, _fence(stop) if superseded else _no_fence)
+            mirror.finish()
+            if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
+                requeue_and_wait(job, say)
         return cause
 
 

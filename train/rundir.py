@@ -66,6 +66,16 @@ class RunDir:
         return self.path / "stop.json"
 
     @property
+    def mirror(self) -> Path:
+        """How far W&B has this run."""
+        return self.path / "mirror.json"
+
+    @property
+    def mirror_lease(self) -> Path:
+        """Who sends this run to W&B now."""
+        return self.path / "mirror-lease.json"
+
+    @property
     def cancel_request(self) -> Path:
         """Exists while the user wants this run to stop; the training loop polls it."""
         return self.path / "cancel.json"
@@ -124,6 +134,11 @@ class PackDir:
     def job(self) -> Path:
         """Which job was submitted for it, and when."""
         return self.path / "job.json"
+
+    @property
+    def mirror_log(self) -> Path:
+        """What the mirror to W&B had to say, of every attempt."""
+        return self.path / "mirror.log"
 
     @property
     def submitit(self) -> Path:
@@ -188,6 +203,11 @@ class SweepDir:
     def report_job(self) -> Path:
         """submitit's folder of the job that writes the report when the others have ended."""
         return self.path / "report-job"
+
+    @property
+    def wandb(self) -> Path:
+        """W&B's own folder of offline runs."""
+        return self.path / "wandb"
 
     @property
     def report(self) -> Path:

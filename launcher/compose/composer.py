@@ -11,8 +11,8 @@ from launcher.compose.axes import RUN_GROUPS, Point, span
 from launcher.compose.naming import run_name, source_name, sweep_name
 from launcher.compose.overrides import Request, find_groups, read_overrides
 from launcher.compose.tree import Composer, Values, resolved
-from launcher.records import ClusterConfig, Run, Sweep, TrackingConfig
-from train.config import RunConfig, Section, check_name, parse_run_config, parse_section
+from launcher.records import ClusterConfig, Run, Sweep
+from train.config import RunConfig, Section, TrackingConfig, check_name, parse_run_config, parse_section
 from train.errors import BadInput
 from train.ownership import refuse_shared
 from train.rundir import SweepDir, local_path, named_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def _write_pack(plan: Plan, pack: Pack) -> None:
             "sweep_dir": str(sweep.dir.path),
             "cache": str(sweep.cache),
             "runs": [name_of[run] for run in pack.runs],
+            "axes": {planned.run.folder: planned.run.axes for planned in plan.runs if planned.pack == pack.id},
+            "forecast": asdict(pack.forecast),
+            "tracking": sweep.tracking.model_dump(),
         },
     )
 

@@ -7,8 +7,8 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from launcher.compose.composer import CONF_DIR, compose
-from launcher.records import ClusterConfig, SweepConfig, TrackingConfig
-from train.config import RunConfig
+from launcher.records import ClusterConfig, SweepConfig
+from train.config import RunConfig, TrackingConfig
 
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()} | {
     "cluster": ClusterConfig,

@@ -1,0 +1,172 @@
+"""A pack as its trainer writes it, without training: journals that grow, are cut back and end, for tests of the mirror to W&B."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from train.config import parse_run_config
+from train.mirror.child import mirrored
+from train.mirror.rows import JOURNAL_NAMES
+from train.rundir import (
+    Record,
+    RunDir,
+    SweepDir,
+    append_lines,
+    make_folder,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
+from wandb_server import KEY, WandbServer
+
+EVAL_STEPS = 10
+FORECAST = {"vram_gib": 3.5, "seconds": 60.0, "gpu_hours": 0.5, "usd": 1.0}
+
+
+class WrittenPack:
+    """A pack of `count` runs that differ in rank; every number of their journals is a function of run and step."""
+
+    def __init__(self, folder: Path, count: int, *, max_steps: int = 60, mode: str = "auto") -> None:
+        self.sweep = SweepDir(make_folder(folder / "ranks"))
+        self.max_steps, self.attempt, self.step = max_steps, 0, -1
+        self.runs = [self._make_run(r) for r in range(1, count + 1)]
+        self.dir = self.sweep.pack("p1")
+        make_folder(self.dir.path)
+        names = [run.path.name for run in self.runs]
+        axes = {name: {"lora.r": r} for r, name in enumerate(names, 1)}
+        facts = {"id": "p1", "sweep_dir": str(self.sweep.path), "cache": str(folder / "cache"), "runs": names}
+        write_json(self.dir.pack, facts | {"axes": axes, "forecast": FORECAST, "tracking": {"mode": mode}})
+
+    @contextmanager
+    def job(self, *, cause: str) -> Iterator[list[str]]:
+        """An attempt with its mirror: this process is the trainer. Gives the lines of the job's log, once it has ended."""
+        said: list[str] = []
+        with mirrored(self.dir.pack, read_json(self.dir.pack), said.append):
+            self.begin()
+            yield said
+            self.end(cause)
+
+    def begin(self) -> None:
+        """Take the runs, as an attempt does."""
+        self.attempt += 1
+        lease = {"token": "t", "host": socket.gethostname(), "pid": os.getpid(), "pid_started": _started(), "job": "1"}
+        for run in self.runs:
+            write_json(run.lease, lease | {"attempt": self.attempt, "started": time.time()})
+            if not run.journal.exists():
+                append_lines(run.journal, [self._header(), self._evaluation(run, 0)])
+        self.step = max(self.step, 0)
+
+    def train(self, to: int) -> None:
+        """Write steps up to `to`, as one flush of the trainer."""
+        for run in self.runs:
+            lines = []
+            for step in range(self.step + 1, to + 1):
+                lines.append(self._line(run, step))
+                if step % EVAL_STEPS == 0 or step == self.max_steps:
+                    lines.append(self._evaluation(run, step))
+            append_lines(run.journal, lines)
+            append_lines(run.pace, [self.pace(to)])
+        self.step = to
+
+    def roll_back(self, to: int) -> None:
+        """What a new attempt does with a journal that is ahead of its checkpoint."""
+        for run in self.runs:
+            kept = [line for line in read_lines(run.journal) if line["step"] <= to]
+            run.journal.write_bytes(b"")
+            append_lines(run.journal, kept)
+        self.step = to
+
+    def end(self, cause: str) -> None:
+        """End the attempt; `done` has results."""
+        for run in self.runs:
+            line = {"attempt": self.attempt, "cause": cause, "detail": None, "first_step": 0, "last_step": self.step}
+            append_lines(run.attempts, [line])
+            if cause == "done":
+                write_json(run.result, self._result(run))
+            run.lease.unlink()
+
+    def expected(self, run: RunDir) -> list[Record]:
+        """The run's journal as rows: a record per step under W&B's names."""
+        rows: dict[int, Record] = {}
+        for line in read_lines(run.journal)[1:]:
+            named = {name: line[key] for key, name in JOURNAL_NAMES.items() if key in line}
+            rows.setdefault(line["step"], {"_step": line["step"]}).update(named)
+        return list(rows.values())
+
+    def _make_run(self, r: int) -> RunDir:
+        values: dict[str, dict[str, Any]] = {
+            "model": {"name": "tiny", "source": "builtin:tiny", "fingerprint": "f1"},
+            "data": {"name": "tasks", "source": "builtin:tasks", "fingerprint": "f2"},
+            "lora": {"r": r, "lora_alpha": 8.0, "target_modules": ["q_proj"]},
+            "quant": {"load_in_4bit": True},
+            "train": {"learning_rate": 1e-3, "batch_size": 2, "max_steps": self.max_steps, "eval_steps": EVAL_STEPS},
+        }
+        config = parse_run_config(values)
+        run = RunDir(make_folder(self.sweep.path / f"r{r}-{config.run_id()}"))
+        write_text(run.config, yaml.safe_dump(config.model_dump()))
+        return run
+
+    def _header(self) -> Record:
+        return {"step": 0, "max_steps": self.max_steps, "trainable_parameters": 1792, "total_parameters": 182_976}
+
+    def _line(self, run: RunDir, step: int) -> Record:
+        rank = float(run.name[1:])
+        numbers = {"loss": rank + 1 / step, "grad_norm": rank / 10, "learning_rate": 1e-3 / step, "loss_scale": 1024.0}
+        return {"step": step, "epoch": step / 100, "tokens": 300} | numbers
+
+    def _evaluation(self, run: RunDir, step: int) -> Record:
+        return {"step": step, "eval_loss": float(run.name[1:]) + 2 / (step + 1), "eval_exact_match": 0.25}
+
+    def pace(self, step: int) -> Record:
+        speed = {"tokens_per_second": 100.0 + step, "pack_tokens_per_second": 800.0 + step, "peak_memory_gib": 3.25}
+        return {"step": step, "attempt": self.attempt, "time": time.time(), "seconds": 1.0} | speed
+
+    def _result(self, run: RunDir) -> Record:
+        evaluations = [line for line in read_lines(run.journal) if "eval_loss" in line]
+        return {
+            "run_id": run.id,
+            "name": run.name,
+            "eval_loss": evaluations[-1]["eval_loss"],
+            "best_eval_loss": min(line["eval_loss"] for line in evaluations),
+            "tokens_per_second": 123.0,
+            "peak_memory_gib": 3.25,
+            "gpu_hours": 0.25,
+            "trainable_parameters": 1792,
+            "adapter_mb": 1.5,
+            "attempts": self.attempt,
+        }
+
+
+def without_pace(rows: list[Record]) -> list[Record]:
+    """Rows reduced to what the journal said."""
+    names = {"_step", *JOURNAL_NAMES.values()}
+    return [{key: value for key, value in row.items() if key in names} for row in rows]
+
+
+def use_server(server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatch, *, key: str | None = KEY) -> None:
+    """Let this process and its children find `server` as W&B, and no key but `key`."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder / "wandb-config"))
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.5")
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    else:
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def _started() -> int:
+    from train.lease import process_started
+
+    return process_started(os.getpid()) or 0

@@ -1,0 +1,26 @@
+"""``python -m train.mirror follow|work|sync``: see `train.mirror`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    """Run one of the mirror's processes; its exit code."""
+    match arguments:
+        case ["follow", pack_file]:
+            from train.mirror.supervisor import supervise
+
+            return supervise(pack_file)
+        case ["work", pack_file, trainer]:
+            from train.mirror.worker import follow
+
+            follow(Path(pack_file), int(trainer))
+            return 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""The one file that knows W&B's client. It is imported only by a process that mirrors, never by a trainer or the launcher.
+
+What W&B learns of the machine is limited to its system metrics (GPU, CPU, memory, disk, network): no command line, no environment,
+no git remote, no code, no list of packages, no console output.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import wandb
+
+from train.mirror.reach import Reach
+from train.mirror.request import MirroredRun, config, tags
+
+JOB_TYPE = "train"
+INIT_SECONDS = 30.0
+
+
+class Client:
+    """Opens W&B runs. `trainer` is the process whose processor and memory are shown, None for none."""
+
+    def __init__(self, reach: Reach | None, *, finish_seconds: float, trainer: int | None = None) -> None:
+        self.reach, self._trainer, self._finish_seconds = reach, trainer, finish_seconds
+        logging.getLogger("wandb").setLevel(logging.WARNING)
+        self._scratch = tempfile.TemporaryDirectory(prefix="lorapack-wandb-", ignore_cleanup_errors=True)
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ[name] = self._scratch.name  # not the home folder, whose quota is small
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        if reach is not None and reach.key is not None:
+            os.environ["WANDB_API_KEY"] = reach.key
+            os.environ["WANDB_BASE_URL"] = reach.server
+
+    @property
+    def online(self) -> bool:
+        """Whether rows go to a server, else to folders in the sweep."""
+        return self.reach is not None
+
+    def destination(self, run: MirroredRun) -> str:
+        """The address of the project that the run goes to."""
+        assert self.reach is not None
+        return f"{self.reach.server}/{run.entity or self.reach.entity}/{run.project}"
+
+    def open(self, run: MirroredRun, *, tells_end: bool) -> wandb.Run:
+        """Begin the run in W&B, or go on with it; `starting_step` is then the first step that it lacks.
+
+        Args:
+            tells_end: whether `finish` tells the server that the run has ended, and how.
+        """
+        return wandb.init(
+            id=run.dir.id,
+            name=run.dir.name,
+            project=run.project,
+            entity=run.entity,
+            group=run.sweep.path.name,
+            job_type=JOB_TYPE,
+            tags=tags(run),
+            config=config(run),
+            resume="allow" if self.online else None,
+            reinit="create_new",
+            mode="online" if self.online else "offline",
+            dir=self._scratch.name if self.online else str(run.sweep.path),
+            settings=self._settings(tells_end),
+        )
+
+    def folder(self, run: wandb.Run) -> Path:
+        """Where W&B writes the run."""
+        return Path(run.dir).parent
+
+    def _settings(self, tells_end: bool) -> wandb.Settings:
+        return wandb.Settings(
+            silent=True,
+            console="off",
+            symlink=False,
+            use_dot_wandb=False,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            x_disable_stats=self._trainer is None,
+            x_stats_pid=self._trainer or os.getpid(),
+            x_stats_gpu_device_ids=_own_gpus(),
+            x_skip_transaction_log=self.online,
+            x_update_finish_state=tells_end,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=self._finish_seconds,
+            finish_timeout_raises=True,
+        )
+
+
+def _own_gpus() -> list[int] | None:
+    """The GPUs of this job where they are named by number; None leaves it to W&B, which sees what the cluster lets it."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [int(name) for name in names] if all(name.strip().isdigit() for name in names) else None

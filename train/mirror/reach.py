@@ -1,0 +1,117 @@
+"""Whether W&B can be reached from here, asked before its client is imported: the key, and one request with a deadline.
+
+The key is read where it is used and goes nowhere else: not into files, logs, command lines or configurations.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import json
+import netrc
+import os
+import queue
+import stat
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.errors import BadInput
+
+PROBE_SECONDS = 3.0
+PUBLIC_SERVER = "https://api.wandb.ai"
+VIEWER = "query Viewer { viewer { id entity username } }"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where W&B is. `trouble` says why it cannot be used now, None if it can; `entity` is the key's own user or team."""
+
+    server: str
+    trouble: str | None
+    entity: str | None = None
+    key: str | None = field(default=None, repr=False)
+
+
+def look_for_server(key_file: str | None, seconds: float = PROBE_SECONDS) -> Reach:
+    """Look for a key and ask the server who it belongs to, within `seconds` whatever the network does.
+
+    Raises:
+        BadInput: the key's file is missing, or others may read it.
+    """
+    server = server_url()
+    key = find_key(server, key_file)
+    if key is None:
+        return Reach(server, "no API key found in WANDB_API_KEY, tracking.key_file or ~/.netrc")
+    answers: queue.SimpleQueue[Reach] = queue.SimpleQueue()
+    # A thread, since looking up a host's name heeds no time-out.
+    threading.Thread(target=lambda: answers.put(_ask(server, key, seconds)), daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return Reach(server, f"{server} did not answer within {seconds:g} s", key=key)
+
+
+def server_url() -> str:
+    """The server that W&B's own client would talk to."""
+    if os.environ.get("WANDB_BASE_URL"):
+        return os.environ["WANDB_BASE_URL"].rstrip("/")
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(default_section="default", interpolation=None)
+    settings.read(folder / "settings")
+    return settings.defaults().get("base_url", PUBLIC_SERVER).rstrip("/")
+
+
+def find_key(server: str, key_file: str | None) -> str | None:
+    """The API key for `server`: from the environment, a file that only its owner can read, or netrc.
+
+    Raises:
+        BadInput: the file is missing, empty, or others may read it.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return os.environ["WANDB_API_KEY"]
+    if key_file is not None:
+        return _key_in(Path(key_file).expanduser())
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        entry = netrc.netrc(path).authenticators(urllib.parse.urlsplit(server).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return entry[2] if entry else None
+
+
+def _key_in(path: Path) -> str:
+    try:
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise BadInput(f"tracking.key_file={path} can be read by others; run 'chmod 600 {path}'.")
+        key = path.read_text().strip()
+    except OSError as exc:
+        raise BadInput(f"tracking.key_file={path} cannot be read: {exc.strerror}; name the file with the key.") from exc
+    if not key:
+        raise BadInput(f"tracking.key_file={path} is empty; put the W&B API key there.")
+    return key
+
+
+def _ask(server: str, key: str, seconds: float) -> Reach:
+    authorization = base64.b64encode(f"api:{key}".encode()).decode()
+    request = urllib.request.Request(
+        f"{server}/graphql",
+        data=json.dumps({"query": VIEWER}).encode(),
+        headers={"Content-Type": "application/json", "Authorization": f"Basic {authorization}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            viewer = json.load(answer)["data"]["viewer"]
+    except urllib.error.HTTPError as exc:
+        refused = exc.code in (401, 403)
+        return Reach(
+            server, f"{server} {'refuses the key' if refused else 'answers with an error'} ({exc.code})", key=key
+        )
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        return Reach(server, f"{server} cannot be reached ({getattr(exc, 'reason', exc)})", key=key)
+    if viewer is None:
+        return Reach(server, f"{server} does not know the key", key=key)
+    return Reach(server, None, entity=viewer["entity"], key=key)

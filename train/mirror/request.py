@@ -1,0 +1,100 @@
+"""What the mirror is asked to show: which runs, in which W&B project, with which facts beside their numbers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import TrackingConfig, parse_section, read_run_config
+from train.lease import read_lease
+from train.rundir import Record, RunDir, SweepDir, last_line, read_json, read_lines
+
+DEFAULT_PROJECT = "lorapack"
+PAUSED, RUNNING, DONE, FAILED, CANCELLED = "paused", "running", "done", "failed", "cancelled"
+END_OF_CAUSE = {"done": DONE, "cancelled": CANCELLED, "preempted": PAUSED, "timeout": PAUSED, "node_fail": PAUSED}
+EXIT_CODES = {DONE: 0, FAILED: 1, CANCELLED: 255}  # W&B shows 255 as killed; the other ends are no ends
+
+
+@dataclass(frozen=True)
+class MirroredRun:
+    """A run and what its pack knows of it. `axes` maps swept keys to the run's values."""
+
+    dir: RunDir
+    axes: dict[str, Any]
+    forecast: Record
+    tracking: TrackingConfig
+
+    @property
+    def sweep(self) -> SweepDir:
+        """The sweep's folder; its name is the W&B group."""
+        return SweepDir(self.dir.path.parent)
+
+    @property
+    def project(self) -> str:
+        """The W&B project."""
+        return self.tracking.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+
+    @property
+    def entity(self) -> str | None:
+        """The W&B user or team; None is the key's own."""
+        return self.tracking.entity or os.environ.get("WANDB_ENTITY")
+
+
+def runs_of_pack(pack_file: Path) -> list[MirroredRun]:
+    """The runs of a pack. Packs that were written before there was tracking have none of its facts."""
+    pack = read_json(pack_file)
+    sweep, axes = Path(pack["sweep_dir"]), pack.get("axes", {})
+    tracking = parse_section(TrackingConfig, pack.get("tracking", {"mode": "off"}), "tracking")
+    return [
+        MirroredRun(RunDir(sweep / name), axes.get(name, {}), pack.get("forecast", {}), tracking)
+        for name in pack["runs"]
+    ]
+
+
+def end_of(run: RunDir) -> str:
+    """How the run stands: `running`, `paused` (it will go on), or one of the ends."""
+    if run.result.exists():
+        return DONE
+    lease = read_lease(run)
+    if lease is not None:
+        return RUNNING if lease.alive() else PAUSED
+    attempt = last_line(run.attempts)
+    return PAUSED if attempt is None else END_OF_CAUSE.get(attempt["cause"], FAILED)
+
+
+def tags(run: MirroredRun) -> list[str]:
+    """A tag per swept axis with its value, within W&B's 64 characters."""
+    return [f"{key.rpartition('.')[2]}={_short(value)}"[:64] for key, value in run.axes.items()]
+
+
+def config(run: MirroredRun) -> Record:
+    """The resolved configuration by section, the forecast of its pack, and the swept axes."""
+    values: Record = read_run_config(run.dir.config).model_dump()
+    return values | {"forecast": run.forecast, "axes": run.axes, "run_id": run.dir.id}
+
+
+def summary(run: MirroredRun, header: Record, diverged: str | None) -> Record:
+    """What is known of the whole run: the result's numbers where there is one."""
+    result: Record = read_json(run.dir.result) or {}
+    facts: Record = {
+        "attempts": len(read_lines(run.dir.attempts)),
+        "trainable_parameters": header.get("trainable_parameters"),
+        "total_parameters": header.get("total_parameters"),
+        "diverged": diverged,
+        **{key: value for key, value in result.items() if isinstance(value, int | float | str)},
+        "peak_vram_gib": result.get("peak_memory_gib"),
+        "cost_usd": cost_usd(run.forecast, result),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def cost_usd(forecast: Record, result: Record) -> float | None:
+    """GPU-hours at the price that the forecast was made with; None where the cluster names none."""
+    usd, hours = forecast.get("usd"), forecast.get("gpu_hours")
+    return result["gpu_hours"] * usd / hours if usd is not None and hours and "gpu_hours" in result else None
+
+
+def _short(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)

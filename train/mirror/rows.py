@@ -1,0 +1,144 @@
+"""Journal and pace -> the rows of W&B: one per step, complete, each given once and in order.
+
+A job that was preempted cuts its journal back to a checkpoint and says the same lines again, to the bit. So a row that was given
+stays right, and reading anew only skips it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_left
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import TrainConfig
+from train.rundir import Record, RunDir
+
+# The journal's names -> W&B's, where a slash makes a section. transformers' Trainer calls them so too.
+JOURNAL_NAMES = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "loss_scale": "train/loss_scale",
+    "tokens": "train/tokens",
+    "epoch": "train/epoch",
+    "eval_loss": "eval/loss",
+    "eval_exact_match": "eval/exact_match",
+}
+PACE_NAMES = {
+    "tokens_per_second": "perf/tokens_per_second",
+    "pack_tokens_per_second": "perf/pack_tokens_per_second",
+    "peak_memory_gib": "perf/peak_vram_gib",
+    "time": "_timestamp",  # W&B's name for when a row was measured; it would take the time of its arrival
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What W&B gets for one step."""
+
+    step: int
+    values: Record
+
+
+class GrowingFile:
+    """The whole lines of a JSON-lines file that grows, and that its writer may cut back or begin anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = self._read_bytes = 0
+
+    def new_lines(self) -> tuple[bool, list[Record]]:
+        """Whether the file is read from its start again, and the lines since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                known = os.fstat(file.fileno())
+                again = known.st_ino != self._inode or known.st_size < self._read_bytes
+                file.seek(0 if again else self._read_bytes)
+                content = file.read()
+        except FileNotFoundError:
+            return False, []
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            if again:
+                raise
+            self._inode = 0  # cut back and grown past our place between two looks, to other bytes
+            return self.new_lines()
+        self._inode, self._read_bytes = known.st_ino, (0 if again else self._read_bytes) + len(whole)
+        return again, lines
+
+
+class RunRows:
+    """The rows of a run after step `given`.
+
+    Attributes:
+        given: the last step that was given.
+        diverged: the run's last word, if it diverged.
+    """
+
+    def __init__(self, run: RunDir, config: TrainConfig, given: int) -> None:
+        self.given = given
+        self.diverged: str | None = None
+        self.header: Record = {}
+        self._eval_steps = config.eval_steps
+        self._journal, self._pace = GrowingFile(run.journal), GrowingFile(run.pace)
+        self._pending: dict[int, Record] = {}
+        self._paces: list[Record] = []
+
+    def take(self, *, ended: bool, final: bool) -> list[Row]:
+        """Every row that is complete now and was not given yet.
+
+        Args:
+            ended: nobody trains the run, so no pace will come for its last steps.
+            final: the journal is complete: nobody will evaluate its last step.
+        """
+        self._read_journal()
+        self._read_pace()  # after the journal: what the trainer wrote before the journal's last line is there by now
+        rows = []
+        for step in sorted(self._pending):
+            if not (final or self._evaluated(step)) or not (ended or self._pace_of(step) is not None):
+                break
+            rows.append(Row(step, self._values(step)))
+        for row in rows:
+            del self._pending[row.step]
+            self.given = row.step
+        return rows
+
+    def _read_journal(self) -> None:
+        again, lines = self._journal.new_lines()
+        if again:
+            self._pending, self.diverged = {}, None
+        for line in lines:
+            self.diverged = line.get("diverged", self.diverged)
+            if "max_steps" in line:
+                self.header = line
+            elif "diverged" not in line and line["step"] > self.given:
+                self._pending.setdefault(line["step"], {}).update(line)
+
+    def _read_pace(self) -> None:
+        _, lines = self._pace.new_lines()
+        for line in lines:
+            while self._paces and self._paces[-1]["step"] >= line["step"]:  # said by an attempt that was rolled back
+                self._paces.pop()
+            self._paces.append(line)
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether nothing more will be said of `step`: evaluations follow their step's line."""
+        due = step in (0, self.header.get("max_steps")) or (self._eval_steps > 0 and step % self._eval_steps == 0)
+        return not due or "eval_loss" in self._pending[step] or max(self._pending) > step
+
+    def _pace_of(self, step: int) -> Record | None:
+        """The line that covers `step`; what comes before the first step waits for none."""
+        place = bisect_left(self._paces, step, key=lambda line: int(line["step"]))
+        if step == 0:
+            first = self._paces[0] if self._paces else None
+            return {} if first is None else {"time": first["time"] - first["seconds"]}
+        return self._paces[place] if place < len(self._paces) else None
+
+    def _values(self, step: int) -> Record:
+        sources = ((self._pending[step], JOURNAL_NAMES), (self._pace_of(step) or {}, PACE_NAMES))
+        named = {to: record.get(name) for record, names in sources for name, to in names.items()}
+        return {name: value for name, value in named.items() if value is not None}

@@ -1,0 +1,51 @@
+"""Keeps a worker alive beside the trainer: one that dies, however it dies, is followed by another.
+
+Slurm's SIGTERM goes to every process of a job and kills wandb-core, which no mask can prevent. The supervisor is deaf to the
+signals, so that the worker after the killed one can still send what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from train.mirror.worker import trainer_has_ended
+
+END_SECONDS = 20.0  # from the trainer's end to ours; Slurm's KillWait is 30 s
+POLL_SECONDS = 0.2
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
+LAST_TRIES = 3
+
+
+def supervise(pack_file: str) -> int:
+    """Run workers until one ends well, or the trainer has been gone for `END_SECONDS`; the exit code."""
+    trainer, pause = os.getppid(), FIRST_PAUSE_SECONDS
+    deadline, tries = None, 0
+    while tries < LAST_TRIES:
+        worker = subprocess.Popen([sys.executable, "-m", "train.mirror", "work", pack_file, str(trainer)])
+        deadline = _wait(worker, deadline)
+        if worker.returncode == 0:
+            return 0
+        if deadline is None and not trainer_has_ended(pause):
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            continue
+        deadline = deadline or time.monotonic() + END_SECONDS
+        if time.monotonic() >= deadline:
+            break
+        tries += 1
+    return 1
+
+
+def _wait(worker: subprocess.Popen[bytes], deadline: float | None) -> float | None:
+    """Wait for the worker to end, by force after the deadline, which begins to run when the trainer ends."""
+    while worker.poll() is None:
+        if deadline is None:
+            deadline = time.monotonic() + END_SECONDS if trainer_has_ended(POLL_SECONDS) else None
+        elif time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        else:
+            worker.kill()
+            worker.wait()
+    return deadline
