@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import speed
+from bench import forecast, speed
 from bench.measuring import LINEARS, Measured, Rendezvous, Setting
 from bench.rows import LONGEST, SHORTEST, in_order_of, table
 from bench.shapes import SHAPES
@@ -111,3 +111,26 @@ def test_who_trains_at_once_starts_together(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert sorted(here) == [0, 1]
+
+
+def test_forecasts_are_held_against_measurements(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "prepare_torch", lambda compiled: None)  # torch is imported already
+    out = tmp_path / "forecast.json"
+    forecast.main(["--quick", "--json", str(out), "--models", str(tmp_path)])
+    cases = json.loads(out.read_text())["settings"]
+    assert [case["measured"]["setting"]["runs"] for case in cases] == [1, 2]
+    assert all(case["measured"]["error"] is None and case["forecast_ms"] > 0 for case in cases)
+    assert cases[1]["forecast_gib"] > cases[0]["forecast_gib"]
+    assert "Memory within 10% in" in capsys.readouterr().out
+
+
+def test_forecasts_are_tried_over_every_kind_of_pack() -> None:
+    cases = forecast.settings(quick=False)
+    assert len(cases) >= 12
+    assert {case.runs for case in cases} == {1, 4, 8, 16}
+    assert {case.batch for case in cases} == {4, 16}
+    assert {(case.checkpointing, case.residency) for case in cases} == {
+        (recomputed, residency) for recomputed in (False, True) for residency in ("nf4", "resident")
+    }
