@@ -66,6 +66,13 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
     "report": Verb(
         verbs.report, "[SWEEP] [root=DIR]", "Rank the finished runs; write report.html and plots/*.png", json=True
     ),
+    "doctor": Verb(
+        verbs.doctor,
+        "[write=NAME] [root=DIR] [cache=DIR]",
+        "Say what this cluster and this machine will do with a sweep",
+        "example:\n  python -m launcher doctor write=site   # describes the cluster for cluster=site",
+        json=True,
+    ),
     "merge": Verb(
         verbs.merge,
         "[RUN] [root=DIR] [cache=DIR]",

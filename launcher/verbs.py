@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +130,25 @@ def report(request: Request) -> int:
         return _print_json(report_json(written))
     print_report(written, _console())
     print(f"report: {sweep.report}")
+    return 0
+
+
+def doctor(request: Request) -> int:
+    """Say what cluster and machine will do; ``write=NAME`` writes a file for the cluster."""
+    from launcher.compose.composer import CONF_DIR
+    from launcher.doctor.examine import examination_json, examine, print_examination
+    from launcher.doctor.site import write_site
+
+    site = next((word.removeprefix("write=") for word in request.words if word.startswith("write=")), None)
+    rest = [word for word in request.words if not word.startswith("write=")]
+    _, root, cache = replace(request, words=rest).places(names=0)
+    found = examine(root, cache or Path(os.environ.get("LORAPACK_CACHE", "cache")).absolute())
+    written = None if site is None else write_site(site, found.inventory, CONF_DIR)
+    if request.json:
+        return _print_json(examination_json(found) | {"written": written and str(written)})
+    print_examination(found, _console())
+    if written is not None:
+        print(f"written: {written}; use it with cluster={site}")
     return 0
 
 

@@ -1,0 +1,140 @@
+"""Looks at cluster and machine, and says what it found: on the terminal, or as one JSON document."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.cluster.inventory import Inventory, take_inventory
+from launcher.cluster.words import LivePartition
+from launcher.doctor.advice import Advice, cluster_advice
+from launcher.doctor.machine import LITTLE_SPACE_GIB, NODE_LOCAL, Disk, Machine, look_at_machine
+from launcher.estimate.gpus import known_gpu
+from launcher.units import MISSING, number
+
+MARKS = {"good": "[green]ok[/]", "note": "[cyan]note[/]", "warning": "[yellow]warning[/]"}
+NO_SLURM = "No Slurm answers here (sinfo), so cluster=auto trains on this machine."
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found; `inventory` is None without Slurm."""
+
+    inventory: Inventory | None
+    machine: Machine
+    advice: list[Advice]
+
+
+def examine(root: Path, cache: Path) -> Examination:
+    """Look at everything; every question to the cluster has a time-out."""
+    inventory, machine = take_inventory(), look_at_machine(root, cache)
+    about_cluster = [Advice("note", NO_SLURM)] if inventory is None else cluster_advice(inventory)
+    return Examination(inventory, machine, [*about_cluster, *_about_machine(machine, slurm=inventory is not None)])
+
+
+def examination_json(found: Examination) -> dict[str, Any]:
+    """``{"slurm": {"settings", "partitions"} or null, "machine", "advice": [{"level", "text"}]}``."""
+    inventory = found.inventory
+    mine = set() if inventory is None else {partition.name for partition in inventory.open_partitions()}
+    slurm = inventory and {
+        "settings": inventory.settings and asdict(inventory.settings),
+        "partitions": [_partition_json(partition, mine) for partition in inventory.partitions],
+    }
+    return {"slurm": slurm, "machine": asdict(found.machine), "advice": [asdict(advice) for advice in found.advice]}
+
+
+def print_examination(found: Examination, console: Console) -> None:
+    """Partitions, machine, and what to know."""
+    inventory = found.inventory
+    if inventory is not None:
+        console.print(_partition_table(inventory))
+    console.print(_machine_table(found.machine))
+    table = Table(title="what to know", title_justify="left", title_style="bold", show_header=False, box=None)
+    for advice in found.advice:
+        table.add_row(MARKS[advice.level], escape(advice.text))
+    console.print(table)
+
+
+def _about_machine(machine: Machine, *, slurm: bool) -> list[Advice]:
+    """What would go wrong here."""
+    missing = [name for name, found in machine.packages.items() if found is None and name != "wandb"]
+    found = [Advice("warning", f"Not installed here: {', '.join(missing)}; run 'make install'.")] if missing else []
+    for name, disk in (("root", machine.root), ("cache", machine.cache)):
+        found += _about_disk(name, disk, slurm=slurm)
+    return found
+
+
+def _about_disk(name: str, disk: Disk, *, slurm: bool) -> list[Advice]:
+    if not disk.writable:
+        return [Advice("warning", f"{name}={disk.path} cannot be written to; give another one.")]
+    found = []
+    if slurm and disk.kind in NODE_LOCAL:
+        text = (
+            f"{name}={disk.path} is on {disk.kind}, which the cluster's nodes may not see; jobs need a shared folder."
+        )
+        found.append(Advice("warning", text))
+    if disk.free_gib < LITTLE_SPACE_GIB:
+        found.append(Advice("warning", f"Only {disk.free_gib:.1f} GiB are free for {name}={disk.path}."))
+    return found
+
+
+def _partition_json(partition: LivePartition, mine: set[str]) -> dict[str, Any]:
+    return {
+        "name": partition.name,
+        "up": partition.up,
+        "open_to_you": partition.name in mine,
+        "gpus": [
+            {"type": kind or None, "count": count, "memory_gib": _memory(kind)}
+            for kind, count in partition.gpus.items()
+        ],
+        "max_minutes": partition.max_minutes,
+        "tier": partition.tier,
+        "preempt_mode": partition.preempt_mode,
+        "grace_seconds": partition.grace,
+    }
+
+
+def _partition_table(inventory: Inventory) -> Table:
+    settings = inventory.settings
+    name = "Slurm" if settings is None else f"Slurm {settings.version}, cluster {settings.cluster}"
+    table = Table(title=escape(name), title_justify="left", title_style="bold", header_style="dim", box=None)
+    for column in ("partition", "GPUs", "longest job", "grace time", "priority"):
+        table.add_column(column)
+    mine = {partition.name for partition in inventory.open_partitions()}
+    for partition in inventory.partitions:
+        closed = "" if partition.name in mine else " (closed to you)"
+        hours = "no limit" if partition.max_minutes is None else f"{number(partition.max_minutes / 60, 1)} h"
+        grace = MISSING if partition.grace is None else f"{partition.grace} s"
+        table.add_row(escape(partition.name + closed), escape(_gpus(partition)), hours, grace, str(partition.tier))
+    return table
+
+
+def _gpus(partition: LivePartition) -> str:
+    """``4 x t4 (15 GiB)``."""
+    words = []
+    for kind, count in partition.gpus.items():
+        memory = _memory(kind)
+        words.append(f"{count} x {kind or 'GPU'} ({'memory unknown' if memory is None else f'{memory:.0f} GiB'})")
+    return ", ".join(words) or "none"
+
+
+def _memory(kind: str) -> float | None:
+    model = known_gpu(kind)
+    return model.memory_gib if model else None
+
+
+def _machine_table(machine: Machine) -> Table:
+    table = Table(title="this machine", title_justify="left", title_style="bold", show_header=False, box=None)
+    device = machine.device
+    table.add_row("host", escape(f"{machine.host}, Python {machine.python}"))
+    table.add_row("device", escape(f"{device.name}, {device.memory_gib:.0f} GiB"))
+    packages = (f"{name} {found or 'missing'}" for name, found in machine.packages.items())
+    table.add_row("packages", escape(", ".join(packages)))
+    for name, disk in (("root", machine.root), ("cache", machine.cache)):
+        table.add_row(name, escape(f"{disk.path}: {disk.kind}, {disk.free_gib:.0f} GiB free"))
+    return table

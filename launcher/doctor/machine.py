@@ -1,0 +1,71 @@
+"""This machine: packages, the device that local jobs get, the disks that sweeps and models are written to, W&B."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from launcher.estimate.devices import GIB, DeviceFacts, local_device
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "submitit", "hydra-core", "wandb")
+MOUNTS = Path("/proc/self/mounts")
+NODE_LOCAL = {"tmpfs", "ramfs", "overlay", "squashfs"}  # what another machine surely does not see
+LITTLE_SPACE_GIB = 10.0
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The file system that a folder lies, or will lie, on."""
+
+    path: str
+    kind: str
+    free_gib: float
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What jobs on this machine find. A package that is missing has the version None."""
+
+    host: str
+    python: str
+    packages: dict[str, str | None]
+    device: DeviceFacts
+    root: Disk
+    cache: Disk
+
+
+def look_at_machine(root: Path, cache: Path) -> Machine:
+    """Look around; nothing is written."""
+    packages = {name: _version(name) for name in PACKAGES}
+    return Machine(
+        platform.node(), platform.python_version(), packages, local_device(), look_at_disk(root), look_at_disk(cache)
+    )
+
+
+def look_at_disk(path: Path) -> Disk:
+    """The file system of `path`, or of the nearest folder above it that exists."""
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free / GIB
+    return Disk(str(path), _kind(folder.resolve()), free, os.access(folder, os.W_OK))
+
+
+def _kind(folder: Path) -> str:
+    """The type of the file system, by the longest mount point above `folder`."""
+    try:
+        rows = [line.split() for line in MOUNTS.read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    above = [(len(row[1]), row[2]) for row in rows if folder.is_relative_to(row[1])]
+    return max(above)[1] if above else "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,57 @@
+"""A configuration file for this cluster, written from what was found: ``cluster=site`` then needs no further word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from launcher.cluster.inventory import Inventory
+from launcher.cluster.words import LivePartition
+from launcher.estimate.gpus import known_gpu
+from train.config import check_name
+from train.errors import BadInput
+from train.rundir import write_text
+
+HEADER = """# Written by `python -m launcher doctor write={name}`; conf/cluster/slurm.yaml says what else can be set.
+# Add usd_per_gpu_hour to every partition, and the cheapest one that holds a pack is taken instead of the smallest.
+kind: slurm
+"""
+
+
+def write_site(name: str, inventory: Inventory | None, conf_dir: Path) -> Path:
+    """Write ``cluster/<name>.yaml`` below `conf_dir`; its path.
+
+    Raises:
+        BadInput: no Slurm answers, there is such a file already, or no partition with GPUs is open to the user.
+    """
+    path = conf_dir / "cluster" / f"{check_name(name, 'write')}.yaml"
+    if inventory is None:
+        raise BadInput(f"write={name}: no Slurm answers here; run this on the cluster's login node.")
+    if path.exists():
+        raise BadInput(f"write={name}: {path} exists already; remove it, or choose another name.")
+    partitions = [partition for partition in inventory.open_partitions() if partition.gpus]
+    if not partitions:
+        raise BadInput(f"write={name}: no partition with working GPUs is open to you here.")
+    write_text(path, site_text(name, partitions))
+    return path
+
+
+def site_text(name: str, partitions: list[LivePartition]) -> str:
+    """The file: the facts of each partition with one kind of GPU; of mixed ones the name alone, the rest is asked at every plan."""
+    described = {partition.name: _facts(partition) for partition in partitions}
+    return HEADER.format(name=name) + yaml.safe_dump({"partitions": described}, sort_keys=False)
+
+
+def _facts(partition: LivePartition) -> dict[str, str | int | float]:
+    if len(partition.gpus) != 1:
+        return {}
+    (kind, count), *_ = partition.gpus.items()
+    model = known_gpu(kind)
+    facts = {
+        "gpu": kind or None,
+        "memory_gib": model.memory_gib if model else None,
+        "gpus": count,
+        "max_minutes": partition.max_minutes,
+    }
+    return {key: value for key, value in facts.items() if value is not None}

@@ -1,0 +1,210 @@
+"""Packs go to the cheapest partition that holds them and are cut for the shortest time; what fits nowhere is refused with help."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster import partitions as cluster_partitions
+from launcher.cluster.inventory import Inventory
+from launcher.cluster.partitions import choose_partitions
+from launcher.cluster.words import LivePartition
+from launcher.compose.composer import compose
+from launcher.errors import ClusterError
+from launcher.estimate.devices import gpu_device
+from launcher.estimate.gpus import known_gpu
+from launcher.estimate.partition import Partition
+from launcher.plan.packing import Bench, makespan, pack_runs
+from launcher.plan.planner import make_plan
+from launcher.records import ClusterConfig, PartitionConfig, Plan
+from train.errors import BadInput
+
+T4 = PartitionConfig(gpu="t4", gpus=4, max_minutes=1440)
+A100 = PartitionConfig(gpu="a100", gpus=4, max_minutes=60)
+LLAMA = ["model=llama2_7b", "data=alpaca"]
+
+
+def live(name: str, gpus: dict[str, int], tier: int = 1, features: frozenset[str] = frozenset()) -> LivePartition:
+    return LivePartition(name, True, False, 1440, gpus, features, tier)
+
+
+def described(**partitions: PartitionConfig) -> list[str]:
+    """The overrides that describe a whole cluster, so that none is asked."""
+    return [
+        f"cluster.partitions.{name}.{key}={value}"
+        for name, partition in partitions.items()
+        for key, value in partition.model_dump(exclude_none=True).items()
+    ]
+
+
+def plan(tmp_path: Path, *overrides: str, **partitions: PartitionConfig) -> Plan:
+    shared = ["cluster=slurm", f"root={tmp_path}/runs", f"cache={tmp_path}/cache"]
+    return make_plan(compose([*shared, *described(**partitions or {"t4": T4, "a100": A100}), *overrides]))
+
+
+def places(made: Plan) -> list[str]:
+    return [pack.partition for pack in made.packs]
+
+
+def test_a_pack_goes_to_the_smallest_gpu_that_holds_it(tmp_path: Path) -> None:
+    assert places(plan(tmp_path, *LLAMA)) == ["t4"]
+    too_large_for_a_t4 = ["model=own", "model.source=acme/Llama-34B", "data=alpaca"]
+    assert places(plan(tmp_path, *too_large_for_a_t4)) == ["a100"]
+
+
+def test_the_runs_of_one_sweep_may_go_to_several_partitions(tmp_path: Path) -> None:
+    made = plan(tmp_path, "quant=nf4,none", "model=own", "model.source=acme/Llama-13B", "data=alpaca")
+    by_run = {planned.run.axes["quant"]: planned.pack for planned in made.runs}
+    partition = {pack.id: pack.partition for pack in made.packs}
+    assert (partition[by_run["nf4"]], partition[by_run["none"]]) == ("t4", "a100")
+
+
+@pytest.mark.parametrize(("usd", "chosen"), [(0.01, "a100"), (100.0, "t4")])
+def test_prices_decide_where_every_partition_has_one(tmp_path: Path, usd: float, chosen: str) -> None:
+    t4 = T4.model_copy(update={"usd_per_gpu_hour": 1.0})
+    made = plan(tmp_path, *LLAMA, t4=t4, a100=A100.model_copy(update={"usd_per_gpu_hour": usd}))
+    assert places(made) == [chosen]
+    forecast = made.packs[0].forecast
+    assert forecast.usd == pytest.approx(forecast.gpu_hours * {"a100": usd, "t4": 1.0}[chosen])
+
+
+def test_a_pack_says_what_its_job_is_asked_for_with(tmp_path: Path) -> None:
+    short = plan(tmp_path, *LLAMA).packs[0]
+    assert short.gres == "gpu:t4:1"
+    assert short.minutes is not None
+    assert 60 * short.minutes > short.forecast.seconds
+    (long,) = plan(tmp_path, *LLAMA, "train.max_steps=1000000", a100=A100).packs
+    assert (long.gres, long.minutes) == ("gpu:a100:1", 60)
+    assert long.forecast.seconds > 3600
+
+
+def test_full_packs_are_spread_over_the_gpus_there_are(tmp_path: Path) -> None:
+    def sizes(parallel: int) -> list[int]:
+        seeds = [*LLAMA, "train.seed=range(0,16)", "train.batch_size=8", f"cluster.max_parallel={parallel}"]
+        return sorted(len(pack.runs) for pack in plan(tmp_path, *seeds, a100=A100).packs)
+
+    assert sizes(1) == [16]
+    assert sizes(2) == [8, 8]
+    assert sizes(4) == [4, 4, 4, 4]
+    assert sizes(16) == [4, 4, 4, 4]  # the partition has four
+
+
+def test_small_packs_are_not_torn_apart(tmp_path: Path) -> None:
+    assert [len(pack.runs) for pack in plan(tmp_path, "model=tiny", "sweep=rank", "cluster.max_parallel=8").packs] == [
+        4
+    ]
+
+
+@pytest.mark.parametrize(
+    ("slots", "full", "largest"), [(1, 9, 9), (2, 9, 9), (4, 9, 9), (4, 3, 9), (3, 9, 2), (5, 7, 4)]
+)
+def test_no_other_number_of_packs_ends_earlier(tmp_path: Path, slots: int, full: int, largest: int) -> None:
+    """Against every number of packs of equal runs that memory and full devices allow."""
+    runs = list(compose(["train.seed=range(0,9)", "model=tiny", f"root={tmp_path}"]).runs)
+    bench = Bench(lambda pack: True, lambda pack: 10.0 + len(pack), lambda pack: full, slots)
+    packs = pack_runs(runs, largest, lambda run: 1.0, bench)
+    assert sorted(run.id for pack in packs for run in pack) == sorted(run.id for run in runs)
+    assert max(map(len, packs)) <= largest
+    fewest = -(-len(runs) // largest)
+    ends = []
+    for count in range(fewest, max(fewest, min(full, len(runs))) + 1):
+        seconds = [10.0 + len(runs[place::count]) for place in range(count)]
+        ends.append(makespan(seconds, slots))
+    assert makespan([10.0 + len(pack) for pack in packs], slots) == min(ends)
+
+
+def test_makespan_is_never_below_what_is_possible() -> None:
+    for jobs in itertools.product([1.0, 2.0, 5.0], repeat=4):
+        for slots in (1, 2, 3):
+            assert max(max(jobs), sum(jobs) / slots) <= makespan(list(jobs), slots) <= sum(jobs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["model.source=acme/Llama-34B", "quant=none"], "quant=nf4"),
+        (["model.source=acme/Llama-34B", "train.residency=resident"], "train.residency=nf4"),
+        (["model.source=acme/Llama-13B", "lora.r=4096", "lora.target_modules=all-linear"], "lora.r="),
+    ],
+)
+def test_what_fits_nowhere_is_refused_with_a_change_that_fits(tmp_path: Path, overrides: list[str], hint: str) -> None:
+    base = ["model=own", "data=alpaca"]
+    with pytest.raises(BadInput, match="more than any partition has room for") as caught:
+        plan(tmp_path, *base, *overrides)
+    advice = re.search(r"With (.*) it would take .* and fit (\w+)\.", str(caught.value))
+    assert advice is not None, caught.value
+    assert hint in advice[1]
+    changed = {word.partition("=")[0]: word for word in [*overrides, *advice[1].split()]}
+    assert places(plan(tmp_path, *base, *changed.values())) == [advice[2]]
+
+
+def test_a_model_beyond_every_change_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="smaller model"):
+        plan(tmp_path, "model=own", "model.source=acme/Llama-70B", "data=alpaca", t4=T4)
+
+
+def test_partitions_are_completed_from_the_cluster() -> None:
+    inventory = Inventory(
+        [live("gpu", {"a100": 8, "t4": 2}), live("old", {"": 4}, features=frozenset({"v100", "ib"}))], None, None, None
+    )
+    found = choose_partitions(ClusterConfig(kind="slurm"), inventory)
+    assert [(p.name, p.gres, p.device.memory_gib, p.gpus, p.max_minutes) for p in found] == [
+        ("gpu", "gpu:a100:1", 40.0, 8, 1440),
+        ("gpu", "gpu:t4:1", 15.0, 2, 1440),
+        ("old", "gpu:1", 16.0, 4, 1440),
+    ]
+    named = {"gpu": PartitionConfig(gpu="a100", memory_gib=80.0, usd_per_gpu_hour=2.0)}
+    (only,) = choose_partitions(ClusterConfig(kind="slurm", partitions=named), inventory)
+    assert (only.device.memory_gib, only.gpus, only.usd_per_gpu_hour) == (80.0, 8, 2.0)
+
+
+def test_a_partition_that_pushes_others_out_is_the_last_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory = Inventory([live("urgent", {"t4": 8}, tier=10), live("t4", {"t4": 4})], None, None, None)
+    monkeypatch.setattr(cluster_partitions, "take_inventory", lambda: inventory)
+    sweep = compose(["cluster=slurm", "model=tiny", f"root={tmp_path}/runs", f"cache={tmp_path}/cache"])
+    assert places(make_plan(sweep)) == ["t4"]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (ClusterConfig(kind="slurm", partitions={"b100": PartitionConfig()}), "no such partition; it has gpu"),
+        (ClusterConfig(kind="slurm"), "cluster.partitions.gpu.memory_gib=24"),
+    ],
+)
+def test_what_cannot_be_placed_says_what_to_set(cluster: ClusterConfig, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        choose_partitions(cluster, Inventory([live("gpu", {"mystery": 2})], None, None, None))
+
+
+def test_slurm_that_does_not_answer_is_no_empty_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ClusterError, match="does not answer"):
+        cluster_partitions.partitions_for(ClusterConfig(kind="slurm"))
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib"),
+    [
+        ("a100", 40.0), ("nvidia_a100_80gb_pcie", 80.0), ("a100-sxm4-80gb", 80.0), ("NVIDIA A100-PCIE-40GB", 40.0), ("a100_80", 80.0),
+        ("a100_1g.10gb", 10.0), ("Tesla T4", 15.0), ("tesla_t4", 15.0), ("NVIDIA H200", 140.4), ("NVIDIA H100 80GB HBM3", 79.6),
+        ("v100-32g", 32.0), ("tesla_v100-sxm2-16gb", 16.0), ("rtx_3090", 24.0), ("gtx1080ti", 11.0), ("quadro_rtx_6000", 24.0),
+        ("NVIDIA RTX 6000 Ada Generation", 48.0), ("l40s", 45.0), ("l4", 22.5), ("NVIDIA A10", 22.5), ("rtxa4000", 16.0),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_known_by_any_usual_name(name: str, memory_gib: float) -> None:
+    model = known_gpu(name)
+    assert model is not None
+    assert model.memory_gib == memory_gib
+
+
+@pytest.mark.parametrize("name", ["gpu", "mystery", "", "mi250", "shard"])
+def test_other_gpus_are_not_guessed(name: str) -> None:
+    assert known_gpu(name) is None
+
+
+def test_the_larger_gpu_needs_more_tokens_to_be_full() -> None:
+    t4, h200 = (Partition("p", gpu_device(name, 15.0)).full_tokens for name in ("t4", "h200"))
+    assert 1000 <= t4 <= 2000
+    assert 4000 <= h200 <= 5000
