@@ -30,10 +30,13 @@ def refuse_shared(sweep: SweepDir) -> None:
     Raises:
         BadInput: naming the folder, who can write there, and how to end that.
     """
-    for folder in (sweep.path.parent, sweep.path, sweep.code, *sweep.code.glob("*"), sweep.jobs):
+    for folder in (sweep.path.parent, sweep.path, sweep.jobs, sweep.code):
         with readable(folder):
             if folder.exists():
                 _refuse_shared_folder(folder)
+    with readable(sweep.code):
+        for folder in sweep.code.glob("*"):
+            _refuse_shared_folder(folder)
 
 
 def _refuse_shared_folder(folder: Path) -> None:

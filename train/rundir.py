@@ -1,27 +1,60 @@
-"""Every file name below the root and the cache, and the only ways in which files come to exist.
-
-A file that exists is complete: it is written beside its place, flushed to the disk with its folder, and renamed. Logs that
-grow (`append_lines`) are read up to their last whole line. Folders are private (0700, files 0600).
+"""Every file name below the root and the cache. With the ways to write and read them (`train.storage`) it is all that other modules
+know of the disk.
 
 Light on purpose: the launcher imports it on the login node.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from train.errors import BadInput, StorageError
+from train.storage import (
+    Record,
+    append_lines,
+    last_line,
+    local_path,
+    make_folder,
+    named_folder,
+    read_first_line,
+    read_json,
+    read_lines,
+    readable,
+    storage_errors,
+    sync_folder,
+    tail_lines,
+    write_bytes,
+    write_folder,
+    write_json,
+    write_text,
+)
 
-Record = dict[str, Any]
+__all__ = [
+    "ArrayDir",
+    "BaseDir",
+    "CacheDir",
+    "PackDir",
+    "Record",
+    "RunDir",
+    "SweepDir",
+    "TokensDir",
+    "append_lines",
+    "last_line",
+    "local_path",
+    "make_folder",
+    "named_folder",
+    "read_first_line",
+    "read_json",
+    "read_lines",
+    "readable",
+    "storage_errors",
+    "sync_folder",
+    "tail_lines",
+    "write_bytes",
+    "write_folder",
+    "write_json",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -299,232 +332,3 @@ class TokensDir:
     def array(self, table: str, part: str) -> Path:
         """One array (``tokens``, ``labels``, ``offsets``) of one table (``train``, ``eval``)."""
         return self.path / f"{table}-{part}.npy"
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before, also after a power cut.
-
-    Raises:
-        StorageError: the disk is full, read-only or gone.
-    """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with storage_errors(path):
-        try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for one JSON document; NaN and infinity are refused because JSON has neither."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-@contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to fill beside `path`; it takes `path`'s place complete, or not at all.
-
-    Raises:
-        StorageError: the disk is full, read-only or gone.
-    """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with storage_errors(path):
-        try:
-            make_folder(beside)
-            yield beside
-            for file in beside.rglob("*"):
-                sync_folder(file)
-            sync_folder(beside)
-            if path.exists():
-                retired = beside.with_suffix(".old")
-                os.replace(path, retired)
-                os.replace(beside, path)
-                shutil.rmtree(retired)
-            else:
-                os.replace(beside, path)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        sync_folder(path.parent)
-
-
-def append_lines(path: Path, records: list[Record]) -> None:
-    """Append one JSON line per record, and flush them to the disk: all of them, or none if the disk refuses.
-
-    A torn line that a killed writer left at the end is cut off first.
-
-    Raises:
-        StorageError: the disk is full, read-only or gone.
-    """
-    content = "".join(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n" for record in records).encode()
-    with storage_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            end = _whole_lines(handle)
-            try:
-                while content:
-                    content = content[os.write(handle, content) :]
-                os.fsync(handle)
-            except OSError:
-                with suppress(OSError):  # a device cannot be cut; the first error counts
-                    os.ftruncate(handle, end)
-                raise
-        finally:
-            os.close(handle)
-
-
-def _whole_lines(handle: int, tail_bytes: int = 1 << 16) -> int:
-    """Cut a torn last line off an open file; its length then."""
-    size = os.fstat(handle).st_size
-    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
-        return size
-    start = max(0, size - tail_bytes)
-    end = start + os.pread(handle, tail_bytes, start).rfind(b"\n") + 1
-    os.ftruncate(handle, end)
-    return end
-
-
-def read_json(path: Path) -> Any:
-    """The JSON document at `path`, or None where there is none."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-
-
-def read_lines(path: Path) -> list[Record]:
-    """Every whole line of a growing JSON-lines file; a torn last line and a missing file count as nothing."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def read_first_line(path: Path) -> Record | None:
-    """The first whole line of a growing JSON-lines file; None where there is none."""
-    try:
-        with path.open("rb") as file:
-            line = file.readline()
-    except FileNotFoundError:
-        return None
-    record: Record | None = json.loads(line) if line.endswith(b"\n") else None
-    return record
-
-
-def tail_lines(path: Path, tail_bytes: int = 4096) -> list[Record]:
-    """The whole lines in the last `tail_bytes` of a growing JSON-lines file, without reading the rest."""
-    try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - tail_bytes)
-            file.seek(start)
-            whole = file.read().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        return []
-    if start > 0:
-        whole = whole.partition(b"\n")[2] if b"\n" in whole else b""
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def last_line(path: Path) -> Record | None:
-    """The last whole line of a growing JSON-lines file, without reading the rest; None where there is none."""
-    lines = tail_lines(path)
-    return lines[-1] if lines else None
-
-
-def make_folder(path: Path) -> Path:
-    """Make `path` and what lacks above it, private to the user.
-
-    Raises:
-        StorageError: the disk is full, read-only or gone.
-    """
-    with storage_errors(path):
-        for folder in [*reversed(path.parents), path]:
-            if not folder.exists():
-                folder.mkdir(mode=0o700, exist_ok=True)
-    return path
-
-
-def local_path(text: str) -> Path:
-    """The absolute path that the user means by `text`.
-
-    Raises:
-        BadInput: it begins with the home of a user that does not exist.
-    """
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError as exc:
-        raise BadInput(
-            f"{text!r} begins with a home folder that cannot be found ({exc}); write the path in full."
-        ) from exc
-
-
-def named_folder(key: str, text: str) -> Path:
-    """The absolute path of the folder that the user gave as ``key=text``.
-
-    Raises:
-        BadInput: it is empty, which would be the present folder, or see `local_path`.
-    """
-    if not text.strip():
-        raise BadInput(f"{key}= is empty; name a folder, {key}=. for this one, or leave it out.")
-    return local_path(text)
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Translate the operating system's refusals to read a file or folder that the user named.
-
-    Raises:
-        BadInput: saying which, and why.
-    """
-    try:
-        yield
-    except OSError as exc:
-        raise BadInput(f"{path} cannot be read: {exc.strerror or exc}; check the path and its permissions.") from exc
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Translate the operating system's refusals to write at `path`.
-
-    Raises:
-        StorageError: saying what, where and what to do next.
-    """
-    advice = {
-        errno.ENOSPC: "the disk is full; free some space, or choose another root= or cache=",
-        errno.EDQUOT: "your quota is used up; free some space, or choose another root= or cache=",
-        errno.EROFS: "the file system is read-only; choose another root= or cache=",
-        errno.EACCES: "you may not write there; choose another root= or cache=",
-        errno.EIO: "the disk answers with errors; ask the administrator",
-        errno.ENOENT: "its folder is gone; run the same command again to make it anew",
-        errno.ENOTDIR: "a part of that path is a file; choose another root= or cache=",
-        errno.ENAMETOOLONG: "a name in that path is too long; choose another root= or cache=",
-        errno.ESTALE: "the network file system lost the folder; try again",
-    }
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno not in advice:
-            raise
-        raise StorageError(f"{path} could not be written: {advice[exc.errno]}.") from exc
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries (or a file's content) to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

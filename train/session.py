@@ -220,8 +220,9 @@ class RunSession:
     def lose(self, error: Exception) -> None:
         """Let go of a folder that cannot be written. The run keeps its seat: the others' numbers stay what they were, to the bit."""
         self.lost = error
-        with suppress(StorageError, OSError):  # what refused the last write may refuse these
+        with suppress(OSError):  # the job's log may lie on the same disk
             print(f"{self.dir.path.name} ends: storage: {error}", flush=True)
+        with suppress(StorageError, OSError):  # what refused the last write may refuse this one
             self._note_attempt("storage", str(error), self.step)
         with suppress(OSError):
             release(self.dir, self.lease)

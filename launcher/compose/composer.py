@@ -15,7 +15,7 @@ from launcher.records import ClusterConfig, Run, Sweep
 from train.config import RunConfig, Section, TrackingConfig, check_name, parse_run_config, parse_section
 from train.errors import BadInput
 from train.ownership import refuse_shared
-from train.rundir import SweepDir, local_path, named_folder
+from train.rundir import CacheDir, SweepDir, local_path, named_folder
 from train.sources import data_fingerprint, is_there, model_fingerprint
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -49,7 +49,7 @@ def compose(overrides: list[str], *, conf_dir: Path = CONF_DIR) -> Sweep:
     return Sweep(
         name=name,
         root=root,
-        cache=named_folder("cache", places.cache),
+        cache=_readable_cache(places.cache),
         runs=tuple(runs),
         cluster=parse_section(ClusterConfig, settings.get("cluster", {}), "cluster"),
         tracking=parse_section(TrackingConfig, settings.get("tracking", {}), "tracking"),
@@ -128,3 +128,10 @@ def _sweep_name(given: str | None, sweep_file: str, runs: list[Run]) -> str:
         return check_name(given, "sweep.name")
     models, data = {run.config.model.name for run in runs}, {run.config.data.name for run in runs}
     return sweep_name(sweep_file, list(runs[0].axes), models, data)
+
+
+def _readable_cache(text: str) -> Path:
+    """The absolute cache folder, if the user may look into it."""
+    cache = named_folder("cache", text)
+    is_there(CacheDir(cache).model("any"))
+    return cache

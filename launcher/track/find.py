@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from train.errors import BadInput
-from train.rundir import RunDir, SweepDir
+from train.rundir import RunDir, SweepDir, readable
 
 MOST_LISTED = 12
 
@@ -15,8 +15,13 @@ Folder = TypeVar("Folder", bound=SweepDir | RunDir)
 
 
 def sweeps(root: Path) -> list[SweepDir]:
-    """Every sweep below `root`, the newest first."""
-    folders = [SweepDir(path) for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    """Every sweep below `root`, the newest first.
+
+    Raises:
+        BadInput: the user may not look there.
+    """
+    with readable(root):
+        folders = [SweepDir(path) for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     return sorted((sweep for sweep in folders if sweep.plans.is_dir() or sweep.runs()), key=submitted_at, reverse=True)
 
 

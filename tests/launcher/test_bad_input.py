@@ -209,13 +209,11 @@ def without_privileges() -> None:
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
-@pytest.mark.parametrize("closed", ["good.jsonl", "my model", "my model/config.json", "my model/model.safetensors"])
-def test_files_that_the_user_may_not_read(program: Program, folder: Path, closed: str) -> None:
-    path = program.cwd / closed
-    path.chmod(0)
+def refuse_without_privileges(program: Program, closed: Path, *arguments: str) -> None:
+    closed.chmod(0)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "launcher", *QUICK[1:], f"model.source={folder}", "data.source=good.jsonl"],
+            [sys.executable, "-m", "launcher", *arguments],
             cwd=program.cwd,
             env=program.environment,
             preexec_fn=without_privileges,
@@ -224,10 +222,24 @@ def test_files_that_the_user_may_not_read(program: Program, folder: Path, closed
             check=False,
         )
     finally:
-        path.chmod(0o700)
+        closed.chmod(0o700)
     assert done.returncode == 2, done.stderr
     assert "cannot be read: Permission denied" in " ".join(done.stderr.split())
     assert not (program.cwd / "runs").exists()
+
+
+@pytest.mark.parametrize("closed", ["good.jsonl", "my model", "my model/config.json", "my model/model.safetensors"])
+def test_files_that_the_user_may_not_read(program: Program, folder: Path, closed: str) -> None:
+    words = [*QUICK[1:], f"model.source={folder}", "data.source=good.jsonl"]
+    refuse_without_privileges(program, program.cwd / closed, *words)
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", *QUICK, "root=shut/x"], ["plan", *QUICK, "cache=shut/x"], ["status", "root=shut/x"]]
+)
+def test_folders_into_which_the_user_may_not_look(program: Program, words: list[str]) -> None:
+    (program.cwd / "shut").mkdir()
+    refuse_without_privileges(program, program.cwd / "shut", *words)
 
 
 def shared_by_acl(folder: Path) -> None:
@@ -294,3 +306,13 @@ def test_a_full_disk(program: Program) -> None:
     assert done.returncode == 2, done.stderr
     assert "the disk is full" in " ".join(done.stderr.split())
     assert done.stdout.partition("left:")[2].split() == []
+
+
+def test_a_tokenizer_without_a_pad_token_is_welcome(program: Program, folder: Path) -> None:
+    """The stated policy: training never pads, so it needs none."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    done = program(*QUICK[1:], f"model.source={folder}", "data.source=good.jsonl", timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "trainable params: " in done.stdout
+    assert len(list((program.cwd / "runs").glob("*/*/adapter/adapter_model.safetensors"))) == 1
