@@ -49,17 +49,20 @@ def swiglu_gradient(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (arXiv 2104.09864) of [T, heads, dim] by cos and sin [T, dim], halves as transformers lays them."""
-    wide = _wide(x)
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * _wide(cos)[:, None] + turned * _wide(sin)[:, None]).to(x.dtype)
+    return (_wide(x) * _wide(cos)[:, None] + _turned(_wide(x)) * _wide(sin)[:, None]).to(x.dtype)
 
 
 def rotate_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The gradient of what `rotate` turned: the transposed rotation."""
-    wide = _wide(gradient)
-    first, second = (wide * _wide(sin)[:, None]).chunk(2, dim=-1)
-    return (wide * _wide(cos)[:, None] + torch.cat((second, -first), dim=-1)).to(gradient.dtype)
+    turned = _turned(_wide(gradient) * _wide(sin)[:, None])
+    return (_wide(gradient) * _wide(cos)[:, None] - turned).to(gradient.dtype)
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    """(first half, second half) -> (-second half, first half). As a flip with signs, a compiler reads each value once."""
+    signs = torch.where(torch.arange(2, device=x.device) == 0, -1, 1).to(x.dtype)
+    turned: torch.Tensor = (x.unflatten(-1, (2, -1)).flip(-2) * signs[:, None]).flatten(-2)
+    return turned
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,8 @@ def add_gradients(
     """Forward and backward; the loss of every target [N], fillers included."""
     hidden = base.hidden_states(batch, dropout_keys)
     learnt = hidden.detach().index_select(0, batch.learnt)
-    found = target_losses(learnt, base.head, batch.targets, weights[batch.run_of_target])
+    fused = base.current.kernels.fused
+    found = target_losses(learnt, base.head, batch.targets, weights[batch.run_of_target], fused)
     if hidden.requires_grad and found.gradient is not None:
         # Every learnt position is there once; fillers repeat one position, all with zeros.
         hidden.backward(torch.zeros_like(hidden).index_copy_(0, batch.learnt, found.gradient))

@@ -133,7 +133,7 @@ class PackLoop:
             raise
         self._apply(losses, {row: sum(len(s.tokens) for s in batch) for row, batch in batches.items()})
         if self.recorder.seconds_since_flush > FLUSH_SECONDS:
-            self.recorder.flush(self.sessions)
+            self.recorder.flush(self.sessions, keep=1)
 
     # One optimizer step
 

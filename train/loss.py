@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from train.batches import MicroBatch
+from train.elementwise import run
 
 CHUNK_TOKENS = 1024
 
@@ -27,7 +28,11 @@ class TargetLosses:
 
 @torch.no_grad()
 def target_losses(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    fused: bool = False,
 ) -> TargetLosses:
     """Cross-entropy of each target, in float32 (float64 for a float64 model).
 
@@ -36,21 +41,49 @@ def target_losses(
         head: [vocabulary, dim] frozen output embedding.
         targets: [N] token ids.
         weights: [N] factor of each target's loss in the sum whose gradient is wanted, None for no gradient.
+        fused: whether formulas are compiled.
     """
-    precise = torch.promote_types(hidden.dtype, torch.float32)
     losses, correct, gradients = [], [], []
     for at in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(at, at + CHUNK_TOKENS)
-        logits = functional.linear(hidden[chunk], head).to(precise)
-        log_normaliser = torch.logsumexp(logits, dim=-1)
-        wanted = targets[chunk, None]
-        losses.append(log_normaliser - logits.gather(1, wanted)[:, 0])
-        correct.append(logits.argmax(dim=-1) == targets[chunk])
-        if weights is not None:
-            logits.sub_(log_normaliser[:, None]).exp_()  # the softmax, in place
-            logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
-            gradients.append(_times_head(logits.mul_(weights[chunk, None]).to(hidden.dtype), head))
+        logits = functional.linear(hidden[chunk], head)
+        if fused and weights is not None:
+            loss, right, gradient = run(_softmax_in_one, True, logits, targets[chunk, None], weights[chunk, None])
+        else:
+            loss, right, gradient = _softmax_in_place(
+                logits, targets[chunk], weights if weights is None else weights[chunk]
+            )
+        losses.append(loss)
+        correct.append(right)
+        if gradient is not None:
+            gradients.append(_times_head(gradient, head))
     return TargetLosses(torch.cat(losses), torch.cat(correct), torch.cat(gradients) if gradients else None)
+
+
+def _softmax_in_place(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Loss, right or wrong, and the weighted gradient of `logits` [n, vocabulary]; with one copy of them in float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_normaliser = torch.logsumexp(wide, dim=-1)
+    wanted = targets[:, None]
+    losses, correct = log_normaliser - wide.gather(1, wanted)[:, 0], wide.argmax(dim=-1) == targets
+    if weights is None:
+        return losses, correct, None
+    wide.sub_(log_normaliser[:, None]).exp_().scatter_add_(1, wanted, wide.new_full(wanted.shape, -1))
+    return losses, correct, wide.mul_(weights[:, None]).to(logits.dtype)
+
+
+def _softmax_in_one(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as one formula without copies, for a compiler; `targets` and `weights` are [n, 1]."""
+    wide = logits.to(torch.float32)
+    log_normaliser = torch.logsumexp(wide, dim=-1, keepdim=True)
+    losses, correct = log_normaliser - wide.gather(1, targets), wide.argmax(dim=-1, keepdim=True) == targets
+    is_wanted = torch.arange(logits.shape[1], device=logits.device) == targets
+    gradient = ((wide - log_normaliser).exp() - is_wanted.to(wide.dtype)) * weights
+    return losses[:, 0], correct[:, 0], gradient.to(logits.dtype)
 
 
 def _times_head(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

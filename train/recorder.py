@@ -1,4 +1,8 @@
-"""From the device to the journals: steps are collected without waiting for the GPU and written together every second or so."""
+"""From the device to the journals: steps are collected without waiting for the GPU and written together every second or so.
+
+The numbers of a step set out for the host when the step is recorded; whoever writes them waits for their arrival alone, while the
+GPU works on the next step.
+"""
 
 from __future__ import annotations
 
@@ -27,27 +31,28 @@ class StepRecord:
 
 
 class StepRecorder:
-    """Holds the steps that no journal has yet. `flush` is the only place in training that waits for the device."""
+    """Holds the steps that no journal has yet. Only `flush` waits for the device."""
 
     def __init__(self, device: torch.device, with_loss_scale: bool) -> None:
         self._device, self._with_loss_scale = device, with_loss_scale
-        self._pending: list[StepRecord] = []
+        self._pending: list[tuple[StepRecord, _Fetched]] = []
         self._started = self._flushed = time.monotonic()
 
     def add(self, record: StepRecord) -> None:
         """Remember a step."""
-        self._pending.append(record)
+        self._pending.append((record, _Fetched(record)))
 
     @property
     def seconds_since_flush(self) -> float:
         """How long the journals have been waiting."""
         return time.monotonic() - self._flushed
 
-    def flush(self, sessions: Sequence[RunSession]) -> None:
-        """Write what is pending to the journals; runs that diverged meanwhile learn it here."""
-        pending, self._pending = self._pending, []
-        if pending:
-            numbers = _on_host(pending)
+    def flush(self, sessions: Sequence[RunSession], keep: int = 0) -> None:
+        """Write what is pending to the journals, but for the newest `keep` steps; runs that diverged meanwhile learn it here."""
+        at = max(0, len(self._pending) - keep)
+        due, self._pending = self._pending[:at], self._pending[at:]
+        if due:
+            pending, numbers = [record for record, _ in due], [fetched.numbers() for _, fetched in due]
             for session in sessions:
                 self._write(session, pending, numbers)
             self._note_pace(sessions, pending)
@@ -90,7 +95,7 @@ class StepRecorder:
         }
         for session in sessions:
             tokens = sum(record.tokens[session.row] for record in pending)
-            session.note_pace({"step": session.step, "tokens_per_second": tokens / elapsed, **shared})
+            session.note_pace({"step": pending[-1].steps[session.row], "tokens_per_second": tokens / elapsed, **shared})
 
 
 @dataclass(frozen=True)
@@ -103,15 +108,25 @@ class _HostNumbers:
     loss_scales: list[float]
 
 
-def _on_host(pending: list[StepRecord]) -> list[_HostNumbers]:
-    """Fetch all pending values in four transfers."""
-    columns = (
-        [record.losses for record in pending],
-        [record.outcome.grad_norm for record in pending],
-        [record.outcome.alive for record in pending],
-        [record.outcome.loss_scale for record in pending],
-    )
-    return [_HostNumbers(*values) for values in zip(*(torch.stack(column).tolist() for column in columns), strict=True)]
+class _Fetched:
+    """A step's device values on their way to the host."""
+
+    def __init__(self, record: StepRecord) -> None:
+        outcome = record.outcome
+        values = (record.losses, outcome.grad_norm, outcome.alive, outcome.loss_scale)
+        there = torch.stack([value.to(record.losses.dtype) for value in values])
+        self._here, self._arrived = there, None
+        if there.device.type == "cuda":
+            self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> _HostNumbers:
+        """Wait for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        losses, grad_norms, alive, loss_scales = self._here.tolist()
+        return _HostNumbers(losses, grad_norms, [value > 0 for value in alive], loss_scales)
 
 
 def peak_memory_gib(device: torch.device) -> float:
