@@ -73,6 +73,13 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
         "example:\n  python -m launcher doctor write=site   # describes the cluster for cluster=site",
         json=True,
     ),
+    "sync": Verb(
+        verbs.sync,
+        "[SWEEP] [root=DIR]",
+        "Send the journals of a sweep to Weights & Biases; safe to repeat",
+        "It goes on where W&B stopped, also beside a job that is still training. The API key is read as the jobs read it.",
+        json=True,
+    ),
     "merge": Verb(
         verbs.merge,
         "[RUN] [root=DIR] [cache=DIR]",

@@ -152,6 +152,22 @@ def doctor(request: Request) -> int:
     return 0
 
 
+def sync(request: Request) -> int:
+    """Send the journals of a sweep to W&B."""
+    from launcher.sync import print_answers, sync_json
+    from launcher.sync import sync as send
+    from launcher.track.find import find_sweep
+
+    names, root, _ = request.places()
+    sweep = find_sweep(root, *names or [""])
+    answers = send(sweep, _console(to_stderr=request.json))
+    if request.json:
+        _print_json(sync_json(sweep, answers))
+    else:
+        print_answers(answers, _console())
+    return int(any(answer["outcome"] == "failed" for answer in answers))
+
+
 def merge(request: Request) -> int:
     """Merge a run's adapter into its base."""
     from launcher.export import export

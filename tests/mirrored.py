@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -95,6 +99,24 @@ class WrittenPack:
                 write_json(run.result, self._result(run))
             run.lease.unlink()
 
+    def wait_for_folder(self) -> Path:
+        """The offline folder of the first run, once it is there."""
+        deadline = time.monotonic() + 60
+        while not (found := sorted(self.sweep.wandb.glob(f"offline-run-*-{self.runs[0].id}/*.wandb"))):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return found[-1].parent
+
+    def kill_mirror(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to every process of the mirror, wandb-core too, as Slurm does."""
+        for process in self.mirror_processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def mirror_processes(self) -> list[psutil.Process]:
+        """The processes that this one started for the mirror."""
+        return psutil.Process().children(recursive=True)
+
     def expected(self, run: RunDir) -> list[Record]:
         """The run's journal as rows: a record per step under W&B's names."""
         rows: dict[int, Record] = {}
@@ -170,3 +192,25 @@ def _started() -> int:
     from train.lease import process_started
 
     return process_started(os.getpid()) or 0
+
+
+def wandb_command(folder: Path, *arguments: str) -> str:
+    """What W&B's own command prints, started in `folder`."""
+    command = [sys.executable, "-m", "wandb", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def launcher(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m launcher`` to its end, started in `folder`."""
+    command = [sys.executable, "-m", "launcher", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_arrived(server: WandbServer, pack: WrittenPack) -> None:
+    """Every step of every journal is at the server: once, in order, with the journal's values."""
+    assert sorted(server.runs) == sorted(run.id for run in pack.runs)
+    for run in pack.runs:
+        stored = server.runs[run.id]
+        assert without_pace(stored.history) == pack.expected(run), run.path.name

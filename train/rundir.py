@@ -99,14 +99,18 @@ class RunDir:
         return self.path / "stop.json"
 
     @property
-    def mirror(self) -> Path:
-        """How far W&B has this run."""
-        return self.path / "mirror.json"
+    def mirror_online(self) -> Path:
+        """How far W&B's server has this run."""
+        return self.path / "mirror-online.json"
 
     @property
-    def mirror_lease(self) -> Path:
-        """Who sends this run to W&B now."""
-        return self.path / "mirror-lease.json"
+    def mirror_offline(self) -> Path:
+        """How far W&B's offline folders have this run."""
+        return self.path / "mirror-offline.json"
+
+    def mirror_lease(self, way: str) -> Path:
+        """Who mirrors this run now, ``online`` or ``offline``."""
+        return self.path / f"mirror-{way}-lease.json"
 
     @property
     def cancel_request(self) -> Path:

@@ -18,6 +18,10 @@ def main(arguments: list[str]) -> int:
 
             follow(Path(pack_file), int(trainer))
             return 0
+        case ["sync"]:
+            from train.mirror.upload import main as upload
+
+            return upload()
     print(__doc__, file=sys.stderr)
     return 2
 

@@ -44,6 +44,10 @@ class Client:
         assert self.reach is not None
         return f"{self.reach.server}/{run.entity or self.reach.entity}/{run.project}"
 
+    def address(self, run: MirroredRun) -> str:
+        """Where the run can be looked at."""
+        return f"{self.destination(run).replace('//api.', '//', 1)}/runs/{run.dir.id}"
+
     def open(self, run: MirroredRun, *, tells_end: bool) -> wandb.Run:
         """Begin the run in W&B, or go on with it; `starting_step` is then the first step that it lacks.
 

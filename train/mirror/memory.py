@@ -2,7 +2,8 @@
 
 Two ways lead to W&B, and a run takes one of them. Online (and ``launcher sync``) the server itself says how far it is when a run
 is opened. Offline folders, made for ``wandb sync``, must not overlap: it appends whatever they hold. So a folder whose
-mirror died is written anew, and once a run has been online its folders are marked as synced.
+mirror died is written anew, and once a run has been online its folders are marked as synced. Each way has a file and a lease of
+its own, so that ``launcher sync`` can send what a job writes offline at that moment.
 """
 
 from __future__ import annotations
@@ -18,60 +19,81 @@ NOTHING = -1  # steps count from 0
 
 
 @dataclass(frozen=True)
-class Memory:
-    """How far W&B has a run.
+class Online:
+    """How far a server has the run.
 
     Attributes:
-        destination: project URL of the last online session; None if there was none.
+        destination: the project's address.
         confirmed: the last step that the server was seen to have.
         told: the end that the server was told, with the number of attempts then.
-        written: the last step in offline folders that were closed.
-        open_folder: an offline folder that is being written, or whose writer died.
     """
 
-    destination: str | None = None
+    destination: str
     confirmed: int = NOTHING
     told: str | None = None
+
+
+@dataclass(frozen=True)
+class Offline:
+    """How far folders have the run.
+
+    Attributes:
+        written: the last step in the folders that were closed.
+        closed: those folders' names; any other is being written, or its writer died.
+        sent: whether somebody sent one of the others with ``wandb sync``: only the server knows how much it held.
+    """
+
     written: int = NOTHING
-    open_folder: str | None = None
+    closed: tuple[str, ...] = ()
+    sent: bool = False
 
 
-def recall(run: RunDir) -> Memory:
-    """What is remembered of a run."""
-    return Memory(**(read_json(run.mirror) or {}))
+def recall_online(run: RunDir) -> Online | None:
+    """What is remembered of the server; None if the run never was online."""
+    values = read_json(run.mirror_online)
+    return None if values is None else Online(**values)
 
 
-def remember(run: RunDir, memory: Memory) -> Memory:
-    """Write it down; what was written is returned."""
-    write_json(run.mirror, asdict(memory))
-    return memory
+def recall_offline(run: RunDir) -> Offline:
+    """What is remembered of the offline folders."""
+    return Offline(**(read_json(run.mirror_offline) or {}))
 
 
-def went_online(run: MirroredRun, destination: str, confirmed: int) -> Memory:
+def remember(run: RunDir, memory: Online | Offline) -> None:
+    """Write it down."""
+    write_json(run.mirror_online if isinstance(memory, Online) else run.mirror_offline, asdict(memory))
+
+
+def went_online(run: MirroredRun, destination: str, confirmed: int) -> None:
     """The server has the run up to `confirmed`: plain ``wandb sync`` must not send its offline folders again."""
+    old = recall_online(run.dir)
+    told = old.told if old is not None and old.destination == destination else None
+    remember(run.dir, Online(destination, confirmed, told))
     for folder in offline_folders(run):
         mark_synced(run.dir, folder)
-    old = recall(run.dir)
-    told = old.told if old.destination == destination else None
-    return remember(run.dir, replace(old, destination=destination, confirmed=confirmed, told=told))
 
 
-def discard_torn_folder(run: MirroredRun) -> Memory:
-    """Remove an offline folder whose mirror died; its rows, as many as reached the disk, will be written anew."""
-    memory = recall(run.dir)
-    if memory.open_folder is None:
-        return memory
-    torn = run.sweep.wandb / memory.open_folder
-    if _synced_mark(run.dir, torn).exists():  # the user sent it meanwhile: only the server knows how far it went
-        memory = replace(memory, destination="wandb sync")
-    else:
-        shutil.rmtree(torn, ignore_errors=True)
-    return remember(run.dir, replace(memory, open_folder=None))
+def discard_torn_folders(run: MirroredRun) -> Offline:
+    """Remove the offline folders whose mirror died; their rows, as many as reached the disk, will be written anew."""
+    memory = recall_offline(run.dir)
+    for torn in (folder for folder in offline_folders(run) if folder.name not in memory.closed):
+        if _synced_mark(run.dir, torn).exists() and recall_online(run.dir) is None:
+            memory = replace(memory, closed=(*memory.closed, torn.name), sent=True)
+            remember(run.dir, memory)
+        else:
+            shutil.rmtree(torn, ignore_errors=True)
+    return memory
 
 
 def offline_folders(run: MirroredRun) -> list[Path]:
     """The run's offline folders, the oldest first."""
     return sorted(run.sweep.wandb.glob(f"offline-run-*-{run.dir.id}"))
+
+
+def mark_if_sent(run: RunDir, folder: Path) -> None:
+    """Keep plain ``wandb sync`` off a folder whose rows the server has in part."""
+    if recall_online(run) is not None or recall_offline(run).sent:
+        mark_synced(run, folder)
 
 
 def mark_synced(run: RunDir, folder: Path) -> None:

@@ -13,7 +13,16 @@ from train.attempts import job_id
 from train.config import read_run_config
 from train.lease import Heartbeat, acquire, release
 from train.mirror.client import Client
-from train.mirror.memory import discard_torn_folder, mark_synced, recall, remember, went_online
+from train.mirror.memory import (
+    NOTHING,
+    Online,
+    discard_torn_folders,
+    mark_if_sent,
+    recall_offline,
+    recall_online,
+    remember,
+    went_online,
+)
 from train.mirror.request import DONE, EXIT_CODES, PAUSED, RUNNING, MirroredRun, end_of, summary
 from train.mirror.rows import Row, RunRows
 from train.rundir import RunDir, read_lines
@@ -23,9 +32,10 @@ TRIES = 3  # to see the server have every row
 
 @dataclass(frozen=True)
 class MirrorLease:
-    """The right to send a run to W&B, which one process at a time has; a `train.lease.Leased`."""
+    """The right to mirror a run in one of the two ways, which one process at a time has; a `train.lease.Leased`."""
 
     run: RunDir
+    way: str
 
     @property
     def path(self) -> Path:
@@ -35,7 +45,7 @@ class MirrorLease:
     @property
     def lease(self) -> Path:
         """The lease file."""
-        return self.run.mirror_lease
+        return self.run.mirror_lease(self.way)
 
 
 class RunMirror(ABC):
@@ -43,7 +53,10 @@ class RunMirror(ABC):
 
     Attributes:
         sent: how many rows this process has sent.
+        opened: whether there was anything to say to W&B.
     """
+
+    way: str
 
     def __init__(self, run: MirroredRun, client: Client) -> None:
         self.run, self._client = run, client
@@ -53,6 +66,7 @@ class RunMirror(ABC):
         self._owned = False
         self._session: wandb.Run | None = None
         self.sent = 0
+        self.opened = False
 
     def advance(self) -> None:
         """Send what is complete.
@@ -103,12 +117,13 @@ class RunMirror(ABC):
 
     def _begin(self) -> None:
         if not self._owned:
-            owned = MirrorLease(self.run.dir)
+            owned = MirrorLease(self.run.dir, self.way)
             lease = acquire(owned, job=job_id(), attempt=0)
             self._held.callback(release, owned, lease)
             self._held.enter_context(Heartbeat([(owned, lease)]))
             self._owned = True
         self._session = self._open()
+        self.opened = True
 
     def _take(self) -> list[Row]:
         end = end_of(self.run.dir)
@@ -136,22 +151,27 @@ class RunMirror(ABC):
 class OnlineMirror(RunMirror):
     """To a server, which says itself how far it has the run. `verify` looks again at the end also where the run will go on."""
 
+    way = "online"
+
     def __init__(self, run: MirroredRun, client: Client, *, verify: bool = False) -> None:
         self._destination, self._verify = client.destination(run), verify
         super().__init__(run, client)
 
     def _known_step(self) -> int:
-        memory = recall(self.run.dir)
-        return memory.confirmed if memory.destination == self._destination else -1
+        memory = recall_online(self.run.dir)
+        return memory.confirmed if memory is not None and memory.destination == self._destination else NOTHING
 
     def _open(self, *, tells_end: bool = False) -> wandb.Run:
         session = self._client.open(self.run, tells_end=tells_end)
-        memory = went_online(self.run, self._destination, session.starting_step - 1)
-        self._rows = RunRows(self.run.dir, self._train, memory.confirmed)
+        confirmed = session.starting_step - 1
+        went_online(self.run, self._destination, confirmed)
+        self._rows = RunRows(self.run.dir, self._train, confirmed)
         return session
 
     def _lacks(self, end: str) -> bool:
-        return end in EXIT_CODES and self._told(end) != recall(self.run.dir).told and self.run.dir.journal.exists()
+        memory = recall_online(self.run.dir)
+        told = memory.told if memory is not None and memory.destination == self._destination else None
+        return end in EXIT_CODES and self._told(end) != told and self.run.dir.journal.exists()
 
     def _close(self, end: str) -> None:
         """Finish, then look at what the server has: a finish that fails on the way says nothing."""
@@ -164,7 +184,8 @@ class OnlineMirror(RunMirror):
             self._log(missing)
             self._finish(end)
             if not missing:
-                remember(self.run.dir, replace(recall(self.run.dir), told=self._told(end)))
+                told = self._told(end) if end in EXIT_CODES else None
+                remember(self.run.dir, Online(self._destination, self._rows.given, told))
                 return
         raise TimeoutError(f"{self.run.dir.path.name}: W&B still lacks rows after {TRIES} tries")
 
@@ -175,20 +196,21 @@ class OnlineMirror(RunMirror):
 class OfflineMirror(RunMirror):
     """To a folder of W&B's own format per attempt, for ``wandb leet`` and ``wandb sync``."""
 
+    way = "offline"
+
     def _known_step(self) -> int:
-        return recall(self.run.dir).written
+        return recall_offline(self.run.dir).written
 
     def _open(self) -> wandb.Run:
-        memory = discard_torn_folder(self.run)
+        memory = discard_torn_folders(self.run)
         self._rows = RunRows(self.run.dir, self._train, memory.written)
         session = self._client.open(self.run, tells_end=True)
-        folder = self._client.folder(session)
-        remember(self.run.dir, replace(memory, open_folder=folder.name))
-        if memory.destination is not None:
-            mark_synced(self.run.dir, folder)
+        mark_if_sent(self.run.dir, self._client.folder(session))
         return session
 
     def _close(self, end: str) -> None:
-        written = self._rows.given
+        folder = self._client.folder(self._opened)
         self._finish(end)
-        remember(self.run.dir, replace(recall(self.run.dir), written=written, open_folder=None))
+        memory = recall_offline(self.run.dir)
+        remember(self.run.dir, replace(memory, written=self._rows.given, closed=(*memory.closed, folder.name)))
+        mark_if_sent(self.run.dir, folder)  # it may have gone online meanwhile

@@ -1,0 +1,119 @@
+"""Without a key or a server, folders are written that W&B's own tools read and send; plain ``wandb sync`` and ours agree."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mirrored import WrittenPack, assert_arrived, launcher, use_server, wandb_command
+from train.rundir import read_json
+from wandb_server import KEY, WandbServer
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server for which there is no key while jobs run."""
+    with WandbServer() as running:
+        use_server(running, tmp_path, monkeypatch, key=None)
+        yield running
+
+
+def three_attempts(pack: WrittenPack) -> list[Path]:
+    """A job that is preempted twice and rolled back each time; the offline folders of its first run."""
+    with pack.job(cause="preempted"):
+        pack.train(17)
+    with pack.job(cause="preempted"):
+        pack.roll_back(10)
+        pack.train(24)
+    with pack.job(cause="done"):
+        pack.roll_back(20)
+        pack.train(40)
+    return sorted(pack.sweep.wandb.glob(f"offline-run-*-{pack.runs[0].id}"))
+
+
+def test_three_attempts_then_wandb_sync(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    folders = three_attempts(pack)
+    assert "W&B: offline (no API key found" in capfd.readouterr().out
+    assert len(folders) == 3
+    assert "40" in wandb_command(tmp_path, "leet", "inspect", "--summary", str(folders[-1]))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    wandb_command(tmp_path, "sync", *map(str, sorted(pack.sweep.wandb.glob("offline-run-*"))))
+    assert_arrived(server, pack)
+    assert [stored.overwritten for stored in server.runs.values()] == [0, 0]
+    assert server.runs[pack.runs[0].id].ends[-1] == 0
+    assert server.runs[pack.runs[0].id].preempting > 0
+    done = launcher(tmp_path, "sync", "ranks", f"root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert_arrived(server, pack)
+
+
+def test_three_attempts_then_our_sync_then_theirs(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    three_attempts(pack)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    done = launcher(tmp_path, "sync", "ranks", f"root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs sent (82 rows)" in done.stdout
+    assert_arrived(server, pack)
+    wandb_command(tmp_path, "sync", *map(str, pack.sweep.wandb.glob("offline-run-*")))
+    assert_arrived(server, pack)
+
+
+def test_a_mirror_that_is_killed_leaves_no_torn_folder(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = WrittenPack(tmp_path, 1, max_steps=40)
+    with pack.job(cause="preempted"):
+        pack.train(15)
+        torn = pack.wait_for_folder()
+        pack.kill_mirror()
+        pack.train(18)
+    with pack.job(cause="done"):
+        pack.train(40)
+    assert not torn.exists()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    wandb_command(tmp_path, "sync", *map(str, pack.sweep.wandb.glob("offline-run-*")))
+    assert_arrived(server, pack)
+
+
+def test_our_sync_beside_a_job_that_is_offline(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute nodes without internet, watched from the login node."""
+    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    with pack.job(cause="done"):
+        pack.train(15)
+        pack.wait_for_folder()
+        with monkeypatch.context() as login_node:
+            login_node.setenv("WANDB_API_KEY", KEY)
+            done = launcher(tmp_path, "sync", f"root={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        assert_arrived(server, pack)
+        assert [stored.ends for stored in server.runs.values()] == [[], []], "they are still running"
+        pack.train(40)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    wandb_command(tmp_path, "sync", *map(str, pack.sweep.wandb.glob("offline-run-*")))
+    assert [len(stored.rows) for stored in server.runs.values()] == [16, 16], "their rows were sent by ours"
+    launcher(tmp_path, "sync", f"root={tmp_path}")
+    assert_arrived(server, pack)
+    assert [stored.ends for stored in server.runs.values()] == [[0], [0]]
+
+
+def test_folders_are_not_needed(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = WrittenPack(tmp_path, 1, max_steps=20)
+    with pack.job(cause="done"):
+        pack.train(20)
+    assert read_json(pack.runs[0].mirror_offline)["written"] == 20
+    shutil.rmtree(pack.sweep.wandb)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    began = time.monotonic()
+    assert launcher(tmp_path, "sync", f"root={tmp_path}").returncode == 0
+    assert time.monotonic() - began < 60
+    assert_arrived(server, pack)

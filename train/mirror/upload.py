@@ -1,0 +1,89 @@
+"""``launcher sync``'s side in this package: whole journals to W&B's server, a few runs at a time, each as often as one likes.
+
+Standard input is one JSON document, ``{"runs": [{"run": folder, "pack": file}], "parallel": 4}``; standard output is a JSON line
+per run as it ends, after one that says where it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.errors import BadInput, LeaseHeld, LorapackError
+from train.mirror.reach import look_for_server
+from train.mirror.request import MirroredRun, runs_of_pack
+from train.rundir import Record
+
+if TYPE_CHECKING:
+    from train.mirror.client import Client
+
+FINISH_SECONDS = 60.0
+
+
+def upload(request: Record) -> int:
+    """Send every run of `request`; the exit code is 1 if one could not be sent.
+
+    Raises:
+        BadInput, LorapackError: there is no key; the server cannot be used now.
+    """
+    runs = [_find(Path(item["pack"]), item["run"]) for item in request["runs"]]
+    reach = look_for_server(runs[0].tracking.key_file)
+    if reach.trouble is not None:
+        advice = "W&B cannot be used now: {}; journals keep everything, so try again later."
+        raise (BadInput if reach.key is None else LorapackError)(advice.format(reach.trouble))
+    say = _answers_only_to_us()
+    say({"server": reach.server})
+
+    from train.mirror.client import Client
+
+    client = Client(reach, finish_seconds=FINISH_SECONDS)
+    failed = False
+    with ThreadPoolExecutor(request["parallel"]) as pool:
+        for done in as_completed([pool.submit(_send, run, client) for run in runs]):
+            failed |= done.result()["outcome"] == "failed"
+            say(done.result())
+    return int(failed)
+
+
+def _find(pack_file: Path, name: str) -> MirroredRun:
+    return next(run for run in runs_of_pack(pack_file) if run.dir.path.name == name)
+
+
+def _send(run: MirroredRun, client: Client) -> Record:
+    """Bring one run up to date: ``sent``, ``current`` (nothing was missing), ``busy`` (another process is at it) or ``failed``."""
+    from train.mirror.run_mirror import OnlineMirror
+
+    answer: Record = {"run": run.dir.path.name, "rows": 0, "detail": None, "url": client.address(run)}
+    try:
+        mirror = OnlineMirror(run, client, verify=True)
+        mirror.close()
+    except LeaseHeld:
+        return answer | {"outcome": "busy", "detail": "its job, or another sync, sends it now"}
+    except Exception as exc:  # W&B's client raises of all kinds; the other runs go on
+        return answer | {"outcome": "failed", "detail": f"{type(exc).__name__}: {exc}"}
+    return answer | {"outcome": "sent" if mirror.opened else "current", "rows": mirror.sent}
+
+
+def _answers_only_to_us() -> Callable[[Record], None]:
+    """Keep standard output for our lines: whatever W&B prints goes to standard error."""
+    ours = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(record: Record) -> None:
+        print(json.dumps(record), file=ours, flush=True)
+
+    return say
+
+
+def main() -> int:
+    """Answer the request on standard input; its errors are a JSON line too."""
+    try:
+        return upload(json.load(sys.stdin))
+    except LorapackError as exc:
+        print(json.dumps({"error": str(exc), "exit_code": exc.exit_code}), flush=True)
+        return exc.exit_code
