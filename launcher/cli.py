@@ -80,6 +80,13 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
         "It goes on where W&B stopped, also beside a job that is still training. The API key is read as the jobs read it.",
         json=True,
     ),
+    "dashboard": Verb(
+        verbs.dashboard,
+        "[SWEEP] [root=DIR]",
+        "Build a W&B workspace that compares the runs of a sweep; print its address",
+        "It needs the extra lorapack[dashboard] and an API key. Again, it brings the same workspace up to date.",
+        json=True,
+    ),
     "merge": Verb(
         verbs.merge,
         "[RUN] [root=DIR] [cache=DIR]",
@@ -138,7 +145,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def program_help() -> str:
     """The table of verbs, and how to go on from there."""
-    verbs_table = "\n".join(f"  {name or '(none)':<8} {verb.summary}" for name, verb in VERBS.items())
+    verbs_table = "\n".join(f"  {name or '(none)':<10} {verb.summary}" for name, verb in VERBS.items())
     return f"""usage: {PROGRAM} [VERB] [key=value ...]
 
 LoRA and QLoRA hyper-parameter sweeps, trained together over one copy of the base model.

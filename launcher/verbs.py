@@ -168,6 +168,15 @@ def sync(request: Request) -> int:
     return int(any(answer["outcome"] == "failed" for answer in answers))
 
 
+def dashboard(request: Request) -> int:
+    """Build the sweep's W&B workspace."""
+    from launcher.dashboard import make_dashboard
+    from launcher.track.find import find_sweep
+
+    names, root, _ = request.places()
+    return make_dashboard(find_sweep(root, *names or [""]), json_output=request.json)
+
+
 def merge(request: Request) -> int:
     """Merge a run's adapter into its base."""
     from launcher.export import export

@@ -59,6 +59,7 @@ class WandbServer:
         self.mode: Mode = "good"
         self.runs: dict[str, StoredRun] = {}
         self.requests: Counter[str] = Counter()
+        self.views: list[dict[str, Any]] = []
         self.lock = threading.RLock()
         self.open_streams, self.most_streams = set[str](), 0
         self._wake = threading.Event()
@@ -188,13 +189,25 @@ def _create_files(server: WandbServer, variables: dict[str, Any]) -> dict[str, A
     return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
 
 
+def _upsert_view(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
+    server.views.append(variables)
+    view = {"id": variables.get("id") or f"v{len(server.views)}", "name": variables["name"]}
+    return {"upsertView": {"view": view, "inserted": "id" not in variables}}
+
+
 def _nothing(_server: WandbServer, _variables: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
 _ANSWERS = defaultdict(
     lambda: _nothing,
-    {"Viewer": _viewer, "RunResumeStatus": _resume_status, "UpsertBucket": _upsert, "CreateRunFiles": _create_files},
+    {
+        "Viewer": _viewer,
+        "RunResumeStatus": _resume_status,
+        "UpsertBucket": _upsert,
+        "CreateRunFiles": _create_files,
+        "UpsertView2": _upsert_view,
+    },
 )
 
 

@@ -252,6 +252,11 @@ class SweepDir:
         return self.path / "report.html"
 
     @property
+    def dashboard(self) -> Path:
+        """Which W&B workspace shows this sweep."""
+        return self.path / "dashboard.json"
+
+    @property
     def plots(self) -> Path:
         """Folder of the report's PNG plots."""
         return self.path / "plots"

@@ -28,7 +28,7 @@ MEASURED = [key for key in Row.__dataclass_fields__ if key not in {"rank", "id",
 def build_report(sweep_dir: SweepDir) -> Report:
     """Compare the runs of a sweep folder by what is on disk; nothing is written."""
     runs = sweep_dir.runs()
-    configs = {run.id: flat(yaml.load(run.config.read_bytes(), YAML_LOADER)) for run in runs}
+    configs = read_configs(runs)
     axes = swept_axes(list(configs.values()))
     points = {run: {axis.key: config.get(axis.key) for axis in axes} for run, config in configs.items()}
     rows = _ranked(runs, points, _packs(sweep_dir))
@@ -48,6 +48,11 @@ def build_report(sweep_dir: SweepDir) -> Report:
         curves=tuple(read_curve(folders[run_id]) for run_id in ranked),
         answers=tuple(answers for run_id in ranked if (answers := read_answers(folders[run_id])) is not None),
     )
+
+
+def read_configs(runs: list[RunDir]) -> dict[str, Values]:
+    """The flat configuration of every run, by id."""
+    return {run.id: flat(yaml.load(run.config.read_bytes(), YAML_LOADER)) for run in runs}
 
 
 def write_report(sweep_dir: SweepDir) -> Report:
