@@ -88,7 +88,7 @@ def _behaviour(settings: Settings) -> list[str]:
     signal = ["SlurmctldParameters=preempt_send_user_signal"] if settings.send_user_signal else []
     return [
         "PreemptType=preempt/partition_prio",
-        "PreemptMode=REQUEUE",
+        f"PreemptMode={settings.preempt_mode}",
         f"KillWait={settings.kill_wait}",
         f"JobRequeue={int(settings.requeue)}",
         f"MaxArraySize={settings.max_array_size}",

@@ -63,6 +63,12 @@ def _add_settings(up_parser: argparse.ArgumentParser) -> None:
     for name, text in seconds.items():
         default = getattr(usual, name.replace("-", "_"))
         up_parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
+    up_parser.add_argument(
+        "--preempt-mode",
+        choices=["REQUEUE", "CANCEL"],
+        default=usual.preempt_mode,
+        help="what becomes of a preempted job",
+    )
     up_parser.add_argument("--requeue", action=flag, default=usual.requeue, help="JobRequeue")
     up_parser.add_argument("--accounting", action=flag, default=usual.accounting, help="slurmdbd and sacct")
     up_parser.add_argument(

@@ -15,6 +15,7 @@ class Settings:
 
     grace: between the first SIGTERM of a preemption and its end (GraceTime); kill_wait: between SIGTERM and SIGKILL.
     send_user_signal: a preemption sends the job's own ``--signal`` instead of SIGTERM.
+    preempt_mode: what becomes of a preempted job, REQUEUE or CANCEL.
     submit_limit: jobs and array tasks that the ordinary user may have in the queue (MaxSubmitJobs), 0 for any number.
     """
 
@@ -25,6 +26,7 @@ class Settings:
     default_time: int = 60
     submit_limit: int = 0
     requeue: bool = True
+    preempt_mode: str = "REQUEUE"
     accounting: bool = True
     send_user_signal: bool = False
     user: str = "student"

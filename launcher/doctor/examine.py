@@ -16,6 +16,7 @@ from launcher.doctor.advice import Advice, cluster_advice
 from launcher.doctor.machine import LITTLE_SPACE_GIB, NODE_LOCAL, Disk, Machine, look_at_machine
 from launcher.estimate.gpus import known_gpu
 from launcher.units import MISSING, number
+from train.mirror.reach import Reach, look_for_server
 
 MARKS = {"good": "[green]ok[/]", "note": "[cyan]note[/]", "warning": "[yellow]warning[/]"}
 NO_SLURM = "No Slurm answers here (sinfo), so cluster=auto trains on this machine."
@@ -27,25 +28,29 @@ class Examination:
 
     inventory: Inventory | None
     machine: Machine
+    wandb: Reach
     advice: list[Advice]
 
 
 def examine(root: Path, cache: Path) -> Examination:
     """Look at everything; every question to the cluster has a time-out."""
-    inventory, machine = take_inventory(), look_at_machine(root, cache)
+    inventory, machine, wandb = take_inventory(), look_at_machine(root, cache), look_for_server(None)
     about_cluster = [Advice("note", NO_SLURM)] if inventory is None else cluster_advice(inventory)
-    return Examination(inventory, machine, [*about_cluster, *_about_machine(machine, slurm=inventory is not None)])
+    about_machine = _about_machine(machine, slurm=inventory is not None)
+    return Examination(inventory, machine, wandb, [*about_cluster, *about_machine, _about_wandb(wandb)])
 
 
 def examination_json(found: Examination) -> dict[str, Any]:
-    """``{"slurm": {"settings", "partitions"} or null, "machine", "advice": [{"level", "text"}]}``."""
+    """``{"slurm": {"settings", "partitions"} or null, "machine", "wandb", "advice": [{"level", "text"}]}``; no key is in it."""
     inventory = found.inventory
     mine = set() if inventory is None else {partition.name for partition in inventory.open_partitions()}
     slurm = inventory and {
         "settings": inventory.settings and asdict(inventory.settings),
         "partitions": [_partition_json(partition, mine) for partition in inventory.partitions],
     }
-    return {"slurm": slurm, "machine": asdict(found.machine), "advice": [asdict(advice) for advice in found.advice]}
+    wandb = {"server": found.wandb.server, "key_found": found.wandb.key is not None, "trouble": found.wandb.trouble}
+    advice = [asdict(advice) for advice in found.advice]
+    return {"slurm": slurm, "machine": asdict(found.machine), "wandb": wandb, "advice": advice}
 
 
 def print_examination(found: Examination, console: Console) -> None:
@@ -58,6 +63,14 @@ def print_examination(found: Examination, console: Console) -> None:
     for advice in found.advice:
         table.add_row(MARKS[advice.level], escape(advice.text))
     console.print(table)
+
+
+def _about_wandb(wandb: Reach) -> Advice:
+    """What becomes of the numbers."""
+    if wandb.trouble is None:
+        return Advice("good", f"Weights & Biases answers at {wandb.server}.")
+    text = f"Weights & Biases is not reached from here: {wandb.trouble}. Runs are kept in offline folders until 'sync'."
+    return Advice("note", text)
 
 
 def _about_machine(machine: Machine, *, slurm: bool) -> list[Advice]:

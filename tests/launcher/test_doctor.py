@@ -1,6 +1,7 @@
 """What the doctor says of clusters with other settings, and of a machine without Slurm."""
 
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -128,8 +129,24 @@ def test_a_machine_without_slurm_is_reported(tmp_path: Path) -> None:
     assert document["slurm"] is None
     assert document["machine"]["device"]["kind"] == "cpu"
     assert document["machine"]["packages"]["torch"]
+    assert document["wandb"]["key_found"] is False
     assert any("No Slurm answers" in advice["text"] for advice in document["advice"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_key_of_wandb_is_used_and_never_shown(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+        key = "k" * 40
+        environment = {
+            "PATH": "/nowhere", "HOME": str(tmp_path), "WANDB_API_KEY": key,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "launcher", "doctor", "--json", f"root={tmp_path}/runs", f"cache={tmp_path}/c"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    wandb = json.loads(found.stdout)["wandb"]
+    assert wandb["key_found"]
+    assert "did not answer" in wandb["trouble"] or "timed out" in wandb["trouble"]
+    assert key not in found.stdout + found.stderr
 
 
 def test_an_unknown_word_is_refused() -> None:

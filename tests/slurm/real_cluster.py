@@ -41,7 +41,7 @@ class Cluster:
         self._python: tuple[str, str] | None = None
         self.set()
 
-    def set(self, **settings: int | bool) -> None:
+    def set(self, **settings: int | bool | str) -> None:
         """Bring the cluster to its usual settings but these, e.g. ``set(grace=0, kill_wait=5)``; jobs go on."""
         self.settings = replace(Settings(), **settings)
         box(self.folder, "up", *arguments(self.settings))
