@@ -21,11 +21,12 @@ LOGIT_ROWS, LOGIT_BYTES = 1024, 8  # rows of logits that exist at once, in float
 USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}  # of the memory; the rest is the system's, or lost to fragmentation
 
 # What is there before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
-PROCESS_GIB = {"cpu": 0.9, "cuda": 0.6}
+PROCESS_GIB = {"cpu": 0.9, "cuda": 0.5}
 # Measured on an H200 with 32 layers: launching a micro-batch forward and backward takes 150 ms; where a graph is replayed, or the
 # kernels take longer, 13 ms of reading weights and filling the GPU are left beside the arithmetic.
 LAUNCH_SECONDS, LAYER_SECONDS = 0.0047, 0.0004
-NF4_FLOP = 1400  # unpacking a weight takes as long as so many FLOP, at each use
+LARGEST_STEP = 0.65  # how far the largest of some ten steps lies above the mean, for one row
+NF4_FLOP = 750  # unpacking a weight takes as long as so many FLOP, at each use
 STARTUP_SECONDS = 15.0  # imports, loading
 
 
@@ -60,7 +61,10 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     # Rows of one matrix: the largest adapter decides how long all are.
     adapters = (ADAPTER_BYTES + width) * len(work) * max((w.adapter_parameters for w in work), default=0)
     adapted = frozenset[str]().union(*(w.adapted for w in work))
-    activations = tokens * token_bytes(
+    # The largest step counts: lengths vary by about half of their mean, so the sum of n rows by half of it over the root of n.
+    rows = sum(w.batch_size for w in work)
+    largest = min(tokens * (1 + LARGEST_STEP / rows**0.5), float(fit.micro_batch_tokens)) if rows else 0.0
+    activations = largest * token_bytes(
         shape.size, width, recomputed=fit.checkpoint_activations, adapted=adapted or None
     )
     logits = LOGIT_BYTES * min(tokens, LOGIT_ROWS) * shape.vocabulary
@@ -77,7 +81,8 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
     micro_batches = max(train_tokens / max(tokens, 1.0), max(w.steps for w in work))
     if fit.residency == "nf4":
         flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.linear_parameters
-    launches = 0.0 if device.graphed and fit.graphs else micro_batches * shape.layers * LAUNCH_SECONDS
+    forwards = 1.5 if fit.checkpoint_activations else 1.0
+    launches = 0.0 if device.graphed and fit.graphs else forwards * micro_batches * shape.layers * LAUNCH_SECONDS
     return max(flop / device.flops, launches) + micro_batches * shape.layers * LAYER_SECONDS
 
 

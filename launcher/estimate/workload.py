@@ -38,6 +38,7 @@ class Workload:
 
     adapter_parameters: int
     steps: int
+    batch_size: int
     step_tokens: float
     longest: int
     train_tokens: float
@@ -74,6 +75,7 @@ def workload(train: TrainConfig, data: DataFacts, adapter: Adapter, done_steps: 
     return Workload(
         adapter_parameters=adapter.parameters,
         steps=steps,
+        batch_size=train.batch_size,
         step_tokens=step_tokens,
         longest=data.longest,
         train_tokens=steps * step_tokens,
