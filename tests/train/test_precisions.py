@@ -1,0 +1,100 @@
+"""What the exact equality of float64 (`test_equality`) leaves open: the precisions that people train in, by the device's own kernels.
+
+On a machine with a GPU every test runs there too, with varlen attention, grouped products, fused formulas and CUDA graphs where the
+GPU has them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import packs
+from train.base import PackedBase, pack_model
+from train.config import QuantConfig, parse_run_config
+from train.kernels import choose_kernels
+from train.rundir import read_lines
+
+# At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
+# by noise (measured: one sequence a step under dropout 0.5, 1.5e-5 in float32).
+PEERS = [
+    parse_run_config(
+        config.model_dump()
+        | {"train": config.train.model_dump() | {"learning_rate": 1e-3, "batch_size": max(4, config.train.batch_size)}}
+    )
+    for config in packs.DIVERSE
+]
+
+
+def base_as_in_training(dtype: torch.dtype, device: torch.device, quant: QuantConfig = packs.SIXTEEN_BIT) -> PackedBase:
+    kernels = choose_kernels(device, dtype)
+    return pack_model(packs.tiny_llama(dtype), quant, device, "resident", longest=64, kernels=kernels)
+
+
+def losses(folder: Path) -> list[list[float]]:
+    """Per run the losses of its steps."""
+    return [[line["loss"] for line in read_lines(run.journal) if "loss" in line] for run in packs.run_dirs(folder)]
+
+
+def alone(folder: Path, base: PackedBase, **kwargs: int) -> tuple[list[list[float]], list[packs.Recording]]:
+    """Every run in a pack of its own."""
+    sessions = [packs.train(folder / f"{i:02d}", base, [config], **kwargs)[0] for i, config in enumerate(PEERS)]
+    return [losses(folder / f"{i:02d}")[0] for i in range(len(PEERS))], sessions
+
+
+def mean_gap(some: list[list[float]], others: list[list[float]]) -> float:
+    """Mean over runs of the mean over steps of how far the losses are apart."""
+    gaps = [
+        sum(abs(a - b) for a, b in zip(mine, other, strict=True)) / len(mine)
+        for mine, other in zip(some, others, strict=True)
+    ]
+    return sum(gaps) / len(gaps)
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_in_float32_each_run_equals_itself_alone(tmp_path: Path, device: torch.device) -> None:
+    assert not torch.backends.cuda.matmul.allow_tf32
+    base = base_as_in_training(torch.float32, device)
+    pack = packs.train(tmp_path / "pack", base, PEERS)
+    by_itself, sessions = alone(tmp_path / "alone", base)
+    for mine, other in zip(losses(tmp_path / "pack"), by_itself, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    for mine, other in zip(pack, sessions, strict=True):
+        together = torch.cat([part.flatten() for pair in mine.final.values() for part in pair])
+        apart = torch.cat([part.flatten() for pair in other.final.values() for part in pair])
+        assert float((together - apart).norm() / apart.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_in_bfloat16_a_pack_is_no_further_off_than_another_micro_batch(tmp_path: Path, device: torch.device) -> None:
+    """Rounding depends on shapes, in any trainer: what a pack adds must not exceed what cutting a run's own batch adds."""
+    base = base_as_in_training(torch.bfloat16, device, packs.NF4)
+    packs.train(tmp_path / "pack", base, PEERS)
+    whole, _ = alone(tmp_path / "whole", base)
+    cut = [alone(tmp_path / f"cut{tokens}", base, micro_batch_tokens=tokens)[0] for tokens in (40, 1)]
+    of_pack = mean_gap(losses(tmp_path / "pack"), whole)
+    of_shapes = max(mean_gap(some, whole) for some in cut)
+    assert of_shapes > 0
+    assert of_pack <= of_shapes
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_in_float16_a_run_that_becomes_infinite_leaves_the_others_bit_for_bit(
+    tmp_path: Path, device: torch.device
+) -> None:
+    base = base_as_in_training(torch.float16, device, packs.NF4)
+    packs.train(tmp_path / "healthy", base, PEERS)
+    loop = packs.make_loop(tmp_path / "ill", base, PEERS)
+    ill = 2
+    for _, b in loop.adapters.tensors(ill).values():
+        b.fill_(float("inf"))
+    loop.run()
+    for row, (mine, other) in enumerate(
+        zip(packs.run_dirs(tmp_path / "ill"), packs.run_dirs(tmp_path / "healthy"), strict=True)
+    ):
+        if row == ill:
+            assert "diverged" in read_lines(mine.journal)[-1]
+        else:
+            assert mine.journal.read_bytes() == other.journal.read_bytes()
