@@ -181,7 +181,7 @@ def use_server(server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     monkeypatch.setenv("NETRC", str(folder / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder / "wandb-config"))
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.5")
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
     else:
