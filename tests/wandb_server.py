@@ -53,7 +53,10 @@ class StoredRun:
 
 
 class WandbServer:
-    """The server; a context manager that listens while it is open."""
+    """The server; a context manager that listens while it is open.
+
+    `requests` counts the queries by name; `most_at_once` is the most runs that were opened and had not ended at the same time.
+    """
 
     def __init__(self) -> None:
         self.mode: Mode = "good"
@@ -61,7 +64,7 @@ class WandbServer:
         self.requests: Counter[str] = Counter()
         self.views: list[dict[str, Any]] = []
         self.lock = threading.RLock()
-        self.open_streams, self.most_streams = set[str](), 0
+        self.under_way, self.most_at_once = set[str](), 0
         self._wake = threading.Event()
         self._port = 0
         self._httpd: ThreadingHTTPServer | None = None
@@ -112,8 +115,6 @@ class WandbServer:
         with self.lock:
             stored = self.runs.setdefault(run, StoredRun(run))
             stored.streams += 1
-            self.open_streams.add(run)
-            self.most_streams = max(self.most_streams, len(self.open_streams))
             for file, chunk in (body.get("files") or {}).items():
                 if file == "wandb-history.jsonl":
                     stored.overwritten += _put(stored.rows, chunk)
@@ -124,7 +125,7 @@ class WandbServer:
             stored.preempting += bool(body.get("preempting"))
             if body.get("complete"):
                 stored.ends.append(body["exitcode"])
-                self.open_streams.discard(run)
+                self.under_way.discard(run)
 
 
 def _put(lines: list[str], chunk: dict[str, Any]) -> int:
@@ -149,7 +150,9 @@ def _viewer(_server: WandbServer, _variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resume_status(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
-    stored = server.runs.get(variables.get("name") or variables.get("run") or "")
+    server.under_way.add(variables["name"])
+    server.most_at_once = max(server.most_at_once, len(server.under_way))
+    stored = server.runs.get(variables["name"])
     if stored is None:
         return {"model": {"id": "p1", "name": "p", "entity": {"id": "e1", "name": ENTITY}, "bucket": None}}
     bucket = {
