@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from train.config import QuantConfig, TrainConfig
@@ -48,15 +49,25 @@ class BaseSize:
     parameters: int
     linears: Mapping[str, tuple[int, int]]
 
-    @property
+    @cached_property
     def linear_parameters(self) -> int:
         """Weights of the decoder's linear layers: those that NF4 holds in 4 bit."""
         return sum(rows * columns for rows, columns in self.linears.values())
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """Features of the widest linear layer, the MLP's."""
         return max((max(shape) for shape in self.linears.values()), default=self.hidden)
+
+    @cached_property
+    def _kept(self) -> dict[frozenset[str] | None, int]:
+        return {}
+
+    def kept_values(self, adapted: frozenset[str] | None = None) -> int:
+        """`kept_values` of all layers, looked up: a plan of a thousand runs asks thousands of times for a few sets of layers."""
+        if adapted not in self._kept:
+            self._kept[adapted] = kept_values(self, adapted)
+        return self._kept[adapted]
 
 
 @dataclass(frozen=True)
@@ -115,12 +126,12 @@ def base_bytes(base: BaseSize, quant: QuantConfig, residency: Residency, value_b
     return base.linear_parameters * nf4 + (base.parameters - base.linear_parameters) * value_bytes
 
 
-def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: Collection[str] | None = None) -> int:
+def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: frozenset[str] | None = None) -> int:
     """What a token takes while its gradient is computed: what was kept for the backward, and what the backward holds at once.
 
     Without `adapted` (full names of linear layers) every layer is taken to learn, which takes the most.
     """
-    kept = kept_values(base, adapted)
+    kept = base.kept_values(adapted)
     if recomputed:  # the layers' inputs, and one layer
         kept = base.layers * base.hidden + kept // base.layers
     return value_bytes * (kept + BACKWARD_HIDDEN * base.hidden + BACKWARD_WIDEST * base.widest)

@@ -60,7 +60,7 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     base = base_bytes(shape.size, config.quant, fit.residency, width)
     # Rows of one matrix: the largest adapter decides how long all are.
     adapters = (ADAPTER_BYTES + width) * len(work) * max((w.adapter_parameters for w in work), default=0)
-    adapted = frozenset[str]().union(*(w.adapted for w in work))
+    adapted = frozenset[str]().union(*{w.adapted for w in work})
     # The largest step counts: lengths vary by about half of their mean, so the sum of n rows by half of it over the root of n.
     rows = sum(w.batch_size for w in work)
     largest = min(tokens * (1 + LARGEST_STEP / rows**0.5), float(fit.micro_batch_tokens)) if rows else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from train.config import ModelConfig
@@ -27,7 +28,7 @@ class ModelShape:
     linears: dict[str, tuple[int, int]]
     assumed: bool
 
-    @property
+    @cached_property
     def size(self) -> BaseSize:
         """What decides how it fits on a device."""
         return BaseSize(self.layers, self.hidden, self.parameters, self.linears)
