@@ -61,6 +61,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.mode: Mode = "good"
         self.runs: dict[str, StoredRun] = {}
+        self.uploads: list[str] = []
         self.requests: Counter[str] = Counter()
         self.views: list[dict[str, Any]] = []
         self.lock = threading.RLock()
@@ -245,8 +246,9 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                 self._answer(404, {})
 
         def do_PUT(self) -> None:
-            self._body()
+            body = self._body()
             if not self._refused():
+                server.uploads.append(body.decode(errors="replace"))
                 self._answer(200, {})
 
         def do_GET(self) -> None:

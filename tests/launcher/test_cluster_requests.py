@@ -113,3 +113,8 @@ def test_the_report_waits_for_all_jobs_however_they_end() -> None:
     parameters = afterwards_parameters("rank", SLURM, "t4", ["12", "13"])
     assert parameters["dependency"] == "afterany:12:13"
     assert "gres" not in parameters
+
+
+def test_the_key_of_weights_and_biases_is_in_no_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary" * 8)
+    assert "canary" not in script(SLURM, tmp_path, monkeypatch)
