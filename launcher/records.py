@@ -42,6 +42,7 @@ class ClusterConfig(Section):
     setup, modules: shell lines and ``module load`` names that a job starts with. container: the words before its Python, e.g.
     ``apptainer exec --nv image.sif``. cpus, ram_gib: of a job; null leaves memory to the cluster.
     max_parallel: jobs at once, null for one here and eight on Slurm. max_runs_per_pack: null lets memory decide.
+    gpus_per_job: GPUs of one machine that share every step of a job, a process on each; where there are no GPUs one process trains.
     """
 
     kind: Literal["auto", "local", "slurm"]
@@ -57,6 +58,7 @@ class ClusterConfig(Section):
     ram_gib: float | None = Field(None, gt=0)
     max_parallel: int | None = Field(None, ge=1)
     max_runs_per_pack: int | None = Field(None, ge=1)
+    gpus_per_job: int = Field(1, ge=1, le=16)
 
     def jobs_at_once(self, *, slurm: bool) -> int:
         """How many jobs may run side by side."""

@@ -13,8 +13,11 @@ from train.attempts import open_attempt
 from train.base import PackedBase, Residency, pack_model
 from train.config import QuantConfig, RunConfig, parse_run_config
 from train.data.token_table import TokenisedData, TokenTable
+from train.follower import Follower
+from train.lease import Lease
 from train.loop import PackLoop
 from train.pack import seat
+from train.parallel import ALONE, Alone
 from train.rundir import RunDir, make_folder
 from train.samples import Words
 from train.session import RunSession
@@ -27,6 +30,7 @@ WORDS = Words(lambda tokens: " ".join(f"{int(token)}" for token in tokens), froz
 CPU = torch.device("cpu")
 DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
+NO_LEASE = Lease("nobody's", "here", 0, 0, "job", 1, 0.0)
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 
 
@@ -126,16 +130,20 @@ def make_loop(
     micro_batch_tokens: int = 10_000,
     stop: StopFlag | None = None,
     words: Words | None = None,
+    team: Alone = ALONE,
 ) -> PackLoop:
     """A pack of runs in folders ``run<i>-x`` below `folder`, seated and ready; existing checkpoints are resumed from."""
     data = data or random_data()
-    sessions = []
+    sessions: list[RunSession] = []
     for i, config in enumerate(configs):
         run = RunDir(make_folder(folder / f"run{i}-x"))
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
-            sessions.append(Recording(run, config, data, targets, open_attempt(run)))
-    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words)
+            if team.leads:
+                sessions.append(Recording(run, config, data, targets, open_attempt(run)))
+            else:
+                sessions.append(Follower(run, config, data, targets, NO_LEASE))
+    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words, team)
 
 
 def train(folder: Path, base: PackedBase, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:

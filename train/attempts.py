@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from train.errors import BadInput, LorapackError, StorageError
+from train.errors import BadInput, LorapackError, PeerLost, StorageError
 from train.lease import Lease, acquire, read_lease
 from train.rundir import Record, RunDir, append_lines, last_line, read_json, read_lines
 from train.signals import Stopped
@@ -143,6 +143,8 @@ def cause_of(error: Exception) -> tuple[str, str]:
     if isinstance(error, Stopped):
         return error.cause()
     detail = str(error) if isinstance(error, LorapackError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, PeerLost):
+        return error.cause, detail
     if isinstance(error, BadInput):
         return "bad_input", detail
     if isinstance(error, StorageError):

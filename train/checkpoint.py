@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 
 from train.optim import PackedAdamW
 from train.packed_lora import AdapterTensors, PackedAdapters
@@ -102,6 +103,24 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
         return Checkpoint(progress, load(contents[TENSORS]) if TENSORS in contents else {})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
+
+
+def to_bytes(states: Sequence[Checkpoint | None]) -> bytes:
+    """States of several runs as one message: the length of a JSON document, the document, and tensors as safetensors."""
+    numbers = json.dumps([None if state is None else asdict(state.progress) for state in states]).encode()
+    tensors = {f"{i}/{name}": t for i, state in enumerate(states) if state for name, t in state.tensors.items()}
+    return len(numbers).to_bytes(8, "little") + numbers + save(tensors)
+
+
+def from_bytes(message: bytes) -> list[Checkpoint | None]:
+    """The inverse of `to_bytes`."""
+    end = 8 + int.from_bytes(message[:8], "little")
+    tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, tensor in load(message[end:]).items():
+        index, _, name = key.partition("/")
+        tensors[index][name] = tensor
+    numbers = json.loads(message[8:end])
+    return [None if n is None else Checkpoint(Progress(**n), tensors[str(i)]) for i, n in enumerate(numbers)]
 
 
 def sound_checkpoints(run: RunDir, warn: Callable[[str], None]) -> dict[int, Checkpoint]:

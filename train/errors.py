@@ -3,7 +3,8 @@
     LorapackError           exit code 1: something failed
     ├── BadInput            exit code 2: the user's mistake; the message says what, which value, what to do next
     ├── StorageError        the disk is full, read-only or gone
-    └── LeaseHeld           another live process trains this run
+    ├── LeaseHeld           another live process trains this run
+    └── PeerLost            another process of this job ended
 
 Foreign errors are translated at one seam each, with ``raise … from exc``.
 """
@@ -27,3 +28,11 @@ class StorageError(LorapackError):
 
 class LeaseHeld(LorapackError):
     """The run folder belongs to another live process."""
+
+
+class PeerLost(LorapackError):
+    """Another process of this job ended; `cause` is that of its attempt, as far as it could tell."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from train.base import PackedBase
-from train.batches import IGNORED_LABEL, MicroBatch, cut, sequences_of
+from train.batches import IGNORED_LABEL, MicroBatch, sequences_of
 from train.data.token_table import TokenTable
 from train.loss import sums_per_run, target_losses
+from train.parallel import ALONE, Alone
 from train.signals import StopFlag
 
 
@@ -28,9 +29,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    base: PackedBase, tables: dict[int, TokenTable], pack_size: int, micro_batch_tokens: int, stop: StopFlag
+    base: PackedBase,
+    tables: dict[int, TokenTable],
+    pack_size: int,
+    micro_batch_tokens: int,
+    stop: StopFlag,
+    team: Alone = ALONE,
 ) -> dict[int, Evaluation]:
-    """Evaluate the runs in the rows of `tables`, each over its own table.
+    """Evaluate the runs in the rows of `tables`, each over its own table; the processes of `team` share the rows.
 
     Raises:
         Stopped: the job was asked to stop; nothing has changed.
@@ -38,14 +44,14 @@ def evaluate(
     sequences = [s for row, table in tables.items() for s in sequences_of(row, table, np.arange(len(table)))]
     losses = torch.zeros(pack_size, dtype=torch.float64)
     exact_rows = torch.zeros(pack_size, dtype=torch.int64)
-    for chunk in cut(sequences, micro_batch_tokens):
-        stop.check()
+    for chunk in team.micro_batches(sequences, micro_batch_tokens, stop):
         batch = MicroBatch(chunk, pack_size, base.device)
         found = target_losses(base.hidden_states(batch)[batch.learnt], base.head, batch.targets, weights=None)
         losses += sums_per_run(found.losses, batch).cpu()
         by_sequence, run_of_sequence = batch.by_sequence
         answered = by_sequence.pad(found.correct).all(dim=1)
         exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
+    team.add_up(losses, exact_rows)
     return {
         row: Evaluation(float(losses[row]) / _targets(table), int(exact_rows[row]) / len(table))
         for row, table in tables.items()
@@ -53,14 +59,20 @@ def evaluate(
 
 
 def evaluate_untrained(
-    base: PackedBase, tables: dict[int, TokenTable], pack_size: int, micro_batch_tokens: int, stop: StopFlag
+    base: PackedBase,
+    tables: dict[int, TokenTable],
+    pack_size: int,
+    micro_batch_tokens: int,
+    stop: StopFlag,
+    team: Alone = ALONE,
 ) -> dict[int, Evaluation]:
     """Evaluate runs whose B is still zero: the bare base answers, once for all that share a table.
 
     `base` must carry no adapters. Raises as `evaluate` does.
     """
     first_row = {id(table): row for row, table in reversed(tables.items())}
-    found = evaluate(base, {row: tables[row] for row in first_row.values()}, pack_size, micro_batch_tokens, stop)
+    shared = {row: tables[row] for row in first_row.values()}
+    found = evaluate(base, shared, pack_size, micro_batch_tokens, stop, team)
     return {row: found[first_row[id(table)]] for row, table in tables.items()}
 
 

@@ -31,7 +31,8 @@ from train.environment import prepare_torch
 from train.errors import LeaseHeld, StorageError
 from train.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
 from train.mirror.child import mirrored
-from train.rundir import CacheDir, RunDir, append_lines, read_json, read_lines
+from train.place import Place, place_in_job, publish_port
+from train.rundir import CacheDir, PackDir, RunDir, append_lines, read_json, read_lines
 from train.signals import StopFlag, Stopped
 from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue_and_wait, this_job
 from train.witness import Witness
@@ -49,7 +50,21 @@ class PackJob:
 
     def __call__(self) -> str:
         """Train the pack; the cause of the end is returned for the log, what counts is in the run folders."""
-        stop = StopFlag().install()
+        stop, place, folder = StopFlag().install(), place_in_job(), PackDir(Path(self.pack_file).parent)
+        if place.rank > 0:
+            prepare_torch(CacheDir(Path(read_json(folder.pack)["cache"])).compiled)
+            from train.ranks import follow
+
+            return follow(folder, stop, place)
+        try:
+            return self._lead(stop, place, folder)
+        finally:
+            if place.size > 1:
+                with suppress(StorageError):
+                    publish_port(folder, None)  # whoever still waits for the leader need not
+
+    def _lead(self, stop: StopFlag, place: Place, folder: PackDir) -> str:
+        """Train the pack as the process that answers for its runs."""
         pack = read_json(Path(self.pack_file))
         todo = [run for run in _runs(pack) if not run.result.exists()]
         if not todo:
@@ -65,7 +80,8 @@ class PackJob:
         with mirrored(Path(self.pack_file), pack, say) as mirror:
             with Heartbeat(leases), Witness(leases, functools.partial(_why_stopped, job)) as witness:
                 stop.explain = witness.cause
-                cause = _train(leases, Path(pack["cache"]), stop, _fence(stop) if superseded else _no_fence)
+                fence = _fence(stop) if superseded else _no_fence
+                cause = _train(leases, folder, Path(pack["cache"]), stop, place, fence)
             mirror.finish()
             if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
                 requeue_and_wait(job, say)
@@ -150,16 +166,24 @@ def _fence(stop: StopFlag) -> Callable[[], None]:
     return wait
 
 
-def _train(leases: Leases, cache: Path, stop: StopFlag, fence: Callable[[], None]) -> str:
+def _train(
+    leases: Leases, folder: PackDir, cache: Path, stop: StopFlag, place: Place, fence: Callable[[], None]
+) -> str:
     """Run the pack and turn every ending into its cause."""
     try:
         stop.check()
         prepare_torch(CacheDir(cache).compiled)
         say("importing torch")
-        from train.pack import train_pack
+        if place.size > 1:
+            from train.ranks import lead
 
-        fence()
-        train_pack(leases, cache, stop, say)
+            fence()
+            lead(leases, folder, cache, stop, say, place)
+        else:
+            from train.pack import train_pack
+
+            fence()
+            train_pack(leases, cache, stop, say)
     except Exception as exc:
         if not isinstance(exc, Stopped):
             traceback.print_exception(exc, file=sys.stderr)

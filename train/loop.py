@@ -9,17 +9,19 @@ very batches it would have computed. Signals only set a flag, which is looked at
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Many
 
 import torch
 
 from train.base import PackedBase
-from train.batches import Sequence, cut, rows_of_step, sequences_of, to_device
+from train.batches import Sequence, rows_of_step, sequences_of, to_device
 from train.checkpoint import Checkpoint, optimizer_numbers, run_tensors
 from train.data.token_table import TokenTable
 from train.dropout import step_key
 from train.evaluation import evaluate, evaluate_untrained
 from train.graphs import gradients_of
 from train.optim import scheduled_learning_rate
+from train.parallel import ALONE, Alone
 from train.recorder import StepRecord, StepRecorder, peak_memory_gib
 from train.rundir import Record
 from train.samples import Sampler
@@ -42,18 +44,21 @@ class PackLoop:
         micro_batch_tokens: the most tokens of all runs together that go through the base at once.
         facts: what results shall say of device, dtype and versions.
         sampler: asks the runs for sample answers at every evaluation; None leaves that out.
+        team: the processes that share every step; all of them run this loop.
     """
 
     def __init__(
         self,
         base: PackedBase,
         seats: Seats,
-        sessions: list[RunSession],
+        sessions: Many[RunSession],
         stop: StopFlag,
         micro_batch_tokens: int,
         facts: Record,
         sampler: Sampler | None = None,
+        team: Alone = ALONE,
     ) -> None:
+        self.team = team
         self.base, self.sessions, self.stop = base, list(sessions), stop
         self.micro_batch_tokens, self.facts = micro_batch_tokens, facts
         self.sampler = sampler
@@ -90,10 +95,11 @@ class PackLoop:
         self.recorder.flush(self.sessions)
         untrained, trained = [s for s in due if s.step == 0], [s for s in due if s.step > 0]
         self.base.attach(None)
-        found = evaluate_untrained(self.base, _tables(untrained), self.pack_size, self.micro_batch_tokens, self.stop)
+        common = (self.pack_size, self.micro_batch_tokens, self.stop, self.team)
+        found = evaluate_untrained(self.base, _tables(untrained), *common)
         answers = self.sampler.ask_untrained(self.base, untrained, self.pack_size) if self.sampler else {}
         self.base.attach(self.adapters)
-        found |= evaluate(self.base, _tables(trained), self.pack_size, self.micro_batch_tokens, self.stop)
+        found |= evaluate(self.base, _tables(trained), *common)
         answers |= self.sampler.ask(self.base, trained, self.pack_size) if self.sampler else {}
         for session in self.sessions:
             if session.row in found:
@@ -114,7 +120,7 @@ class PackLoop:
         Until then they keep their seats: the shapes of the pack, and so the last bits of the others' numbers, stay what they were.
         """
         somebody_learns = any(s.learning for s in self.sessions)
-        over = [s for s in self.sessions if s.finished or not somebody_learns]
+        over = self._agreed([s.finished or not somebody_learns for s in self.sessions])
         for session in over:
             if session.diverged is None and session.lost is None:
                 facts = self.facts | {"peak_memory_gib": peak_memory_gib(self.base.device)}
@@ -152,9 +158,10 @@ class PackLoop:
         dropout_keys = self._dropout_keys()
         self.adapters.refresh()
         losses = torch.zeros_like(share[:-1])
-        for chunk in cut([s for sequences in batches.values() for s in sequences], self.micro_batch_tokens):
-            self.stop.check()
+        sequences = [s for of_run in batches.values() for s in of_run]
+        for chunk in self.team.micro_batches(sequences, self.micro_batch_tokens, self.stop):
             losses += self.gradients.add(chunk, weights, dropout_keys) * share[:-1]
+        self.team.add_up(self.adapters.gradient, losses)
         return losses
 
     def _dropout_keys(self) -> torch.Tensor | None:
@@ -193,16 +200,24 @@ class PackLoop:
             self._sit(take_seats(self.base, staying, states))
 
     def _let_go_of_cancelled(self) -> None:
-        if time.monotonic() - self._looked_for_cancels < POLL_SECONDS:
-            return
-        self._looked_for_cancels = time.monotonic()
-        cancelled = [s for s in self.sessions if s.dir.cancel_request.exists()]
+        cancelled = self._agreed(self._asked_to_cancel())
         if cancelled:
             self.recorder.flush(self.sessions)
             self._save_all()
         for session in cancelled:
             session.end("cancelled", "cancel was asked for")
         self._leave(cancelled)
+
+    def _agreed(self, flags: list[bool]) -> list[RunSession]:
+        """The sessions whose flags are set where the leader of the team stands."""
+        return [s for s, flag in zip(self.sessions, self.team.as_leader_says(flags), strict=True) if flag]
+
+    def _asked_to_cancel(self) -> list[bool]:
+        """For each run whether somebody asked to cancel it, as far as it was time to look."""
+        if not self.team.leads or time.monotonic() - self._looked_for_cancels < POLL_SECONDS:
+            return [False] * len(self.sessions)
+        self._looked_for_cancels = time.monotonic()
+        return [session.dir.cancel_request.exists() for session in self.sessions]
 
     def _save_all(self) -> None:
         for session in self.sessions:
@@ -219,7 +234,8 @@ class PackLoop:
         seconds, self._clock = now - self._clock, now
         for session in self.sessions:
             session.seconds += seconds
-            session.gpu_seconds += seconds / len(self.sessions) if self.base.device.type == "cuda" else 0.0
+            on_gpus = self.team.size if self.base.device.type == "cuda" else 0
+            session.gpu_seconds += seconds * on_gpus / len(self.sessions)
 
 
 def _tables(sessions: list[RunSession]) -> dict[int, TokenTable]:

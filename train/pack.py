@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,17 +12,19 @@ from transformers import AutoConfig
 
 from train.attempts import cause_of
 from train.base import PackedBase, load_base
-from train.checkpoint import Checkpoint, common_step, sound_checkpoints
+from train.checkpoint import Checkpoint, common_step, from_bytes, sound_checkpoints, to_bytes
 from train.config import RunConfig, read_run_config
 from train.data.loading import load_tokenised
 from train.data.token_table import TokenisedData, tokens_key
 from train.errors import BadInput
+from train.follower import Follower
 from train.kernels import choose_kernels
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
 from train.model.base_cache import BaseCache
 from train.model.staging import stage_model
+from train.parallel import ALONE, Alone
 from train.rundir import CacheDir, Record, RunDir
 from train.samples import Sampler, Words, load_words
 from train.seats import take_seats
@@ -37,8 +39,8 @@ VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
 Say = Callable[[str], None]
 
 
-def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, say: Say) -> None:
-    """Train the runs whose leases this process holds, to their ends.
+def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, say: Say, team: Alone = ALONE) -> None:
+    """Train the runs whose leases this job holds, to their ends, together with the other processes of `team`.
 
     Raises:
         Stopped: the job was asked to stop; everything is saved.
@@ -62,12 +64,14 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
     stop.check()
     say(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
-        RunSession(run, config, table, adapted_modules(config.lora, list(base.shapes)), lease)
+        (RunSession if team.leads else Follower)(
+            run, config, table, adapted_modules(config.lora, list(base.shapes)), lease
+        )
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
-    samples_wanted = any(config.train.sample_prompts for config in configs)
+    samples_wanted = team.leads and any(config.train.sample_prompts for config in configs)
     words = load_words(configs[0].model, model_dir) if samples_wanted else None
-    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say, words)
+    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say, words, team)
     try:
         loop.run()
     except Exception as exc:
@@ -96,24 +100,32 @@ def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:
 
 def seat(
     base: PackedBase,
-    sessions: list[RunSession],
+    sessions: Sequence[RunSession],
     stop: StopFlag,
     micro_batch_tokens: int,
     say: Say,
     words: Words | None = None,
+    team: Alone = ALONE,
 ) -> PackLoop:
     """Put every session where its checkpoints left it, or at its beginning, and return the loop that trains them.
 
     Without `words` no run gives sample answers.
     """
-    found = [sound_checkpoints(session.dir, say) for session in sessions]
-    common = common_step([set(checkpoints) for checkpoints in found])
-    states = [_newest(checkpoints, common) for checkpoints in found]
+    states = _newest_states(sessions, say) if team.leads else []
+    if team.size > 1:
+        states = from_bytes(team.from_leader(to_bytes(states)))
     for session, state in zip(sessions, states, strict=True):
         _start(session, state, base, say)
     seats = take_seats(base, sessions, states)
     sampler = None if words is None else Sampler(words, micro_batch_tokens, stop)
-    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler)
+    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler, team)
+
+
+def _newest_states(sessions: Sequence[RunSession], say: Say) -> list[Checkpoint | None]:
+    """The newest state that all sessions have, or of each its own newest."""
+    found = [sound_checkpoints(session.dir, say) for session in sessions]
+    common = common_step([set(checkpoints) for checkpoints in found])
+    return [_newest(checkpoints, common) for checkpoints in found]
 
 
 def _newest(checkpoints: dict[int, Checkpoint], common: int | None) -> Checkpoint | None:

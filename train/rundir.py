@@ -178,6 +178,11 @@ class PackDir:
         return self.path / "mirror.log"
 
     @property
+    def rendezvous(self) -> Path:
+        """Where the processes of a job find each other."""
+        return self.path / "rendezvous.json"
+
+    @property
     def submitit(self) -> Path:
         """submitit's own folder, with stdout and stderr of every attempt."""
         return self.path / "submitit"

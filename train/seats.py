@@ -22,7 +22,7 @@ class Seats:
     optimizer: PackedAdamW
 
 
-def take_seats(base: PackedBase, sessions: list[RunSession], states: Sequence[Checkpoint | None]) -> Seats:
+def take_seats(base: PackedBase, sessions: Sequence[RunSession], states: Sequence[Checkpoint | None]) -> Seats:
     """Give each session the row of its place in the list, and its state; None is the beginning.
 
     What a pack of runs computes depends on these runs and their states alone: whether others sat here before leaves no trace.

@@ -112,20 +112,25 @@ class RunSession:
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: what journal and samples say of later steps will be said again, so it is cut off."""
         progress = checkpoint.progress
+        self.take_up(progress)
         with storage_errors(self.dir.journal):
             for newer in [step for step in self.dir.checkpoint_steps() if step > progress.step]:
                 shutil.rmtree(self.dir.checkpoint(newer))  # its journal is about to be cut off
             os.truncate(self.dir.journal, progress.journal_bytes)
             if _size(self.dir.samples) > progress.samples_bytes:
                 os.truncate(self.dir.samples, progress.samples_bytes)
+        if self.diverged is not None:
+            self.diverged = next(
+                line["diverged"] for line in reversed(read_lines(self.dir.journal)) if "diverged" in line
+            )
+
+    def take_up(self, progress: Progress) -> None:
+        """Count from where a checkpoint stands."""
         self.step = self.saved_step = self.first_step = progress.step
         self.tokens, self.seconds, self.gpu_seconds = progress.tokens, progress.seconds, progress.gpu_seconds
         self.evaluated_step = progress.evaluated_step
         self.best_eval_loss, self.best_eval_step = progress.best_eval_loss, progress.best_eval_step
-        if not progress.alive:
-            self.diverged = next(
-                line["diverged"] for line in reversed(read_lines(self.dir.journal)) if "diverged" in line
-            )
+        self.diverged = None if progress.alive else "before this attempt"
 
     @or_lost
     def note(self, lines: list[Record]) -> None:
@@ -163,14 +168,18 @@ class RunSession:
         """Write how fast it goes."""
         append_lines(self.dir.pace, [line | {"attempt": self.lease.attempt}])
 
-    def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
-        """Where the run stands, with its journal up to here; a lost run has none."""
-        journal_bytes = samples_bytes = 0
+    def written_bytes(self) -> tuple[int, int]:
+        """How long journal and samples are now; a lost run has none."""
         try:
             if self.lost is None:
-                journal_bytes, samples_bytes = self.dir.journal.stat().st_size, _size(self.dir.samples)
+                return self.dir.journal.stat().st_size, _size(self.dir.samples)
         except OSError as exc:
             self.lose(exc)
+        return 0, 0
+
+    def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
+        """Where the run stands, with its journal up to here; a lost run has none."""
+        journal_bytes, samples_bytes = self.written_bytes()
         return Progress(
             step=self.step,
             journal_bytes=journal_bytes,

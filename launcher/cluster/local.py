@@ -22,6 +22,7 @@ from typing import Any
 from launcher.cluster.commands import answer_of
 from launcher.jobs import runs_of_pack
 from launcher.records import ClusterConfig
+from train.errors import BadInput
 from train.lease import process_started, read_lease
 from train.rundir import PackDir, RunDir, make_folder, write_json
 
@@ -34,7 +35,7 @@ class LocalJob:
 
     pack: PackDir
     id: str
-    gpu: str | None
+    gpus: tuple[str, ...]
     handle: Any
 
     @property
@@ -53,12 +54,12 @@ class LocalJob:
 
 
 class LocalQueue:
-    """Packs that train on this machine in order, `slots` at a time, each on a GPU of its own where there are any."""
+    """Packs that train on this machine in order, `slots` at a time, each on GPUs of its own where there are any."""
 
-    def __init__(self, packs: list[PackDir], code: Path, slots: int, gpus: list[str]) -> None:
+    def __init__(self, packs: list[PackDir], code: Path, slots: int, gpus: list[str], gpus_per_job: int = 1) -> None:
         self.waiting, self.running = deque(packs), list[LocalJob]()
-        self._code, self._gpus = code, gpus
-        self._slots = min(slots, len(gpus)) if gpus else slots
+        self._code, self._gpus, self._gpus_per_job = code, gpus, gpus_per_job
+        self._slots = min(slots, len(gpus) // gpus_per_job) if gpus else slots
 
     @property
     def busy(self) -> bool:
@@ -72,39 +73,52 @@ class LocalQueue:
         while self.waiting and len(self.running) < self._slots:
             pack = self.waiting.popleft()
             if not all(run.cancel_request.exists() for run in runs_of_pack(pack)):
-                self.running.append(start_job(pack, self._code, self._free_gpu()))
+                self.running.append(start_job(pack, self._code, self._free_gpus()))
         return ended
 
     def drop_waiting(self) -> None:
         """Forget what has not started."""
         self.waiting.clear()
 
-    def _free_gpu(self) -> str | None:
-        taken = {job.gpu for job in self.running}
-        return next((gpu for gpu in self._gpus if gpu not in taken), None)
+    def _free_gpus(self) -> tuple[str, ...]:
+        taken = {gpu for job in self.running for gpu in job.gpus}
+        return tuple(gpu for gpu in self._gpus if gpu not in taken)[: self._gpus_per_job]
 
 
 def open_queue(packs: list[PackDir], code: Path, cluster: ClusterConfig) -> LocalQueue:
     """A queue whose first jobs are started."""
-    queue = LocalQueue(packs, code, cluster.jobs_at_once(slurm=False), visible_gpus())
+    queue = LocalQueue(packs, code, cluster.jobs_at_once(slurm=False), visible_gpus(), cluster.gpus_per_job)
     queue.advance()
     return queue
 
 
-def start_job(pack: PackDir, code: Path, gpu: str | None) -> LocalJob:
-    """Start one pack as a process of its own, importing from `code`, and note its id in ``job.json``."""
+def refuse_too_few_gpus(cluster: ClusterConfig) -> None:
+    """Refuse a job that wants more GPUs than this machine has; one without any trains on its CPU.
+
+    Raises:
+        BadInput: naming both numbers.
+    """
+    gpus = len(visible_gpus())
+    if 0 < gpus < cluster.gpus_per_job:
+        raise BadInput(
+            f"cluster.gpus_per_job={cluster.gpus_per_job}, and this machine has {gpus}; set it to at most {gpus}."
+        )
+
+
+def start_job(pack: PackDir, code: Path, gpus: tuple[str, ...]) -> LocalJob:
+    """Start one pack as a job of its own, a process per GPU, importing from `code`, and note its id in ``job.json``."""
     from submitit import LocalExecutor
 
     from train.job import PackJob
 
-    executor = LocalExecutor(make_folder(pack.submitit), python=_job_python(code, gpu))
-    executor.update_parameters(timeout_min=TEN_YEARS_MIN)
+    executor = LocalExecutor(make_folder(pack.submitit), python=_job_python(code, gpus))
+    executor.update_parameters(timeout_min=TEN_YEARS_MIN, tasks_per_node=max(1, len(gpus)))
     with _inherited_by_jobs():
         handle = executor.submit(PackJob(str(pack.pack)))
     pid = int(handle.job_id)  # submitit's controller, the parent of the process that trains
     facts = {"job": handle.job_id, "executor": "local", "pid": pid, "pid_started": process_started(pid)}
     write_json(pack.job, facts | {"host": socket.gethostname(), "submitted": time.time()})
-    return LocalJob(pack, handle.job_id, gpu, handle)
+    return LocalJob(pack, handle.job_id, gpus, handle)
 
 
 def log_files(pack: PackDir) -> list[Path]:
@@ -122,8 +136,8 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
 
 
-def _job_python(code: Path, gpu: str | None) -> str:
-    """The interpreter with the job's environment: the frozen code first, nothing from the working folder, its own GPU.
+def _job_python(code: Path, gpus: tuple[str, ...]) -> str:
+    """The interpreter with the job's environment: the frozen code first, nothing from the working folder, its own GPUs.
 
     It goes through env(1) because submitit sets CUDA_VISIBLE_DEVICES itself, and only to whole numbers.
     """
@@ -131,7 +145,7 @@ def _job_python(code: Path, gpu: str | None) -> str:
     settings = {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",
-        "CUDA_VISIBLE_DEVICES": gpu or "",
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "SUBMITIT_LOG_LEVEL": "WARNING",  # the log is the trainer's
     }
     return shlex.join(["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])

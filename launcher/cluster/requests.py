@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -72,9 +73,10 @@ def sbatch_parameters(request: ArrayRequest, cluster: ClusterConfig, array: Arra
         | {
             "job_name": request.name,
             "partition": request.partition,
-            "gres": request.gres or None,
+            "gres": _for_all_tasks(request.gres, cluster.gpus_per_job) or None,
+            "ntasks_per_node": cluster.gpus_per_job,
             "time": request.minutes,
-            "cpus_per_task": cluster.cpus,
+            "cpus_per_task": math.ceil(cluster.cpus / cluster.gpus_per_job),
             "mem": None if cluster.ram_gib is None else f"{math.ceil(1024 * cluster.ram_gib)}M",
             "constraint": cluster.constraint,
             "signal_delay_s": warning_seconds(request.minutes or LONG_MINUTES),
@@ -113,6 +115,11 @@ def _common(cluster: ClusterConfig) -> dict[str, Any]:
         "srun_args": ["--open-mode=append"],  # srun would empty the log of the attempt before
         "additional_parameters": _filled({"requeue": True, "reservation": cluster.reservation}),
     }
+
+
+def _for_all_tasks(gres: str, tasks: int) -> str:
+    """One GPU becomes one for each task of the job; a request that already names more is the user's own."""
+    return re.sub(r":1$", f":{tasks}", gres)
 
 
 def _filled(parameters: dict[str, Any]) -> dict[str, Any]:

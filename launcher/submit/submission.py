@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from launcher.cluster.local import LocalQueue, open_queue
+from launcher.cluster.local import LocalQueue, open_queue, refuse_too_few_gpus
 from launcher.cluster.requests import array_requests
 from launcher.cluster.slurm import Submitted, max_array_size, submit_arrays
 from launcher.errors import ClusterError
@@ -24,9 +24,10 @@ def submit(plan: Plan) -> LocalQueue:
     """Write everything that the plan's packs need and start the first of them here. Call it as the sweep's `sole_launcher`.
 
     Raises:
-        BadInput: the disk refuses; no job was started.
+        BadInput: the disk refuses, or there are fewer GPUs than a job asks for; no job was started.
         ClusterError: the same packs were submitted meanwhile.
     """
+    refuse_too_few_gpus(plan.sweep.cluster)
     code = _write_all(plan)
     packs = [plan.sweep.dir.pack(pack.id) for pack in plan.packs]
     return open_queue(packs, code, plan.sweep.cluster)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.cluster.local import LocalJob, LocalQueue, log_files, start_job, visible_gpus
+from launcher.cluster.local import LocalJob, LocalQueue, log_files, refuse_too_few_gpus, start_job, visible_gpus
+from launcher.records import ClusterConfig
 from launcher.track.logs import JobVoice
 from stand_in import install, put_command, wait_for
+from train.errors import BadInput
 from train.lease import process_started, read_lease
 from train.rundir import PackDir, RunDir, SweepDir, make_folder, read_json, read_lines, write_json, write_text
 
@@ -45,7 +47,7 @@ def children() -> set[str]:
 
 def test_a_job_trains_from_the_frozen_code_and_leaves_no_process(sweep: SweepDir, code: Path) -> None:
     before = children()
-    job = start_job(make_pack(sweep, "p"), code, gpu=None)
+    job = start_job(make_pack(sweep, "p"), code, gpus=())
     facts = read_json(job.pack.job)
     assert facts["executor"] == "local"
     assert process_started(facts["pid"]) == facts["pid_started"]
@@ -59,7 +61,7 @@ def test_a_job_trains_from_the_frozen_code_and_leaves_no_process(sweep: SweepDir
 
 
 def test_a_job_survives_ctrl_c_and_hang_up(sweep: SweepDir, code: Path) -> None:
-    job = start_job(make_pack(sweep, "p", seconds_per_step=0.2), code, gpu=None)
+    job = start_job(make_pack(sweep, "p", seconds_per_step=0.2), code, gpus=())
     wait_for(job.pids)
     for number in (signal.SIGINT, signal.SIGHUP):
         os.kill(int(job.id), number)
@@ -70,7 +72,7 @@ def test_a_job_survives_ctrl_c_and_hang_up(sweep: SweepDir, code: Path) -> None:
 
 
 def test_jobs_are_asked_to_stop_by_their_leases(sweep: SweepDir, code: Path) -> None:
-    job = start_job(make_pack(sweep, "p", seconds_per_step=0.2), code, gpu=None)
+    job = start_job(make_pack(sweep, "p", seconds_per_step=0.2), code, gpus=())
     wait_for(job.pids)
     for pid in job.pids():
         os.kill(pid, signal.SIGINT)
@@ -113,6 +115,25 @@ def test_each_job_gets_a_gpu_of_its_own(sweep: SweepDir, code: Path) -> None:
         lease = read_lease(job.runs()[0])
         assert lease is not None
         assert not lease.alive()
+
+
+def test_a_job_on_two_gpus_is_two_processes_that_both_see_them(sweep: SweepDir, code: Path) -> None:
+    packs = [make_pack(sweep, name) for name in ("a", "b")]
+    queue = LocalQueue(packs, code, slots=8, gpus=["0", "1", "2"], gpus_per_job=2)
+    assert queue.advance() == []
+    (job,) = queue.running
+    assert job.gpus == ("0", "1")
+    wait_for(lambda: job.ended)
+    assert len(list(job.pack.submitit.glob("*_log.out"))) == 2
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    refuse_too_few_gpus(ClusterConfig(kind="local", gpus_per_job=2))
+    with pytest.raises(BadInput, match="gpus_per_job=3, and this machine has 2"):
+        refuse_too_few_gpus(ClusterConfig(kind="local", gpus_per_job=3))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refuse_too_few_gpus(ClusterConfig(kind="local", gpus_per_job=3))
 
 
 @pytest.mark.parametrize(("setting", "gpus"), [("", []), ("-1", []), ("0,2", ["0", "2"]), ("GPU-x", ["GPU-x"])])

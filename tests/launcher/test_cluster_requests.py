@@ -95,6 +95,12 @@ def test_what_the_user_set_reaches_the_script(tmp_path: Path, monkeypatch: pytes
     assert "apptainer exec --nv image.sif sh -c" in srun
 
 
+def test_a_job_on_several_gpus_is_a_task_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = script(SLURM.model_copy(update={"gpus_per_job": 4, "cpus": 6}), tmp_path, monkeypatch).splitlines()
+    options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert options >= {"nodes=1", "ntasks-per-node=4", "gres=gpu:t4:4", "cpus-per-task=2"}
+
+
 def test_nothing_is_asked_for_that_nobody_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = script(SLURM, tmp_path, monkeypatch)
     for word in ("account", "qos", "reservation", "constraint", "mem=", "module load"):

@@ -58,6 +58,22 @@ def start(pack: Path) -> subprocess.Popen[str]:
     )
 
 
+def start_two(pack: Path, name: str) -> list[subprocess.Popen[str]]:
+    """The two processes of a job, as torchrun starts them."""
+    variables = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": name}
+    command = [sys.executable, "-m", "train.job", str(pack)]
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | variables | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+
+
 def run_job(pack: Path) -> tuple[str, str]:
     """Standard output and error of a job run to its end; the process itself never fails."""
     process = start(pack)
@@ -188,3 +204,25 @@ def test_a_run_that_another_process_trains_is_left_alone(make_pack: MakePack) ->
     assert owner.poll() is None
     owner.send_signal(signal.SIGTERM)
     owner.communicate(timeout=60)
+
+
+def test_two_processes_share_a_job_and_one_of_them_writes(make_pack: MakePack) -> None:
+    pack = make_pack()
+    (out, _), (other, _) = [process.communicate(timeout=240) for process in start_two(pack, "first")]
+    assert "trainable params: " in out
+    assert other == "done\n"
+    assert causes(pack) == [["done"], ["done"]]
+    journals = [run.journal.read_text() for run in runs_of(pack)]
+    (again, _), (other, _) = [process.communicate(timeout=240) for process in start_two(pack, "second")]
+    assert "nothing to train" in again
+    assert other == "nothing to train\n"
+    assert [run.journal.read_text() for run in runs_of(pack)] == journals
+
+
+def test_two_processes_end_together_whatever_ends_one(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack()
+    (tmp_path / "rows.json").write_text('[{"instruction": "Say 1.", "output": "2"}]')
+    (out, _), (other, _) = [process.communicate(timeout=240) for process in start_two(pack, "first")]
+    assert "ended: bad_input" in out
+    assert other.startswith("bad_input")
+    assert causes(pack) == [["bad_input"], ["bad_input"]]
