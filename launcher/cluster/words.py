@@ -81,7 +81,7 @@ class Qos:
 def read_settings(text: str) -> Settings:
     """``scontrol show config``. A setting that is not there has Slurm's default."""
     config = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
-    signals = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")  # the one in old versions, the other in new ones
+    signals = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")  # old, new versions
     return Settings(
         version=config.get("SLURM_VERSION", "unknown"),
         cluster=config.get("ClusterName", "unknown"),
