@@ -1,0 +1,79 @@
+"""What tracking costs the trainer: seconds per step with W&B off, offline, online and online with a server that never answers.
+
+``PYTHONPATH=.:tests python -m bench.tracking``. The jobs are real (eight runs of the tiny model, on the CPU), the server is the tests'
+stand-in on 127.0.0.1. Rounds alternate between the ways, and the least disturbed round of each counts, since other work on the
+machine only ever adds time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.rundir import SweepDir, read_lines
+from wandb_server import KEY, Mode, WandbServer
+
+ROUNDS, STEPS = 3, 60
+WAYS: dict[str, tuple[str, Mode]] = {
+    "off": ("off", "good"),
+    "offline": ("offline", "good"),
+    "online": ("online", "good"),
+    "online, silent server": ("online", "silent"),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One job: the trainer's seconds per step, and the seconds of the whole command."""
+
+    step_seconds: float
+    wall_seconds: float
+
+
+def measure(way: str, server: WandbServer, folder: Path, name: str) -> Cost:
+    """Train a pack of eight runs in one of `WAYS`."""
+    mode, server.mode = WAYS[way]
+    settings = [
+        "model=tiny",
+        "quant=none",
+        "lora.r=1,2,3,4,5,6,7,8",
+        f"train.max_steps={STEPS}",
+        f"tracking.mode={mode}",
+    ]
+    places = [f"root={folder}/runs", f"cache={folder}/cache", f"sweep.name={name}"]
+    environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    environment.pop("WANDB_MODE", None)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "launcher", *settings, *places]
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    wall = time.monotonic() - began
+    paces = read_lines(SweepDir(folder / "runs" / name).runs()[0].pace)
+    first, last = paces[0], paces[-1]
+    return Cost((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]), wall)
+
+
+def main() -> None:
+    """Measure all ways in turn and print the table."""
+    found = defaultdict[str, list[Cost]](list)
+    with tempfile.TemporaryDirectory() as folder, WandbServer() as server:
+        for turn in range(ROUNDS):
+            for way in WAYS:
+                found[way].append(measure(way, server, Path(folder), f"{way.split()[0].strip(',')}-{len(way)}-{turn}"))
+                print(json.dumps({"way": way, "round": turn, **found[way][-1].__dict__}), file=sys.stderr, flush=True)
+    least = min(cost.step_seconds for cost in found["off"])
+    print(f"| tracking | ms per step (best of {ROUNDS}) | against off | seconds of the whole command (best) |")
+    print("| --- | --- | --- | --- |")
+    for way, costs in found.items():
+        step, wall = min(cost.step_seconds for cost in costs), min(cost.wall_seconds for cost in costs)
+        print(f"| {way} | {1000 * step:.1f} | {step / least - 1:+.1%} | {wall:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
