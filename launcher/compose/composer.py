@@ -90,15 +90,17 @@ def _run_config(values: Values) -> RunConfig:
 
 def _located(config: RunConfig) -> RunConfig:
     """`config` with absolute paths for its files, since jobs run from another folder."""
-    model = config.model.model_copy(update={"source": _absolute_source(config.model.source)})
-    files = {"source": _absolute_source(config.data.source)}
+    model = config.model.model_copy(update={"source": _absolute_source("model.source", config.model.source)})
+    files = {"source": _absolute_source("data.source", config.data.source)}
     if config.data.eval_source is not None:
-        files["eval_source"] = _absolute_source(config.data.eval_source)
+        files["eval_source"] = _absolute_source("data.eval_source", config.data.eval_source)
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update=files)})
 
 
-def _absolute_source(source: str) -> str:
+def _absolute_source(key: str, source: str) -> str:
     """A path made absolute; ``kind:…`` sources and hub ids as they are."""
+    if not source.strip():
+        raise BadInput(f"{key}= is empty; give it a value, or leave it out.")
     path = local_path(source)
     return str(path) if source.startswith((".", "~")) or is_there(path) else source
 

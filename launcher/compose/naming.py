@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -49,7 +50,8 @@ def source_name(source: str) -> str:
 
 def fitting(name: str, limit: int) -> str:
     """`name` with other characters than a folder's replaced; a longer one is cut and ends in a digest of the whole."""
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "x"
+    letters = "".join(mark for mark in unicodedata.normalize("NFKD", name) if not unicodedata.combining(mark))  # ü is u
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-.") or "x"
     if len(clean) <= limit:
         return clean
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]

@@ -110,7 +110,7 @@ def test_own_model_and_file_are_found_from_any_folder_and_name_the_sweep(tmp_pat
     [
         ("my rows.jsonl", "my-rows"),
         ("a=1.jsonl", "a-1"),
-        ("Übung (2).jsonl", "bung-2"),
+        ("Übung (2).jsonl", "Ubung-2"),
         ("it's.jsonl", "it-s"),
         ("2024.jsonl", "2024"),
         ('"quoted".jsonl', "quoted"),
@@ -215,6 +215,8 @@ MISTAKES = {
     "root=/tmp": ["/tmp", "written by others"],
     "root=[a]": ["root=['a']", "string"],
     "root=": ["root= is empty"],
+    "model.source=": ["model.source= is empty"],
+    "data.source=": ["data.source= is empty"],
     "data.source=a=1.jsonl": ["'a=1.jsonl'", "does not exist"],
 }
 

@@ -264,7 +264,7 @@ def test_a_thousand_runs_are_planned_in_three_seconds_without_torch(tmp_path: Pa
         "print(len(plan.runs), len(plan.packs), *{'torch', 'transformers', 'datasets', 'wandb'} & sys.modules.keys())"
     )
     axes = ["lora.r=range(1,11)", "train.seed=range(0,10)", "lora.lora_alpha=range(1,11)"]
-    begun = time.monotonic()
+    before = os.times()
     found = subprocess.run(
         [sys.executable, "-c", script, *axes, f"root={tmp_path}", f"cache={tmp_path}"],
         capture_output=True,
@@ -272,7 +272,9 @@ def test_a_thousand_runs_are_planned_in_three_seconds_without_torch(tmp_path: Pa
         check=True,
         timeout=60,
     )
-    assert time.monotonic() - begun < 3
+    after = os.times()
+    busy = after.children_user + after.children_system - before.children_user - before.children_system
+    assert busy < 3, "seconds of a core; a clock on the wall would measure what else the machine does"
     runs, packs, *heavy = found.stdout.split()
     assert (int(runs), heavy) == (1000, [])
     assert int(packs) >= 1000 / 32
