@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,3 +134,7 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=CHAT_TEMPLATE
     )
+
+
+if __name__ == "__main__":  # python -m bench.shapes SHAPE FOLDER
+    print(model_folder(sys.argv[1], Path(sys.argv[2])))

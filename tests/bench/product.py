@@ -1,0 +1,103 @@
+"""The whole product on this machine: a sweep that is killed without warning in the middle, resumed, and reported.
+
+    PYTHONPATH=.:tests python -m bench.product --work /tmp/product
+
+Ends with exit code 0 only if every run has every step exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from train.rundir import RunDir, SweepDir, read_lines
+
+SWEEP = "product"
+KILL_AFTER = 10  # steps
+TRAIN_SECONDS = 400.0
+
+
+def overrides(model: Path, work: Path, steps: int) -> list[str]:
+    """The command line of a short `sweep=rank` over `model`."""
+    return [
+        "sweep=rank",
+        f"sweep.name={SWEEP}",
+        "cluster=local",
+        f"model.source={model}",
+        "tracking=off",
+        f"root={work / 'runs'}",
+        f"cache={work / 'cache'}",
+        f"train.max_steps={steps}",
+        f"train.save_steps={steps // 6}",
+        "train.sample_prompts=1",
+        "train.sample_tokens=8",
+        "data.train_rows=400",
+        "data.eval_rows=8",
+    ]
+
+
+def steps_of(run: RunDir) -> list[int]:
+    """The steps in a run's journal, as they stand there."""
+    return [line["step"] for line in read_lines(run.journal) if "loss" in line]
+
+
+def kill_the_job(sweep: SweepDir, launcher: subprocess.Popen[bytes]) -> int:
+    """SIGKILL to the process that trains, once it is in the middle; the step that it had reached."""
+    deadline = time.monotonic() + TRAIN_SECONDS
+    while time.monotonic() < deadline:
+        runs = [RunDir(lease.parent) for lease in sweep.path.glob("*/lease.json")]
+        reached = max((len(steps_of(run)) for run in runs), default=0)
+        if reached >= KILL_AFTER:
+            for pid in {json.loads(run.lease.read_text())["pid"] for run in runs}:
+                os.kill(pid, signal.SIGKILL)
+            launcher.wait(60)
+            return reached
+        if launcher.poll() is not None:
+            raise SystemExit(f"the launcher ended with {launcher.returncode} before step {KILL_AFTER}")
+        time.sleep(0.02)
+    launcher.kill()
+    raise SystemExit(f"no run reached step {KILL_AFTER} in {TRAIN_SECONDS:.0f} s")
+
+
+def launch(*arguments: str) -> int:
+    """Run a verb to its end, with its output here; the exit code."""
+    began = time.monotonic()
+    code = subprocess.call([sys.executable, "-m", "launcher", *arguments])
+    print(f"launcher {arguments[0]}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
+    return code
+
+
+def main(given: list[str] | None = None) -> None:
+    """Launch, kill, resume, report, check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lorapack-product")
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "lorapack-bench")
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    arguments = parser.parse_args(given)
+    work = arguments.work.resolve()
+    shape, steps = ("tiny", 200) if arguments.quick else ("llama2_7b", 24)  # time enough to kill it in the middle
+    make = [sys.executable, "-m", "bench.shapes", shape, str(arguments.models.resolve())]  # apart: it needs torch
+    model = Path(subprocess.check_output(make, text=True).splitlines()[-1])
+    asked, sweep = overrides(model, work, steps), SweepDir(work / "runs" / SWEEP)
+    reached = kill_the_job(sweep, subprocess.Popen([sys.executable, "-m", "launcher", *asked]))
+    print(f"killed at step {reached} of {steps}", flush=True)
+    codes = [launch("resume", SWEEP, f"root={work / 'runs'}"), launch("report", SWEEP, f"root={work / 'runs'}")]
+    runs = [RunDir(journal.parent) for journal in sorted(sweep.path.glob("*/journal.jsonl"))]
+    for run in runs:
+        causes = [line["cause"] for line in read_lines(run.attempts)]
+        print(f"{run.path.name}: {len(steps_of(run))} steps, attempts {', '.join(causes)}, done {run.result.exists()}")
+    whole = all(steps_of(run) == list(range(1, steps + 1)) and run.result.exists() for run in runs)
+    if not (whole and runs and codes == [0, 0]):
+        raise SystemExit("NOT WHOLE: see above")
+    print(f"{len(runs)} runs, every step of each journalled exactly once")
+
+
+if __name__ == "__main__":
+    main()
