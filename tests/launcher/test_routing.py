@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher.cluster import partitions as cluster_partitions
 from launcher.cluster.inventory import Inventory
@@ -13,12 +14,16 @@ from launcher.cluster.words import LivePartition
 from launcher.compose.composer import compose
 from launcher.errors import ClusterError
 from launcher.estimate.devices import gpu_device
+from launcher.estimate.facts import Facts
+from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.gpus import known_gpu
 from launcher.estimate.partition import Partition
 from launcher.plan.packing import Bench, makespan, pack_runs
 from launcher.plan.planner import make_plan
 from launcher.records import ClusterConfig, PartitionConfig, Plan
 from train.errors import BadInput
+from train.rundir import CacheDir
+from train.storage import make_folder, write_json, write_text
 
 T4 = PartitionConfig(gpu="t4", gpus=4, max_minutes=1440)
 A100 = PartitionConfig(gpu="a100", gpus=4, max_minutes=60)
@@ -137,6 +142,29 @@ def test_what_fits_nowhere_is_refused_with_a_change_that_fits(tmp_path: Path, ov
     assert hint in advice[1]
     changed = {word.partition("=")[0]: word for word in [*overrides, *advice[1].split()]}
     assert places(plan(tmp_path, *base, *changed.values())) == [advice[2]]
+
+
+def test_what_was_measured_on_one_gpu_corrects_the_forecast_for_that_kind(tmp_path: Path) -> None:
+    """Clusters say ``a100``, the trainer writes what the driver calls it."""
+    sweep = compose(["lora.r=4,8", *LLAMA, f"root={tmp_path}/runs", f"cache={tmp_path}/cache"])
+    facts = Facts(CacheDir(sweep.cache))
+    kinds = [Partition(name, gpu_device(name, 40.0)) for name in ("a100", "l40s")]
+    work = [facts.work(run.config) for run in sweep.runs]
+
+    def forecasts() -> list[float]:
+        return [Forecaster(sweep.dir, kind, facts).forecast(sweep.runs[0].config, work).vram_gib for kind in kinds]
+
+    before = forecasts()
+    for run in sweep.runs:
+        folder = sweep.run_dir(run)
+        make_folder(folder.path)
+        write_text(folder.config, yaml.safe_dump(run.config.model_dump()))
+        facts_of_run = {"device": "NVIDIA A100-SXM4-40GB", "attempts": 1, "seconds": 100.0}
+        write_json(folder.result, facts_of_run | {"peak_memory_gib": 1.5 * before[0]})
+    pack = sweep.dir.pack("abc")
+    make_folder(pack.path)
+    write_json(pack.pack, {"id": "abc", "runs": [sweep.run_dir(run).path.name for run in sweep.runs]})
+    assert forecasts() == pytest.approx([1.5 * before[0], before[1]])
 
 
 def test_a_model_beyond_every_change_says_so(tmp_path: Path) -> None:
