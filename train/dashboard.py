@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from train.errors import BadInput, LorapackError
 from train.mirror.reach import Reach, look_for_server
 from train.mirror.request import runs_of_pack
+from train.mirror.rows import SAMPLES
 from train.rundir import SweepDir, read_json, write_json
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def make_dashboard(sweep: SweepDir, axes: list[SweptAxis]) -> str:
 
 def build(sweep: str, axes: list[SweptAxis], entity: str, project: str) -> ws.Workspace:
     """The workspace of the runs of `sweep` in `entity`/`project`; nothing is sent."""
+    import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
     hyperparameters = [axis for axis in axes if axis.key != SEED] or axes
@@ -72,6 +74,7 @@ def build(sweep: str, axes: list[SweptAxis], entity: str, project: str) -> ws.Wo
         sections=[
             ws.Section(name="Loss", panels=_curves(hyperparameters), is_open=True),
             ws.Section(name="Eval loss against what was swept", panels=_results(hyperparameters), is_open=True),
+            ws.Section(name="Sample answers", panels=[wr.WeavePanelSummaryTable(table_name=SAMPLES)], is_open=True),
             ws.Section(name="Speed, memory and cost", panels=_costs(), is_open=True),
         ],
         settings=ws.WorkspaceSettings(max_runs=MOST_CURVES),

@@ -146,9 +146,9 @@ class RunSession:
         if not math.isfinite(evaluation.loss):
             self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
             return
-        self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
-        if samples:
+        if samples:  # first, so that whoever follows the journal finds them
             self.note_samples({"step": self.step, "samples": samples})
+        self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
             self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
 

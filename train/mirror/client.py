@@ -15,8 +15,10 @@ import wandb
 
 from train.mirror.reach import Reach
 from train.mirror.request import MirroredRun, config, tags
+from train.mirror.rows import SAMPLES, Row
 
 JOB_TYPE = "train"
+SAMPLE_COLUMNS = ("prompt", "expected", "base", "answer")
 INIT_SECONDS = 30.0
 
 
@@ -95,6 +97,18 @@ class Client:
             finish_timeout=self._finish_seconds,
             finish_timeout_raises=True,
         )
+
+
+def sample_table(run: wandb.Run, row: Row) -> wandb.Table:
+    """The sample answers of an evaluation, as a table of its step.
+
+    It is bound to the run here: W&B would make an artifact of every other table, and ask the server about each while it logs.
+    """
+    table = wandb.Table(
+        columns=list(SAMPLE_COLUMNS), data=[[sample[name] for name in SAMPLE_COLUMNS] for sample in row.samples]
+    )
+    table.bind_to_run(run, SAMPLES, row.step)  # type: ignore[no-untyped-call]
+    return table
 
 
 def _own_gpus() -> list[int] | None:

@@ -26,6 +26,7 @@ JOURNAL_NAMES = {
     "eval_loss": "eval/loss",
     "eval_exact_match": "eval/exact_match",
 }
+SAMPLES = "eval/samples"  # the table of sample answers
 PACE_NAMES = {
     "tokens_per_second": "perf/tokens_per_second",
     "pack_tokens_per_second": "perf/pack_tokens_per_second",
@@ -36,10 +37,11 @@ PACE_NAMES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What W&B gets for one step."""
+    """What W&B gets for one step. `samples` are the answers of its evaluation, with the base's answer as ``base``."""
 
     step: int
     values: Record
+    samples: tuple[Record, ...] = ()
 
 
 class GrowingFile:
@@ -85,6 +87,7 @@ class RunRows:
         self.header: Record = {}
         self._eval_steps = config.eval_steps
         self._journal, self._pace = GrowingFile(run.journal), GrowingFile(run.pace)
+        self._sample_lines, self._samples = GrowingFile(run.samples), dict[int, list[Record]]()
         self._pending: dict[int, Record] = {}
         self._paces: list[Record] = []
 
@@ -97,11 +100,12 @@ class RunRows:
         """
         self._read_journal()
         self._read_pace()  # after the journal: what the trainer wrote before the journal's last line is there by now
+        self._samples |= {line["step"]: line["samples"] for line in self._sample_lines.new_lines()[1]}
         rows = []
         for step in sorted(self._pending):
             if not (final or self._evaluated(step)) or not (ended or self._pace_of(step) is not None):
                 break
-            rows.append(Row(step, self._values(step)))
+            rows.append(Row(step, self._values(step), self._samples_of(step)))
         for row in rows:
             del self._pending[row.step]
             self.given = row.step
@@ -142,3 +146,8 @@ class RunRows:
         sources = ((self._pending[step], JOURNAL_NAMES), (self._pace_of(step) or {}, PACE_NAMES))
         named = {to: record.get(name) for record, names in sources for name, to in names.items()}
         return {name: value for name, value in named.items() if value is not None}
+
+    def _samples_of(self, step: int) -> tuple[Record, ...]:
+        """The answers given at `step`, each beside the one that the base gave."""
+        base = {sample["row"]: sample["answer"] for sample in self._samples.get(0, [])}
+        return tuple(sample | {"base": base.get(sample["row"])} for sample in self._samples.get(step, []))

@@ -12,7 +12,7 @@ import wandb
 from train.attempts import job_id
 from train.config import read_run_config
 from train.lease import Heartbeat, acquire, release
-from train.mirror.client import Client
+from train.mirror.client import Client, sample_table
 from train.mirror.memory import (
     NOTHING,
     Online,
@@ -24,7 +24,7 @@ from train.mirror.memory import (
     went_online,
 )
 from train.mirror.request import DONE, EXIT_CODES, PAUSED, RUNNING, MirroredRun, end_of, summary
-from train.mirror.rows import Row, RunRows
+from train.mirror.rows import SAMPLES, Row, RunRows
 from train.rundir import RunDir, read_lines
 
 TRIES = 3  # to see the server have every row
@@ -131,7 +131,8 @@ class RunMirror(ABC):
 
     def _log(self, rows: list[Row]) -> None:
         for row in rows:
-            self._opened.log(row.values, step=row.step, commit=True)
+            values = row.values | ({SAMPLES: sample_table(self._opened, row)} if row.samples else {})
+            self._opened.log(values, step=row.step, commit=True)
         self.sent += len(rows)
 
     def _finish(self, end: str) -> None:
