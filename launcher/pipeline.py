@@ -59,7 +59,7 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
 def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed: bool) -> None:
     """Put the plan's jobs into the queue; what another launcher submitted since it was made is left to that one's jobs."""
     with sole_launcher(plan.sweep.dir):
-        if plan_numbers(plan.sweep.dir) != plans:
+        if plans or plan_numbers(plan.sweep.dir):  # the one before may have been between its plan and its jobs
             plan = make_plan(plan.sweep, retry_failed=retry_failed)
         if not plan.packs:
             console.print("Another launcher has submitted these runs meanwhile; nothing to submit.")

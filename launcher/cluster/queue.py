@@ -75,7 +75,8 @@ def parse_squeue(text: str) -> dict[JobKey, JobView]:
     for line in text.splitlines():
         name, number, word, reason, nodes = (part.strip() for part in line.rsplit("|", 4))
         waits = None if reason in {"None", ""} else reason
-        views[_key(name, number)] = JobView(number, slurm_state(word), word, waits, nodes or None)
+        for task, job in _tasks(number):
+            views[name, task] = JobView(job, slurm_state(word), word, waits, nodes or None)
     return views
 
 
@@ -84,16 +85,21 @@ def parse_sacct(text: str) -> dict[JobKey, JobView]:
     newest: dict[JobKey, tuple[str, JobView]] = {}
     for line in text.splitlines():
         name, number, word, started, nodes = (part.strip() for part in line.rsplit("|", 4))
-        if "[" in number:  # tasks that never started stand in one row
-            continue
-        key, begun = _key(name, number), started if started[:1].isdigit() else ""
-        if key not in newest or begun >= newest[key][0]:
-            node = None if nodes in {"", "None assigned"} else nodes
-            newest[key] = begun, JobView(number, slurm_state(word), word, None, node)
+        begun = started if started[:1].isdigit() else ""
+        node = None if nodes in {"", "None assigned"} else nodes
+        for task, job in _tasks(number):
+            if (name, task) not in newest or begun >= newest[name, task][0]:
+                newest[name, task] = begun, JobView(job, slurm_state(word), word, None, node)
     return {key: view for key, (_, view) in newest.items()}
 
 
-def _key(name: str, number: str) -> JobKey:
-    """``("rank.1a2b3c4d", 7)`` of job ``123_7``; a job that is no array is its own task 0."""
-    _, _, task = number.partition("_")
-    return name, int(task) if task.isdigit() else 0
+def _tasks(number: str) -> list[tuple[int, str]]:
+    """Place and id of every job that a line is about; ``123_[0-2,5%4]`` is about four that never started."""
+    job, _, tasks = number.partition("_")
+    if not tasks:
+        return [(0, job)]
+    ranges = [part.partition("-") for part in tasks.strip("[]").partition("%")[0].split(",")]
+    places = [
+        place for first, _, last in ranges if first.isdigit() for place in range(int(first), int(last or first) + 1)
+    ]
+    return [(place, f"{job}_{place}") for place in places]

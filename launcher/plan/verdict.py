@@ -1,4 +1,4 @@
-"""What to do with a run, judged by its folder alone."""
+"""What to do with a run, judged by its folder, and by Slurm where its last job is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from launcher.errors import ClusterError
 from launcher.jobs import JobRecord
 from launcher.records import Verdict
 from train.attempts import FINAL, HOPELESS, why_held
-from train.lease import read_lease
+from train.lease import Lease, read_lease
 from train.rundir import Record, RunDir, read_json, read_lines
 
 _CANNOT_TELL = (
@@ -46,7 +46,7 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
             raise ClusterError(_CANNOT_TELL.format(name=run.path.name))
         if job.alive:
             return Judgement(Verdict.RUNNING, _in_the_queue(job))
-    failure = _failure(attempts)
+    failure = _failure(attempts) or (_killed_for_memory(lease, attempts, job) if lease is not None else None)
     if failure is None:
         return _unfinished(run, attempts)
     if retry_failed:
@@ -81,6 +81,15 @@ def _failure(attempts: list[Record]) -> str | None:
         detail = f": {last['detail']}" if last["detail"] else ""
         return f"ended with {last['cause']} at step {last['last_step']}{detail}"
     return why_held(attempts)
+
+
+def _killed_for_memory(lease: Lease, attempts: list[Record], job: JobRecord | None) -> str | None:
+    """What Slurm says of a process that it killed for its memory, and that could not say so itself."""
+    view = job.slurm.view if job is not None and job.slurm is not None else None
+    unwritten = all(line["attempt"] != lease.attempt for line in attempts)
+    if view is None or not unwritten or view.state.cause != "out_of_memory":
+        return None
+    return f"Slurm killed job {view.id} for using more memory than it had asked for (cluster.ram_gib)"
 
 
 def _unfinished(run: RunDir, attempts: list[Record]) -> Judgement:

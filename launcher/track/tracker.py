@@ -59,7 +59,9 @@ def _status(run: RunDir, result: Record | None, job: JobRecord | None) -> RunSta
     if result is not None:
         return _done_status(run, result, attempts)
     state, cause = _state(lease, attempts, job)
-    if state in {State.PENDING, State.STOPPED} and run.cancel_request.exists():  # no job will take it up
+    if (
+        state in {State.PENDING, State.STOPPED} or _gone(state, job)
+    ) and run.cancel_request.exists():  # no job will take it up
         state = State.CANCELLED
     tail = tail_lines(run.journal)
     pace = tail_lines(run.pace)
@@ -81,6 +83,11 @@ def _status(run: RunDir, result: Record | None, job: JobRecord | None) -> RunSta
         node=lease.host if lease else attempts[-1]["node"] if attempts else job.host if job else None,
         reason=_reason(run, state, lease, attempts, job),
     )
+
+
+def _gone(state: State, job: JobRecord | None) -> bool:
+    """Whether all that is unknown of a run is how its job ended."""
+    return state is State.UNKNOWN and job is not None and job.alive is False
 
 
 def _reason(

@@ -29,11 +29,12 @@ def test_the_last_attempt_counts_in_sacct() -> None:
         "rank.1a|12_0|PREEMPTED|2026-11-24T10:00:00|t4-1\n"
         "rank.1a|12_0|COMPLETED|2026-11-24T10:05:00|t4-2\n"
         "rank.1a|12_1|CANCELLED by 1000|Unknown|None assigned\n"
-        "rank.1a|12_[2-9]|PENDING|Unknown|None assigned\n"
+        "rank.1a|12_[2-3,6%4]|CANCELLED by 1000|Unknown|None assigned\n"
     )
     assert (views["rank.1a", 0].word, views["rank.1a", 0].node) == ("COMPLETED", "t4-2")
     assert views["rank.1a", 1].state.cause == "cancelled"
-    assert set(views) == {("rank.1a", 0), ("rank.1a", 1)}
+    assert {task for _, task in views} == {0, 1, 2, 3, 6}
+    assert views["rank.1a", 6].id == "12_6"
 
 
 def test_silence_is_told_from_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

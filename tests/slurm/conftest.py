@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from sweeps import PAIR, Lab
 
 from real_cluster import Cluster, NoCluster, cluster_folder
 
@@ -39,6 +41,24 @@ def cluster(running_cluster: Cluster) -> Cluster:
     """The running cluster with its usual settings and an empty queue, whatever the test before did to it."""
     running_cluster.reset()
     return running_cluster
+
+
+@pytest.fixture(scope="session")
+def project(running_cluster: Cluster) -> Path:
+    """The ordinary user's copy of the project, with a cache that all sweeps share."""
+    return running_cluster.project("project")
+
+
+@pytest.fixture
+def lab(cluster: Cluster, project: Path) -> Lab:
+    """Sweeps of the ordinary user on the running cluster."""
+    return Lab(cluster, project)
+
+
+@pytest.fixture
+def pair(lab: Lab) -> dict[str, bytes]:
+    """The journals of `sweeps.PAIR` if nobody disturbs them."""
+    return lab.undisturbed("undisturbed", *PAIR)
 
 
 def _unavailable(reason: str) -> None:

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -80,6 +81,20 @@ class Cluster:
     def wait_for(self, job: str, *states: str, seconds: float = 60.0) -> None:
         """Wait until a job is in one of `states`."""
         self.wait(f"job {job} {' or '.join(states)}", lambda: self.state(job) in states, seconds)
+
+    @contextmanager
+    def commands(self) -> Iterator[None]:
+        """Let the launcher's own functions, called in the test's process, ask this cluster as its user."""
+        changed = environment(self.folder) | {"LOGNAME": self.user, "USER": self.user}
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ.update(changed)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
     # what users do
 

@@ -1,0 +1,153 @@
+"""What becomes of runs whose last job is on Slurm: their states and verdicts by what squeue and sacct say, or do not say."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ClusterError
+from launcher.jobs import jobs_of, look_up
+from launcher.plan.verdict import judge
+from launcher.records import RunStatus, State, Verdict
+from launcher.track.tracker import track
+from stand_in import put_command
+from train.attempts import attempt_line
+from train.lease import acquire
+from train.rundir import RunDir, SweepDir
+from train.storage import append_lines, make_folder, write_json, write_text
+
+NO_CONTACT = "echo 'Unable to contact slurm controller' >&2; exit 1"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that was given to job 12 an hour ago."""
+    sweep = SweepDir(make_folder(tmp_path / "runs" / "rank"))
+    run = RunDir(make_folder(sweep.path / "r8-0123456789"))
+    write_text(run.config, "{}")
+    pack = sweep.pack("p1")
+    make_folder(pack.path)
+    write_json(pack.pack, {"id": "p1", "sweep_dir": str(sweep.path), "cache": "c", "runs": [run.path.name]})
+    array = sweep.array("1a")
+    make_folder(array.path)
+    record = {"name": "rank.1a", "partition": "t4", "packs": [str(pack.pack)], "submitted": time.time() - 3600}
+    write_json(array.record, record | {"job": "12"})
+    return run
+
+
+def slurm_says(folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str = "exit 1") -> None:
+    put_command(folder, "squeue", squeue, monkeypatch)
+    put_command(folder, "sacct", sacct, monkeypatch)
+
+
+def status(run: RunDir) -> RunStatus:
+    (found,) = track(SweepDir(run.path.parent))
+    return found
+
+
+def verdict(run: RunDir) -> Verdict:
+    (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
+    return judge(run, retry_failed=False, job=job).verdict
+
+
+def end_attempt(run: RunDir, cause: str) -> None:
+    lease = acquire(run, job="12", attempt=1)
+    append_lines(run.attempts, [attempt_line(run, lease, cause, None, 0, 5, device="cpu")])
+    run.lease.unlink()
+
+
+def leave_lease(run: RunDir, heartbeat_age: float) -> None:
+    """The lease of a process on another node."""
+    acquire(run, job="12", attempt=1)
+    write_json(run.lease, json.loads(run.lease.read_bytes()) | {"host": f"not-{socket.gethostname()}"})
+    os.utime(run.lease, (time.time() - heartbeat_age,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "told"),
+    [
+        ("PENDING|Resources|", State.PENDING, Verdict.RUNNING),
+        ("PENDING|JobHeldUser|", State.PENDING, Verdict.RUNNING),
+        ("CONFIGURING|None|t4-1", State.PENDING, Verdict.RUNNING),
+        ("RUNNING|None|t4-1", State.RUNNING, Verdict.RUNNING),
+        ("COMPLETING|None|t4-1", State.RUNNING, Verdict.RUNNING),
+        ("A_WORD_OF_TOMORROW|None|t4-1", State.UNKNOWN, Verdict.RUNNING),
+        ("TIMEOUT|None|t4-1", State.STOPPED, Verdict.NEW),
+        ("FAILED|None|t4-1", State.FAILED, Verdict.NEW),
+    ],
+)
+def test_the_queue_tells_of_a_run_that_never_spoke(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, state: State, told: Verdict
+) -> None:
+    slurm_says(tmp_path, monkeypatch, f"echo 'rank.1a|12|{line}'")
+    assert status(run).state is state
+    assert verdict(run) is told
+
+
+def test_a_requeued_run_is_pending_with_its_last_cause(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_attempt(run, "preempted")
+    slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|PENDING|BeginTime|'")
+    found = status(run)
+    assert (found.state, found.cause, found.reason) == (State.PENDING, "preempted", "BeginTime")
+
+
+def test_a_run_that_ended_for_good_is_not_its_jobs_any_more(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_attempt(run, "diverged")
+    slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|RUNNING|None|t4-1'")
+    assert status(run).state is State.FAILED
+    assert verdict(run) is Verdict.FAILED
+
+
+def test_silence_is_unknown_and_submits_nothing(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_attempt(run, "preempted")
+    slurm_says(tmp_path, monkeypatch, NO_CONTACT)
+    found = status(run)
+    assert found.state is State.UNKNOWN
+    assert found.reason is not None
+    assert "not heard of for" in found.reason
+    with pytest.raises(ClusterError, match="nothing was submitted"):
+        verdict(run)
+    leave_lease(run, heartbeat_age=3)
+    assert status(run).state is State.RUNNING  # a fresh heartbeat needs no controller
+
+
+def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_lease(run, heartbeat_age=1000)
+    slurm_says(tmp_path, monkeypatch, "exit 0", "echo 'rank.1a|12|OUT_OF_MEMORY|2026-11-24T10:00:00|t4-1'")
+    assert (status(run).state, status(run).cause) == (State.FAILED, "out_of_memory")
+    assert verdict(run) is Verdict.FAILED
+    slurm_says(tmp_path, monkeypatch, "exit 0")
+    assert status(run).state is State.UNKNOWN  # neither in the queue nor in books that nobody can open
+    assert verdict(run) is Verdict.NEW  # but what is not in the queue may be submitted again
+
+
+def test_one_squeue_and_one_sacct_for_a_thousand_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = SweepDir(make_folder(tmp_path / "runs" / "many"))
+    packs = []
+    for place in range(1000):
+        run = RunDir(make_folder(sweep.path / f"s{place}-{place:010d}"))
+        run.config.write_text("{}")
+        pack = sweep.pack(f"p{place}")
+        make_folder(pack.path)
+        pack.pack.write_text(json.dumps({"id": f"p{place}", "runs": [run.path.name]}))
+        packs.append(str(pack.pack))
+    make_folder(sweep.array("1a").path)
+    record = {"name": "many.1a", "partition": "t4", "packs": packs, "submitted": time.time(), "job": "12"}
+    write_json(sweep.array("1a").record, record)
+    calls = tmp_path / "calls"
+    lines = 'for i in $(seq 0 499); do echo "many.1a|12_$i|PENDING|Priority|"; done'
+    slurm_says(tmp_path, monkeypatch, f"echo squeue >> {calls}; {lines}", f"echo sacct >> {calls}")
+    began = time.process_time()
+    states = [found.state for found in track(sweep)]
+    assert time.process_time() - began < 2
+    assert (states.count(State.PENDING), states.count(State.UNKNOWN)) == (500, 500)
+    assert calls.read_text().split() == ["squeue", "sacct"]
