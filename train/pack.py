@@ -117,7 +117,9 @@ def seat(
     for session, state in zip(sessions, states, strict=True):
         _start(session, state, base, say)
     seats = take_seats(base, sessions, states)
-    sampler = None if words is None else Sampler(words, micro_batch_tokens, stop)
+    # The leader answers alone: stopped there, it would leave the others waiting, who agree with it between micro-batches.
+    heard = stop if team.size == 1 else StopFlag()
+    sampler = None if words is None else Sampler(words, micro_batch_tokens, heard)
     return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler, team)
 
 
