@@ -92,8 +92,10 @@ def test_what_fits_nowhere_is_refused_before_the_queue(cluster: Cluster, project
     assert cluster.ask("squeue", "--noheader") == ""
 
 
-def test_a_partition_whose_nodes_are_down_is_not_planned_for(cluster: Cluster, project: Path) -> None:
-    cluster.ask("scontrol", "update", "nodename=t4-[1-2]", "state=down", "reason=test")
+def test_a_partition_whose_nodes_are_drained_is_not_planned_for(cluster: Cluster, project: Path) -> None:
+    cluster.ask(
+        "scontrol", "update", "nodename=t4-[1-2]", "state=drain", "reason=test"
+    )  # a node that is down comes back by itself
     try:
         made = json.loads(plan(cluster, project, "model=llama2_7b").stdout)
     finally:
