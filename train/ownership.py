@@ -10,6 +10,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import shlex
 import stat
 import struct
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def _refuse_shared_folder(folder: Path) -> None:
     if info.st_uid != os.getuid():
         raise BadInput(f"{folder} belongs to another user (uid {info.st_uid}); choose a root= of your own.")
     for who in _other_writers(folder, info):
-        remedy = f"setfacl -b {folder} && chmod -R go-w {folder}" if _acl(folder) else f"chmod -R go-w {folder}"
+        path = shlex.quote(str(folder))
+        remedy = f"setfacl -b {path} && chmod -R go-w {path}" if _acl(folder) else f"chmod -R go-w {path}"
         raise BadInput(f"{folder} can be written by others ({who}); run '{remedy}' or choose another root=.")
 
 
