@@ -18,6 +18,7 @@ from launcher.submit.submission import plan_numbers, submit, submit_to_slurm
 from launcher.track.tracker import track
 from launcher.view import print_plan, print_statuses
 from launcher.watch import watch
+from train.mirror.reach import refuse_missing_key
 from train.rundir import SweepDir
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -33,6 +34,7 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
         LeaseHeld: another launcher is at work on the sweep.
         ClusterError: Slurm refused.
     """
+    refuse_missing_key(sweep.tracking.mode, sweep.tracking.key_file)
     slurm, plans = on_slurm(sweep.cluster), plan_numbers(sweep.dir)
     plan = ready_plan(sweep, retry_failed=retry_failed)
     console.print(explain_choice(sweep.cluster, slurm=slurm))

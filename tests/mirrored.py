@@ -40,9 +40,11 @@ FORECAST = {"vram_gib": 3.5, "seconds": 60.0, "gpu_hours": 0.5, "usd": 1.0}
 class WrittenPack:
     """A pack of `count` runs that differ in rank; every number of their journals is a function of run and step."""
 
-    def __init__(self, folder: Path, count: int, *, max_steps: int = 60, mode: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, count: int, *, max_steps: int = 60, mode: str = "auto", questions: int = 0
+    ) -> None:
         self.sweep = SweepDir(make_folder(folder / "ranks"))
-        self.max_steps, self.attempt, self.step = max_steps, 0, -1
+        self.max_steps, self.attempt, self.step, self.questions = max_steps, 0, -1, questions
         self.runs = [self._make_run(r) for r in range(1, count + 1)]
         self.dir = self.sweep.pack("p1")
         make_folder(self.dir.path)
@@ -81,6 +83,12 @@ class WrittenPack:
             append_lines(run.journal, lines)
             append_lines(run.pace, [self.pace(to)])
         self.step = to
+
+    def answer(self, step: int) -> None:
+        """Write sample answers that were given after `step`."""
+        for run in self.runs:
+            answer = {"prompt": "Say 1.", "expected": "1", "answer": f"{run.name} at {step}", "whole": True}
+            append_lines(run.samples, [{"step": step, "samples": [{"row": 0} | answer] * self.questions}])
 
     def roll_back(self, to: int) -> None:
         """What a new attempt does with a journal that is ahead of its checkpoint."""
@@ -131,7 +139,8 @@ class WrittenPack:
             "data": {"name": "tasks", "source": "builtin:tasks", "fingerprint": "f2"},
             "lora": {"r": r, "lora_alpha": 8.0, "target_modules": ["q_proj"]},
             "quant": {"load_in_4bit": True},
-            "train": {"learning_rate": 1e-3, "batch_size": 2, "max_steps": self.max_steps, "eval_steps": EVAL_STEPS},
+            "train": {"learning_rate": 1e-3, "batch_size": 2, "max_steps": self.max_steps}
+            | {"eval_steps": EVAL_STEPS, "sample_prompts": self.questions},
         }
         config = parse_run_config(values)
         run = RunDir(make_folder(self.sweep.path / f"r{r}-{config.run_id()}"))

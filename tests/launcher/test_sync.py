@@ -80,3 +80,13 @@ def test_no_key_is_the_users_mistake(server: WandbServer, tmp_path: Path, monkey
     done = launcher(tmp_path, "sync", f"root={tmp_path}")
     assert done.returncode == 1
     assert "cannot be reached" in done.stderr
+
+
+def test_going_online_without_a_key_is_refused_before_anything_is_written(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    done = launcher(tmp_path, "model=tiny", "tracking.mode=online", f"root={tmp_path}/runs")
+    assert done.returncode == 2
+    assert "needs an API key" in done.stderr
+    assert not (tmp_path / "runs").exists()

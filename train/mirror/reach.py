@@ -55,6 +55,21 @@ def look_for_server(key_file: str | None, seconds: float = PROBE_SECONDS) -> Rea
         return Reach(server, f"{server} did not answer within {seconds:g} s", key=key)
 
 
+def refuse_missing_key(mode: str, key_file: str | None) -> None:
+    """Refuse before the queue what no job could do: go online without a key, or read a file that is none.
+
+    Raises:
+        BadInput: see `find_key`; or `mode` is online and there is no key here.
+    """
+    if mode == "online" or (mode == "auto" and key_file is not None):
+        found = find_key(server_url(), key_file)
+        if found is None:
+            raise BadInput(
+                f"tracking.mode=online needs an API key for {server_url()}; 'wandb login' stores one in ~/.netrc, or name a "
+                "file with tracking.key_file, or choose tracking.mode=auto."
+            )
+
+
 def server_url() -> str:
     """The server that W&B's own client would talk to."""
     if os.environ.get("WANDB_BASE_URL"):
