@@ -41,7 +41,7 @@ class WrittenPack:
     """A pack of `count` runs that differ in rank; every number of their journals is a function of run and step."""
 
     def __init__(
-        self, folder: Path, count: int, *, max_steps: int = 60, mode: str = "auto", questions: int = 0
+        self, folder: Path, count: int, *, max_steps: int = 60, mode: str = "online", questions: int = 0
     ) -> None:
         self.sweep = SweepDir(make_folder(folder / "ranks"))
         self.max_steps, self.attempt, self.step, self.questions = max_steps, 0, -1, questions

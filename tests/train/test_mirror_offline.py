@@ -36,7 +36,7 @@ def three_attempts(pack: WrittenPack) -> list[Path]:
 def test_three_attempts_then_wandb_sync(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    pack = WrittenPack(tmp_path, 2, max_steps=40, mode="auto")
     folders = three_attempts(pack)
     assert "W&B: offline (no API key found" in capfd.readouterr().out
     assert len(folders) == 3
@@ -55,7 +55,7 @@ def test_three_attempts_then_wandb_sync(
 def test_three_attempts_then_our_sync_then_theirs(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    pack = WrittenPack(tmp_path, 2, max_steps=40, mode="auto")
     three_attempts(pack)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     done = launcher(tmp_path, "sync", "ranks", f"root={tmp_path}")
@@ -69,7 +69,7 @@ def test_three_attempts_then_our_sync_then_theirs(
 def test_a_mirror_that_is_killed_leaves_no_torn_folder(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = WrittenPack(tmp_path, 1, max_steps=40)
+    pack = WrittenPack(tmp_path, 1, max_steps=40, mode="auto")
     with pack.job(cause="preempted"):
         pack.train(15)
         torn = pack.wait_for_folder()
@@ -87,7 +87,7 @@ def test_our_sync_beside_a_job_that_is_offline(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compute nodes without internet, watched from the login node."""
-    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    pack = WrittenPack(tmp_path, 2, max_steps=40, mode="auto")
     with pack.job(cause="done"):
         pack.train(15)
         pack.wait_for_folder()
@@ -107,7 +107,7 @@ def test_our_sync_beside_a_job_that_is_offline(
 
 
 def test_folders_are_not_needed(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = WrittenPack(tmp_path, 1, max_steps=20)
+    pack = WrittenPack(tmp_path, 1, max_steps=20, mode="auto")
     with pack.job(cause="done"):
         pack.train(20)
     assert read_json(pack.runs[0].mirror_offline)["written"] == 20

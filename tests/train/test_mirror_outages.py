@@ -35,7 +35,7 @@ def mend(server: WandbServer) -> None:
 
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_from_the_start(server: WandbServer, tmp_path: Path, outage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    pack = WrittenPack(tmp_path, 2, max_steps=20)
+    pack = WrittenPack(tmp_path, 2, max_steps=20, mode="auto")
     fail(server, outage)
     began = time.monotonic()
     with pack.job(cause="done"):
@@ -50,7 +50,7 @@ def test_from_the_start(server: WandbServer, tmp_path: Path, outage: str, capfd:
 
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_in_the_middle(server: WandbServer, tmp_path: Path, outage: str) -> None:
-    pack = WrittenPack(tmp_path, 2, max_steps=40)
+    pack = WrittenPack(tmp_path, 2, max_steps=40, mode="auto")
     with pack.job(cause="done"):
         pack.train(15)
         wait_until(lambda: [len(stored.rows) for stored in server.runs.values()] == [16, 16])

@@ -63,11 +63,11 @@ def test_the_server_is_the_one_that_wandb_would_take(tmp_path: Path, monkeypatch
 
 def test_what_the_probe_finds(server: WandbServer, tmp_path: Path) -> None:
     write_netrc(tmp_path, KEY)
-    found = look_for_server(None)
+    found = look_for_server(None, 30)
     assert (found.trouble, found.entity) == (None, ENTITY)
     assert KEY not in repr(found)
     server.mode = "401"
-    assert "refuses the key" in str(look_for_server(None).trouble)
+    assert "refuses the key" in str(look_for_server(None, 30).trouble)
     server.mode = "silent"
     began = time.monotonic()
     assert "did not answer" in str(look_for_server(None).trouble) or "timed out" in str(look_for_server(None).trouble)
