@@ -70,8 +70,9 @@ def test_what_the_probe_finds(server: WandbServer, tmp_path: Path) -> None:
     assert "refuses the key" in str(look_for_server(None, 30).trouble)
     server.mode = "silent"
     began = time.monotonic()
-    assert "did not answer" in str(look_for_server(None).trouble) or "timed out" in str(look_for_server(None).trouble)
-    assert time.monotonic() - began < 2 * PROBE_SECONDS + 3
+    trouble = str(look_for_server(None).trouble)
+    assert "did not answer" in trouble or "timed out" in trouble
+    assert time.monotonic() - began < PROBE_SECONDS + 20
 
 
 @pytest.fixture
