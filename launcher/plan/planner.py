@@ -12,7 +12,7 @@ from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.plan.packing import pack_id
 from launcher.plan.routing import Routed, Router
 from launcher.plan.verdict import Judgement, judge
-from launcher.records import Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from launcher.records import ClusterConfig, Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
 from train.rundir import CacheDir, RunDir, SweepDir
 
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
@@ -83,9 +83,15 @@ def _packs(sweep: Sweep, judged: Judged, facts: Facts) -> list[Pack]:
     if not todo:
         return []
     work = {run.id: facts.work(run.config, step) for run, step in todo}
-    router = Router(sweep.dir, partitions_for(sweep.cluster), facts, sweep.cluster, work)
+    router = Router(sweep.dir, partitions_for(sweep.cluster), facts, _gentler(sweep.cluster, judged), work)
     prior_plans = len(list(sweep.dir.plans.glob("*.json")))
     return [_pack(routed, prior_plans) for routed in router.route([run for run, _ in todo])]
+
+
+def _gentler(cluster: ClusterConfig, judged: Judged) -> ClusterConfig:
+    """Smaller packs where one of the runs has shown that its last one was too large."""
+    limits = [judgement.most_runs for _, judgement in judged] + [cluster.max_runs_per_pack]
+    return cluster.model_copy(update={"max_runs_per_pack": min((most for most in limits if most), default=None)})
 
 
 def _pack(routed: Routed, prior_plans: int) -> Pack:

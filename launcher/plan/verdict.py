@@ -19,11 +19,15 @@ _CANNOT_TELL = (
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, why, and after which optimizer step the run would go on."""
+    """A verdict, why, and after which optimizer step the run would go on.
+
+    `most_runs` limits the pack of a run that ran out of memory: half of the one that was too large.
+    """
 
     verdict: Verdict
     reason: str
     step: int = 0
+    most_runs: int | None = None
 
 
 def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = None) -> Judgement:
@@ -51,7 +55,9 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
         return _unfinished(run, attempts)
     if retry_failed:
         again = _unfinished(run, attempts)
-        return Judgement(again.verdict, f"tried again: {failure}", again.step)
+        out_of_memory = attempts and attempts[-1]["cause"] == "out_of_memory"
+        most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
+        return Judgement(again.verdict, f"tried again: {failure}", again.step, most_runs)
     return Judgement(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
 
 

@@ -130,6 +130,18 @@ def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monke
     assert verdict(run) is Verdict.NEW  # but what is not in the queue may be submitted again
 
 
+def test_a_pack_that_ran_out_of_memory_is_halved(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = SweepDir(run.path.parent).pack("p1").pack
+    write_json(
+        pack, json.loads(pack.read_bytes()) | {"runs": [run.path.name, *(f"r{i}-000000000{i}" for i in range(5))]}
+    )
+    end_attempt(run, "out_of_memory")
+    slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|COMPLETED|None|t4-1'")
+    (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
+    assert judge(run, retry_failed=False, job=job).verdict is Verdict.FAILED
+    assert judge(run, retry_failed=True, job=job).most_runs == 3
+
+
 def test_one_squeue_and_one_sacct_for_a_thousand_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = SweepDir(make_folder(tmp_path / "runs" / "many"))
     packs = []

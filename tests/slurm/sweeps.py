@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from launcher.jobs import jobs_of, look_up
 from launcher.records import RunStatus
 from launcher.track.tracker import track
 from real_cluster import Cluster
+from train.lease import read_lease
 from train.rundir import Record, RunDir, SweepDir, read_json, read_lines
 
 STEPS = 300  # ten to thirty seconds of training
@@ -127,6 +130,13 @@ class Sweep:
     def preempt(self, seconds: int = 1) -> None:
         """Let an urgent job push out the newest job."""
         self.cluster.urgent(self.node(), seconds)
+
+    def stall(self) -> int:
+        """Stop the process that trains, as a node does that hangs, so that what comes does not depend on the machine's speed."""
+        lease = read_lease(self.first)
+        assert lease is not None
+        os.kill(lease.pid, signal.SIGSTOP)
+        return lease.pid
 
     def logs(self) -> str:
         """What its jobs wrote."""

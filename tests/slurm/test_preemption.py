@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from sweeps import Lab
+from sweeps import PAIR, Lab
 
 from real_cluster import Cluster
 from train.rundir import read_lines
@@ -71,17 +71,17 @@ def test_preempted_while_it_evaluates_and_saves(cluster: Cluster, lab: Lab) -> N
     assert sweep.causes() == ["preempted", "done"]
 
 
-def test_time_limits_are_chained(lab: Lab) -> None:
-    """Scenario 6. A limit of one minute, of which Slurm's warning leaves about half, for a run that needs more."""
-    words = ("lora.r=4,8", "model=tiny", "train.max_steps=1500", "train.save_steps=200")
-    journals = lab.undisturbed("undisturbed-long", *words)
-    sweep = lab.submit("limit", *words, "cluster.partitions={t4:{gpu:t4,gpus:4,max_minutes:1}}")
+def test_time_limits_are_chained(lab: Lab, pair: Journals) -> None:
+    """Scenario 6. The job stands still until Slurm's warning, which wakes it up; then it saves and queues itself again."""
+    sweep = lab.submit("limit", *PAIR, "cluster.partitions={t4:{gpu:t4,gpus:4,max_minutes:1}}")
+    sweep.wait_for_step(20)
+    sweep.stall()
     sweep.wait_for_attempts(1)
     (line,) = sweep.attempts()
     assert line["cause"] == "timeout"
-    assert line["saved_step"] == line["last_step"] > 0
+    assert line["saved_step"] == line["last_step"] > 20
     assert lab.cluster.field(sweep.job, "TimeLimit") == "00:01:00"
-    sweep.assert_as_if_undisturbed(journals)
+    sweep.assert_as_if_undisturbed(pair)
     assert set(sweep.causes()) == {"timeout", "done"}
     assert len(sweep.jobs) == 1
 
@@ -156,3 +156,5 @@ def test_what_ran_out_of_memory_is_not_tried_as_it_was(lab: Lab) -> None:
     assert "out_of_memory" in said
     assert len(sweep.jobs) == 1
     assert read_lines(sweep.first.attempts)[-1]["cause"] == "out_of_memory"
+    lab.run("resume", sweep.name)
+    assert len(set(sweep.jobs)) == 3  # two packs of one run instead of one pack of two
