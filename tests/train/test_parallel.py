@@ -23,6 +23,9 @@ from train.place import CalledOff, Place, place_in_job, publish_port, wait_for_p
 from train.rundir import PackDir, RunDir, make_folder, read_lines
 from train.signals import StopFlag, Stopped
 
+pytestmark = pytest.mark.timeout(900)
+
+PATIENCE_SECONDS = 300  # machines that test other things besides are slow
 FINAL = "final.safetensors"
 ENDLESS = [packs.run_config(train={"max_steps": 100_000, "save_steps": 5, "eval_steps": 0, "seed": s}) for s in (0, 1)]
 
@@ -76,7 +79,7 @@ Job = Callable[..., list[BaseProcess]]
 def start_job() -> Iterator[Job]:
     """Starts the processes of a job over a folder, forked from one that has torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["packs"])
+    context.set_forkserver_preload(["train.pack"])  # Python 3.11's server does not find what lies in tests/
     started: list[BaseProcess] = []
 
     def start(folder: Path, size: int, which: str = "diverse", dies: int | None = None) -> list[BaseProcess]:
@@ -98,7 +101,7 @@ def start_job() -> Iterator[Job]:
 
 def finish(job: list[BaseProcess]) -> None:
     for process in job:
-        process.join(120)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode is not None, "a process of the job hangs"
 
 
@@ -167,7 +170,7 @@ def test_killed_and_resumed_nothing_differs(
 
 
 def wait_until(seen: Callable[[], bool], job: list[BaseProcess]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not seen():
         assert time.monotonic() < deadline
         assert any(process.is_alive() for process in job)
