@@ -23,7 +23,8 @@ browser: # Chromium, for the tests of report.html; installed where that takes no
 	@for name in chromium chromium-browser google-chrome-stable google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing chromium, for the tests of report.html"; \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || \
+			echo "chromium could not be installed, so report.html is tried in no browser" >&2; \
 	else \
 		echo "no Chromium, so report.html is tried in no browser: install one (apt-get install chromium, dnf, brew)" >&2; \
 	fi

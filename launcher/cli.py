@@ -6,7 +6,6 @@ Exit codes: 0; 2 for a mistake of the user; 1 for anything that failed; 130 afte
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 import textwrap
 
@@ -107,7 +106,6 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
 def main(arguments: list[str]) -> int:
     """Run the program; the exit code."""
     debug = "--debug" in arguments
-    os.umask(0o077)  # whatever is written, by jobs too, its owner alone can read
     try:
         return _dispatch(arguments)
     except LorapackError as exc:

@@ -95,7 +95,9 @@ def test_a_run_whose_folder_is_deleted_ends_alone(program: Program) -> None:
     launched = program.start(*COMMAND, "lora.r=2,4")
     wait_for(lambda: steps_done(program) > 10, timeout=180)
     deleted = next(run for run in runs(program) if run.name == "r2")
-    shutil.rmtree(deleted.path)
+    shutil.rmtree(
+        deleted.path.rename(deleted.path.parent.parent / "deleted")
+    )  # at once: a folder in use is never empty for long
     out, err = launched.communicate(timeout=240)
     assert launched.returncode == 1, err
     assert f"{deleted.path.name} ends: storage" in out

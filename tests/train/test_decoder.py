@@ -14,6 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 import packs
@@ -53,8 +55,12 @@ def random_model(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
         (random_model(LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)), True),
         (random_model(Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"})), True),
         (random_model(Qwen3ForCausalLM, Qwen3Config(**SHAPE)), False),
+        (
+            random_model(StableLmForCausalLM, StableLmConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"})),
+            False,
+        ),
     ],
-    ids=["llama", "llama with biases", "qwen2", "qwen3"],
+    ids=["llama", "llama with biases", "qwen2", "qwen3", "stablelm, which rotates a part of each head"],
 )
 def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: bool) -> None:
     """Whichever decoder was chosen, against the model as transformers computes it, sequence by sequence."""
