@@ -197,11 +197,18 @@ def named_folder(key: str, text: str) -> Path:
     """The absolute path of the folder that the user gave as ``key=text``.
 
     Raises:
-        BadInput: it is empty, which would be the present folder, or see `local_path`.
+        BadInput: it is empty, which would be the present folder; a part of it is a file; or see `local_path`.
     """
     if not text.strip():
         raise BadInput(f"{key}= is empty; name a folder, {key}=. for this one, or leave it out.")
-    return local_path(text)
+    folder = local_path(text)
+    for parent in folder.parents:
+        with readable(parent):
+            if parent.exists() and not parent.is_dir():
+                raise BadInput(
+                    f"{key}={text}: {parent} is no folder, so nothing can lie below it; choose another {key}=."
+                )
+    return folder
 
 
 @contextmanager

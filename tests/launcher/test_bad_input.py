@@ -91,6 +91,8 @@ def refuse(program: Program, arguments: list[str], *said: str) -> None:
         ("data.source=b\udcffd.jsonl", ["no UTF-8"]),
         ("root=", ["root= is empty"]),
         ("cache=", ["cache= is empty"]),
+        ("root=good.jsonl/x", ["good.jsonl is no folder", "choose another root="]),
+        ("cache=good.jsonl/x", ["good.jsonl is no folder", "choose another cache="]),
         ("root=~nobody-has-this-name/runs", ["cannot be found"]),
         (f"lora.target_modules={'[' * 5000}", ["is no key=value"]),
         (f"model.source=/{'x' * 300}", ["File name too long"]),
