@@ -176,7 +176,8 @@ def longest_row(data: list[TokenisedData]) -> int:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's own: with its number, since libraries take a plain ``cuda`` for the first GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _start(session: RunSession, state: Checkpoint | None, base: PackedBase, say: Say) -> None:
