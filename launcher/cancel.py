@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from launcher.cluster.requests import report_name
+from launcher.cluster.names import job_names
 from launcher.cluster.slurm import cancel_jobs, cancel_named
 from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
@@ -33,7 +33,7 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     jobs = _slurm_jobs(sweep, asked)
     _tell_slurm(sweep, jobs)
     if jobs and not any(map(_goes_on, sweep.runs())):
-        cancel_named(report_name(sweep.path.name))
+        cancel_named(job_names(sweep).report)
     pause = SLURM_POLL_SECONDS if jobs else POLL_SECONDS
     return _wait(sweep, asked, time.monotonic() + wait_seconds, pause)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.cluster.queue import JobView, read_accounting, read_queue
+from launcher.cluster.queue import JobKey, JobView, read_accounting, read_queue
 from train.lease import process_started, read_lease
 from train.rundir import ArrayDir, PackDir, RunDir, SweepDir, read_json
 
@@ -62,9 +62,9 @@ def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
         return list(jobs)
     queue = read_queue({task.name for task in tasks})
     views = dict(queue.views)
-    gone = {task.name for task in tasks if (task.name, task.task) not in views}
+    gone = {job.slurm.name: job.submitted for job in jobs if job.slurm is not None and _view_of(job, views) is None}
     if queue.answered and gone:
-        since = min(job.submitted for job in jobs if job.slurm is not None and job.slurm.name in gone)
+        since = min(gone.values())
         views = read_accounting(gone, since) | views
     return [_seen(job, views, queue.answered) for job in jobs]
 
@@ -74,11 +74,22 @@ def runs_of_pack(pack: PackDir) -> list[RunDir]:
     return [RunDir(pack.path.parent.parent / name) for name in read_json(pack.pack)["runs"]]
 
 
-def _seen(job: JobRecord, views: dict[tuple[str, int], JobView], answered: bool) -> JobRecord:
+def _view_of(job: JobRecord, views: dict[JobKey, JobView]) -> JobView | None:
+    """What Slurm says of a job: by its id, and while sbatch's answer is lost by its name, of which the oldest counts."""
+    if job.slurm is None:
+        return None
+    if job.id is not None:
+        return views.get((job.slurm.name, job.id))
+    name, place = job.slurm.name, job.slurm.task
+    named = (view for (other, _), view in views.items() if other == name and view.place == place)
+    return min(named, key=lambda view: view.number, default=None)
+
+
+def _seen(job: JobRecord, views: dict[JobKey, JobView], answered: bool) -> JobRecord:
     """A job with its view. What is neither in the queue nor in the books of a Slurm that answers is gone."""
     if job.slurm is None:
         return job
-    view = views.get((job.slurm.name, job.slurm.task))
+    view = _view_of(job, views)
     alive = (not view.state.over if view is not None else False) if answered else None
     slurm = replace(job.slurm, view=view)
     if view is None:

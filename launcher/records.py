@@ -41,7 +41,8 @@ class ClusterConfig(Section):
     partitions: those that jobs may go to, by name; empty means all that have GPUs and are open to the user.
     setup, modules: shell lines and ``module load`` names that a job starts with. container: the words before its Python, e.g.
     ``apptainer exec --nv image.sif``. cpus, ram_gib: of a job; null leaves memory to the cluster.
-    max_parallel: jobs at once, null for one here and eight on Slurm. max_runs_per_pack: null lets memory decide.
+    max_parallel: jobs at once, null for one here and eight on Slurm, where each submission has as many, and each array at least one.
+    max_runs_per_pack: null lets memory decide.
     gpus_per_job: GPUs of one machine that share every step of a job, a process on each; where there are no GPUs one process trains.
     """
 

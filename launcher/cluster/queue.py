@@ -24,8 +24,18 @@ class JobView:
     reason: str | None
     node: str | None
 
+    @property
+    def number(self) -> int:
+        """The job's number, which an array's tasks share. Of two jobs the older has the smaller one."""
+        return int(self.id.partition("_")[0])
 
-JobKey = tuple[str, int]  # a job's name, and its place in the array
+    @property
+    def place(self) -> int:
+        """Its place in the array, 0 of a job that is no array."""
+        return int(self.id.partition("_")[2] or 0)
+
+
+JobKey = tuple[str, str]  # a job's name, and its id: a lost answer can leave two jobs of one name
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,6 @@ class Queue:
 
     views: dict[JobKey, JobView]
     answered: bool
-
-    def view(self, key: JobKey) -> JobView | None:
-        """What is known of a job."""
-        return self.views.get(key)
 
 
 def read_queue(names: Collection[str]) -> Queue:
@@ -75,8 +81,8 @@ def parse_squeue(text: str) -> dict[JobKey, JobView]:
     for line in text.splitlines():
         name, number, word, reason, nodes = (part.strip() for part in line.rsplit("|", 4))
         waits = None if reason in {"None", ""} else reason
-        for task, job in _tasks(number):
-            views[name, task] = JobView(job, slurm_state(word), word, waits, nodes or None)
+        for job in _jobs(number):
+            views[name, job] = JobView(job, slurm_state(word), word, waits, nodes or None)
     return views
 
 
@@ -87,19 +93,19 @@ def parse_sacct(text: str) -> dict[JobKey, JobView]:
         name, number, word, started, nodes = (part.strip() for part in line.rsplit("|", 4))
         begun = started if started[:1].isdigit() else ""
         node = None if nodes in {"", "None assigned"} else nodes
-        for task, job in _tasks(number):
-            if (name, task) not in newest or begun >= newest[name, task][0]:
-                newest[name, task] = begun, JobView(job, slurm_state(word), word, None, node)
+        for job in _jobs(number):
+            if (name, job) not in newest or begun >= newest[name, job][0]:
+                newest[name, job] = begun, JobView(job, slurm_state(word), word, None, node)
     return {key: view for key, (_, view) in newest.items()}
 
 
-def _tasks(number: str) -> list[tuple[int, str]]:
-    """Place and id of every job that a line is about; ``123_[0-2,5%4]`` is about four that never started."""
+def _jobs(number: str) -> list[str]:
+    """The id of every job that a line is about; ``123_[0-2,5%4]`` is about four that never started."""
     job, _, tasks = number.partition("_")
     if not tasks:
-        return [(0, job)]
+        return [job]
     ranges = [part.partition("-") for part in tasks.strip("[]").partition("%")[0].split(",")]
     places = [
         place for first, _, last in ranges if first.isdigit() for place in range(int(first), int(last or first) + 1)
     ]
-    return [(place, f"{job}_{place}") for place in places]
+    return [f"{job}_{place}" for place in places]

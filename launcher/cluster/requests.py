@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -13,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster.names import JobNames
 from launcher.records import ClusterConfig, Pack
 from train.rundir import ArrayDir
 from train.slurm import warning_seconds
 
 LONG_MINUTES = 60  # any limit that is no short one
-REPORT_MINUTES = 30
+REPORT_MINUTES = 30  # plenty
 
 # Slurm ends a job's shell with it. A shell that waits keeps srun alive, and with it the log of what the job does in its last seconds.
 KEEP_THE_SHELL = "trap '' TERM"
@@ -38,14 +38,14 @@ class ArrayRequest:
     parallel: int
 
 
-def array_requests(sweep: str, packs: Sequence[Pack], cluster: ClusterConfig, largest: int) -> list[ArrayRequest]:
+def array_requests(names: JobNames, packs: Sequence[Pack], cluster: ClusterConfig, largest: int) -> list[ArrayRequest]:
     """One array per partition and GPU, cut at `largest` tasks; all together run as many jobs at once as the cluster section allows."""
     by_shape: dict[tuple[str, str], list[Pack]] = {}
     for pack in packs:
         by_shape.setdefault((pack.partition, pack.gres), []).append(pack)
     parts = [group[start : start + largest] for group in by_shape.values() for start in range(0, len(group), largest)]
     shares = parallel_shares([len(part) for part in parts], cluster.jobs_at_once(slurm=True))
-    return [_request(sweep, part, share) for part, share in zip(parts, shares, strict=True)]
+    return [_request(names, part, share) for part, share in zip(parts, shares, strict=True)]
 
 
 def parallel_shares(sizes: Sequence[int], at_once: int) -> list[int]:
@@ -59,11 +59,12 @@ def parallel_shares(sizes: Sequence[int], at_once: int) -> list[int]:
     return shares
 
 
-def halves(request: ArrayRequest, sweep: str) -> tuple[ArrayRequest, ArrayRequest]:
-    """The same jobs as two arrays, for a queue that takes no more at once."""
+def halves(request: ArrayRequest, names: JobNames) -> tuple[ArrayRequest, ArrayRequest]:
+    """The same jobs as two arrays that together run as many at once, for a queue that takes no more in one go."""
     middle = math.ceil(len(request.packs) / 2)
     first, second = request.packs[:middle], request.packs[middle:]
-    return _part(request, sweep, first), _part(request, sweep, second)
+    shares = parallel_shares([len(first), len(second)], request.parallel)
+    return _part(request, names, first, shares[0]), _part(request, names, second, shares[1])
 
 
 def sbatch_parameters(request: ArrayRequest, cluster: ClusterConfig, array: ArrayDir) -> dict[str, Any]:
@@ -86,24 +87,21 @@ def sbatch_parameters(request: ArrayRequest, cluster: ClusterConfig, array: Arra
     )
 
 
-def afterwards_parameters(sweep: str, cluster: ClusterConfig, partition: str, jobs: Sequence[str]) -> dict[str, Any]:
-    """What submitit's executor is told for the job that runs when `jobs` have ended."""
+def afterwards_parameters(
+    names: JobNames, cluster: ClusterConfig, partition: str, allowed_minutes: int | None, jobs: Sequence[str]
+) -> dict[str, Any]:
+    """What submitit's executor is told for the job that runs when `jobs` have ended. The partition allows `allowed_minutes`."""
     return _for_submitit(
         _common(cluster)
         | {
-            "job_name": report_name(sweep),
+            "job_name": names.report,
             "partition": partition,
-            "time": REPORT_MINUTES,
+            "time": min(REPORT_MINUTES, allowed_minutes or REPORT_MINUTES),
             "cpus_per_task": 1,
             "setup": [KEEP_THE_SHELL, *_user_setup(cluster)],
             "dependency": f"afterany:{':'.join(jobs)}",
         }
     )
-
-
-def report_name(sweep: str) -> str:
-    """What the job is called that writes a sweep's report."""
-    return f"{sweep}.report"
 
 
 def _common(cluster: ClusterConfig) -> dict[str, Any]:
@@ -157,23 +155,13 @@ def job_python(code: Path, container: str | None) -> str:
     return f"{container} {words}" if container else words
 
 
-def _request(sweep: str, packs: list[Pack], share: int) -> ArrayRequest:
+def _request(names: JobNames, packs: list[Pack], share: int) -> ArrayRequest:
     """The array of these packs; its time limit is that of the longest."""
     limits = [pack.minutes for pack in packs if pack.minutes is not None]
     minutes = max(limits) if len(limits) == len(packs) else None
     ids, first = tuple(pack.id for pack in packs), packs[0]
-    return ArrayRequest(_token(ids), _name(sweep, ids), first.partition, first.gres, ids, minutes, share)
+    return ArrayRequest(names.token(ids), names.array(ids), first.partition, first.gres, ids, minutes, share)
 
 
-def _part(request: ArrayRequest, sweep: str, packs: tuple[str, ...]) -> ArrayRequest:
-    parallel = min(request.parallel, len(packs))
-    return replace(request, token=_token(packs), name=_name(sweep, packs), packs=packs, parallel=parallel)
-
-
-def _name(sweep: str, packs: Sequence[str]) -> str:
-    return f"{sweep}.{_token(packs)}"
-
-
-def _token(packs: Sequence[str]) -> str:
-    """Eight hexadecimal digits; pack ids are never used twice."""
-    return hashlib.sha256("\n".join(packs).encode()).hexdigest()[:8]
+def _part(request: ArrayRequest, names: JobNames, packs: tuple[str, ...], share: int) -> ArrayRequest:
+    return replace(request, token=names.token(packs), name=names.array(packs), packs=packs, parallel=share)

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
+from launcher.cluster.names import job_names
 from launcher.cluster.queue import read_accounting, read_queue
 from launcher.cluster.requests import ArrayRequest, afterwards_parameters, halves, job_python, sbatch_parameters
 from launcher.records import ClusterConfig
@@ -72,7 +73,7 @@ def submit_arrays(
             if len(request.packs) == 1:
                 left += [pack for rest in (request, *waiting) for pack in rest.packs]
                 break
-            waiting = [*halves(request, sweep.path.name), *waiting]
+            waiting = [*halves(request, job_names(sweep)), *waiting]
     return Submitted(jobs, tuple(left), why, code)
 
 
@@ -110,8 +111,8 @@ def find_array(name: str, tasks: int) -> list[str]:
     if not queue.answered:
         raise NoAnswer("squeue does not answer")
     views = queue.views or read_accounting([name], time.time() - 86_400)
-    numbers = {view.id.partition("_")[0] for view in views.values()}
-    return task_ids(min(numbers), tasks) if numbers else []
+    numbers = {view.number for view in views.values()}
+    return task_ids(str(min(numbers)), tasks) if numbers else []
 
 
 def task_ids(job: str, tasks: int) -> list[str]:
@@ -140,15 +141,22 @@ def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> No
 
 
 def submit_afterwards(
-    task: Callable[[], str], sweep: SweepDir, submitted: Submitted, cluster: ClusterConfig, partition: str
+    task: Callable[[], str],
+    sweep: SweepDir,
+    submitted: Submitted,
+    cluster: ClusterConfig,
+    partition: str,
+    allowed_minutes: int | None,
 ) -> str:
     """Submit a small job that runs `task` once all of `submitted` have ended, however they did; its id.
+
+    allowed_minutes: a time limit that the partition is known to allow, None if it has none.
 
     Raises:
         CommandRefused, NoAnswer: see `commands`.
     """
     numbers = sorted({job.partition("_")[0] for job in submitted.jobs.values()})
-    parameters = afterwards_parameters(sweep.path.name, cluster, partition, numbers)
+    parameters = afterwards_parameters(job_names(sweep), cluster, partition, allowed_minutes, numbers)
     (number,) = _sbatch([task], make_folder(sweep.report_job), submitted.code, cluster, parameters)
     return number
 

@@ -35,8 +35,9 @@ def submit_report(plan: Plan, submitted: Submitted, say: Callable[[str], None]) 
     if not submitted.jobs:
         return
     sweep = plan.sweep
-    partition = next(pack.partition for pack in plan.packs if pack.id in submitted.jobs)
+    pack = next(pack for pack in plan.packs if pack.id in submitted.jobs)
+    task = ReportJob(str(sweep.dir.path))
     try:
-        submit_afterwards(ReportJob(str(sweep.dir.path)), sweep.dir, submitted, sweep.cluster, partition)
+        submit_afterwards(task, sweep.dir, submitted, sweep.cluster, pack.partition, pack.minutes)
     except ClusterError as exc:
         say(f"No job will write the report ({exc}); 'python -m launcher report {sweep.name}' does.")

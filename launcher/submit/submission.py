@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from launcher.cluster.local import LocalQueue, open_queue, refuse_too_few_gpus
+from launcher.cluster.names import job_names
 from launcher.cluster.requests import array_requests
 from launcher.cluster.slurm import Submitted, max_array_size, submit_arrays
 from launcher.errors import ClusterError
@@ -41,7 +43,7 @@ def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
         ClusterError: the same packs were submitted meanwhile, or Slurm refuses.
     """
     sweep, code = plan.sweep, _write_all(plan)
-    requests = array_requests(sweep.name, plan.packs, sweep.cluster, max_array_size())
+    requests = array_requests(job_names(sweep.dir), plan.packs, sweep.cluster, max_array_size())
     return submit_arrays(requests, sweep.dir, code, sweep.cluster, say)
 
 
@@ -61,9 +63,10 @@ def _write_all(plan: Plan) -> Path:
 
 
 def accepted_plan(plan: Plan) -> dict[str, Any]:
-    """What ``plans/<n>.json`` holds: the plan, and what `resume` and the report need to know of where it came from."""
+    """What ``plans/<n>.json`` holds: the plan, when it was accepted (Unix time), and what `resume` and the report need to know."""
     sweep = plan.sweep
     return plan_json(plan) | {
+        "accepted": time.time(),
         "command": sweep.command,
         "cache": str(sweep.cache),
         "cluster": sweep.cluster.model_dump(),

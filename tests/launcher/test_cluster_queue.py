@@ -17,11 +17,11 @@ def test_squeue_tells_state_reason_and_node() -> None:
         "rank.2b|13|A_WORD_OF_TOMORROW|None|\n"
         "rank|odd.3c|14_0|PREEMPTED|None|t4-2\n"
     )
-    assert (views["rank.1a", 0].state.state, views["rank.1a", 0].node) == (State.RUNNING, "t4-1")
-    assert (views["rank.1a", 1].id, views["rank.1a", 1].reason) == ("12_1", "Resources")
-    assert views["rank.1a", 2].state.state is State.PENDING
-    assert views["rank.2b", 0].state.state is State.UNKNOWN
-    assert views["rank|odd.3c", 0].state.cause == "preempted"
+    assert (views["rank.1a", "12_0"].state.state, views["rank.1a", "12_0"].node) == (State.RUNNING, "t4-1")
+    assert (views["rank.1a", "12_1"].id, views["rank.1a", "12_1"].reason) == ("12_1", "Resources")
+    assert views["rank.1a", "12_2"].state.state is State.PENDING
+    assert views["rank.2b", "13"].state.state is State.UNKNOWN
+    assert views["rank|odd.3c", "14_0"].state.cause == "preempted"
 
 
 def test_the_last_attempt_counts_in_sacct() -> None:
@@ -31,10 +31,10 @@ def test_the_last_attempt_counts_in_sacct() -> None:
         "rank.1a|12_1|CANCELLED by 1000|Unknown|None assigned\n"
         "rank.1a|12_[2-3,6%4]|CANCELLED by 1000|Unknown|None assigned\n"
     )
-    assert (views["rank.1a", 0].word, views["rank.1a", 0].node) == ("COMPLETED", "t4-2")
-    assert views["rank.1a", 1].state.cause == "cancelled"
-    assert {task for _, task in views} == {0, 1, 2, 3, 6}
-    assert views["rank.1a", 6].id == "12_6"
+    assert (views["rank.1a", "12_0"].word, views["rank.1a", "12_0"].node) == ("COMPLETED", "t4-2")
+    assert views["rank.1a", "12_1"].state.cause == "cancelled"
+    assert {view.place for view in views.values()} == {0, 1, 2, 3, 6}
+    assert {view.number for view in views.values()} == {12}
 
 
 def test_silence_is_told_from_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

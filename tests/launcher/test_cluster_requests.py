@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from submitit import SlurmExecutor
 
+from launcher.cluster.names import JobNames
 from launcher.cluster.requests import (
     ArrayRequest,
     afterwards_parameters,
@@ -21,6 +22,7 @@ from stand_in import put_command
 from train.rundir import ArrayDir
 
 SLURM = ClusterConfig(kind="slurm")
+NAMES = JobNames("rank", "5eed")
 REQUEST = ArrayRequest("0a1b2c3d", "rank.0a1b2c3d", "t4", "gpu:t4:1", ("p1", "p2"), 90, 2)
 
 
@@ -30,7 +32,7 @@ def pack(number: int, partition: str = "t4", minutes: int | None = 60) -> Pack:
 
 def test_an_array_per_partition_cut_at_the_clusters_limit() -> None:
     packs = [*(pack(i) for i in range(5)), *(pack(i, "a100", minutes=90 + i) for i in range(5, 8))]
-    requests = array_requests("rank", packs, SLURM.model_copy(update={"max_parallel": 6}), largest=3)
+    requests = array_requests(NAMES, packs, SLURM.model_copy(update={"max_parallel": 6}), largest=3)
     assert [(r.partition, len(r.packs)) for r in requests] == [("t4", 3), ("t4", 2), ("a100", 3)]
     assert [name for request in requests for name in request.packs] == [pack.id for pack in packs]
     assert sum(request.parallel for request in requests) == 6
@@ -40,7 +42,7 @@ def test_an_array_per_partition_cut_at_the_clusters_limit() -> None:
 
 
 def test_one_pack_without_a_limit_leaves_the_array_without() -> None:
-    (request,) = array_requests("rank", [pack(1), pack(2, minutes=None)], SLURM, largest=9)
+    (request,) = array_requests(NAMES, [pack(1), pack(2, minutes=None)], SLURM, largest=9)
     assert request.minutes is None
 
 
@@ -54,10 +56,16 @@ def test_jobs_at_once_are_dealt_out(sizes: list[int], at_once: int, shares: list
 
 def test_halves_are_the_same_jobs_under_other_names() -> None:
     whole = replace(REQUEST, packs=("a", "b", "c"), parallel=3)
-    first, second = halves(whole, "rank")
+    first, second = halves(whole, NAMES)
     assert (first.packs, second.packs) == (("a", "b"), ("c",))
     assert len({whole.name, first.name, second.name}) == 3
     assert (first.parallel, second.parallel) == (2, 1)
+
+
+@pytest.mark.parametrize(("parallel", "shares"), [(4, (2, 2)), (3, (2, 1)), (1, (1, 1))])
+def test_halves_run_no_more_jobs_at_once_than_the_whole(parallel: int, shares: tuple[int, int]) -> None:
+    first, second = halves(replace(REQUEST, packs=tuple("abcdef"), parallel=parallel), NAMES)
+    assert (first.parallel, second.parallel) == shares
 
 
 def script(cluster: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -116,9 +124,15 @@ def test_the_job_is_deaf_to_signals_until_its_handlers_stand(tmp_path: Path) -> 
 
 
 def test_the_report_waits_for_all_jobs_however_they_end() -> None:
-    parameters = afterwards_parameters("rank", SLURM, "t4", ["12", "13"])
+    parameters = afterwards_parameters(NAMES, SLURM, "t4", None, ["12", "13"])
     assert parameters["dependency"] == "afterany:12:13"
     assert "gres" not in parameters
+    assert (parameters["job_name"], parameters["time"]) == (NAMES.report, 30)
+
+
+@pytest.mark.parametrize(("allowed", "asked"), [(10, 10), (30, 30), (1440, 30)])
+def test_the_report_asks_for_no_longer_limit_than_the_partition_allows(allowed: int, asked: int) -> None:
+    assert afterwards_parameters(NAMES, SLURM, "t4", allowed, ["12"])["time"] == asked
 
 
 def test_the_key_of_weights_and_biases_is_in_no_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cluster.names import JobNames, job_names
+from launcher.cluster.slurm import find_array
 from launcher.errors import ClusterError
 from launcher.jobs import jobs_of, look_up
 from launcher.plan.verdict import judge
@@ -87,6 +89,43 @@ def test_the_queue_tells_of_a_run_that_never_spoke(
     slurm_says(tmp_path, monkeypatch, f"echo 'rank.1a|12|{line}'")
     assert status(run).state is state
     assert verdict(run) is told
+
+
+def test_a_job_of_the_same_name_is_not_taken_for_the_one_that_was_submitted(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = "echo 'rank.1a|11|RUNNING|None|t4-1'; echo 'rank.1a|13|RUNNING|None|t4-1'"
+    slurm_says(tmp_path, monkeypatch, f"{others}; echo 'rank.1a|12|PENDING|Resources|'")
+    assert status(run).state is State.PENDING
+    slurm_says(tmp_path, monkeypatch, others, "echo 'rank.1a|11|COMPLETED|2026-11-24T10:00:00|t4-1'")
+    (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
+    assert (job.alive, job.id) == (False, "12")
+    assert verdict(run) is Verdict.NEW
+
+
+def test_a_job_whose_id_was_lost_is_the_oldest_of_its_name(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = SweepDir(run.path.parent).array("1a").record
+    write_json(record, json.loads(record.read_bytes()) | {"job": None})
+    slurm_says(tmp_path, monkeypatch, "printf 'rank.1a|%s|RUNNING|None|t4-1\\n' 10 9 100")
+    (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
+    assert (job.alive, job.id) == (True, "9")
+    assert find_array("rank.1a", 2) == ["9_0", "9_1"]
+
+
+def test_namesakes_under_other_roots_and_after_a_deletion_have_other_jobs(tmp_path: Path) -> None:
+    def names(root: str, accepted: float) -> JobNames:
+        sweep = SweepDir(tmp_path / root / "rank")
+        make_folder(sweep.plans)
+        write_json(sweep.plans / "1.json", {"accepted": accepted})
+        return job_names(sweep)
+
+    first, elsewhere, again = names("a", 1.0), names("b", 1.0), names("a", 2.0)
+    assert len({names.array(["p1"]) for names in (first, elsewhere, again)}) == 3
+    assert len({names.report for names in (first, elsewhere, again)}) == 3
+    write_json(tmp_path / "a" / "rank" / "plans" / "2.json", {"accepted": 3.0})
+    assert job_names(SweepDir(tmp_path / "a" / "rank")) == again  # the plan that follows a killed launcher's
 
 
 def test_a_requeued_run_is_pending_with_its_last_cause(

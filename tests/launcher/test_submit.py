@@ -1,4 +1,5 @@
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def test_what_is_submitted_is_the_plan(plan: Plan, code: Path, monkeypatch: pyte
     accepted = read_json(sweep.plans / "1.json")
     assert accepted.items() >= plan_json(plan).items()
     assert accepted["command"] == plan.sweep.command
+    assert 0 <= time.time() - accepted["accepted"] < 600
     (pack,) = plan.packs
     facts = read_json(sweep.pack(pack.id).pack)
     assert facts["runs"] == [planned.run.folder for planned in plan.runs]
