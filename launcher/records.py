@@ -20,6 +20,7 @@ class PartitionConfig(Section):
 
     gpu: the type of its GPUs as Slurm writes it; null where they have none. gres: what to ask for, by default one GPU of that type.
     memory_gib: of one GPU. gpus: how many the partition has. max_minutes: its longest job; null, also on the cluster, is no limit.
+    tier: its PriorityTier; jobs of a higher one may push out those of a lower one, so that it is the last choice.
     """
 
     gpu: str | None = None
@@ -27,6 +28,7 @@ class PartitionConfig(Section):
     memory_gib: float | None = Field(None, gt=0)
     gpus: int | None = Field(None, ge=1)
     max_minutes: int | None = Field(None, ge=1)
+    tier: int | None = Field(None, ge=0)
     usd_per_gpu_hour: float | None = Field(None, ge=0)
 
     @property

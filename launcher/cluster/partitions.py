@@ -71,7 +71,7 @@ def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None
                 gpus=settings.gpus or count or (live.gpus.get(kind or UNTYPED) if live else None),
                 max_minutes=settings.max_minutes or (live.max_minutes if live else None),
                 usd_per_gpu_hour=settings.usd_per_gpu_hour,
-                tier=live.tier if live else 1,
+                tier=settings.tier if settings.tier is not None else live.tier if live else 1,
             )
         )
     return found

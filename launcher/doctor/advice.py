@@ -68,8 +68,8 @@ def _fate(mode: str, names: str) -> Advice:
         ),
         "CANCEL": Advice(
             "warning",
-            f"A job that is pushed out of {names} is cancelled and not queued again (PreemptMode=CANCEL): "
-            "'python -m launcher resume' goes on from its last checkpoint.",
+            f"A job that is pushed out of {names} is cancelled (PreemptMode=CANCEL). It asks to be queued again once it has saved, "
+            "and goes on from there; if it has no time to ask, 'python -m launcher resume' goes on from its last checkpoint.",
         ),
         "SUSPEND": Advice("note", f"A job that is pushed out of {names} is stopped and goes on later where it was."),
     }

@@ -53,5 +53,6 @@ def _facts(partition: LivePartition) -> dict[str, str | int | float]:
         "memory_gib": model.memory_gib if model else None,
         "gpus": count,
         "max_minutes": partition.max_minutes,
+        "tier": partition.tier,
     }
     return {key: value for key, value in facts.items() if value is not None}

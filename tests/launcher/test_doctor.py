@@ -48,7 +48,12 @@ def test_a_kind_cluster_has_no_warning() -> None:
         (
             replace(SETTINGS, preempt_mode="CANCEL"),
             replace(T4, preempt_mode="CANCEL"),
-            ["not queued again", "launcher resume"],
+            [
+                "PreemptMode=CANCEL",
+                "asks to be queued again once it has saved",
+                "if it has no time to ask",
+                "launcher resume",
+            ],
         ),
         (None, T4, ["unknown"]),
         (SETTINGS, replace(T4, up=False), ["no job would start"]),
@@ -95,6 +100,7 @@ def test_a_written_site_composes_and_describes_the_cluster(tmp_path: Path) -> No
     t4 = cluster.partitions["t4"]
     assert (cluster.kind, t4.gpu, t4.memory_gib, t4.gpus, t4.max_minutes) == ("slurm", "t4", 15.0, 4, 1440)
     assert cluster.partitions["gpu"].gpu is None
+    assert t4.tier == 1
     (tmp_path / "cluster").mkdir()
     inventory = Inventory([T4], SETTINGS, None, None)
     path = write_site("site", inventory, tmp_path)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launcher.cluster.inventory import Inventory
 from launcher.cluster.partitions import choose_partitions
 from launcher.cluster.words import LivePartition
 from launcher.compose.composer import compose
+from launcher.doctor.site import site_text
 from launcher.errors import ClusterError
 from launcher.estimate.devices import gpu_device
 from launcher.estimate.facts import Facts
@@ -21,6 +23,7 @@ from launcher.estimate.partition import Partition
 from launcher.plan.packing import Bench, makespan, pack_runs
 from launcher.plan.planner import make_plan
 from launcher.records import ClusterConfig, PartitionConfig, Plan
+from train.config import parse_section
 from train.errors import BadInput
 from train.rundir import CacheDir
 from train.storage import make_folder, write_json, write_text
@@ -192,6 +195,14 @@ def test_a_partition_that_pushes_others_out_is_the_last_choice(tmp_path: Path, m
     monkeypatch.setattr(cluster_partitions, "take_inventory", lambda: inventory)
     sweep = compose(["cluster=slurm", "model=tiny", f"root={tmp_path}/runs", f"cache={tmp_path}/cache"])
     assert places(make_plan(sweep)) == ["t4"]
+
+
+def test_a_written_site_knows_which_partition_pushes_others_out(tmp_path: Path) -> None:
+    described = [live("urgent", {"t4": 8}, tier=10), live("t4", {"t4": 4}, tier=2)]
+    site = parse_section(ClusterConfig, yaml.safe_load(site_text("site", described)), "cluster")
+    assert [(p.name, p.tier) for p in cluster_partitions.partitions_for(site)] == [("urgent", 10), ("t4", 2)]
+    sweep = compose(["cluster=slurm", "model=tiny", f"root={tmp_path}/runs", f"cache={tmp_path}/cache"])
+    assert places(make_plan(replace(sweep, cluster=site))) == ["t4"]
 
 
 @pytest.mark.parametrize(

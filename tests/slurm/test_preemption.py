@@ -41,6 +41,17 @@ def test_preempted_without_a_grace_time(cluster: Cluster, lab: Lab, pair: Journa
     assert sweep.causes() == ["preempted", "done"]
 
 
+def test_preempted_where_slurm_cancels(cluster: Cluster, lab: Lab, pair: Journals) -> None:
+    """PreemptMode=CANCEL queues nothing again by itself; the job asks for it once it has saved."""
+    cluster.set(grace=10, preempt_mode="CANCEL")
+    sweep = lab.submit("slurm-cancels")
+    sweep.wait_for_step(20)
+    sweep.preempt()
+    sweep.assert_as_if_undisturbed(pair)
+    assert sweep.causes() == ["preempted", "done"]
+    assert len(sweep.jobs) == 1
+
+
 def test_preempted_five_times_while_it_loads_evaluates_saves_and_trains(
     cluster: Cluster, lab: Lab, pair: Journals
 ) -> None:
