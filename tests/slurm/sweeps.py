@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,11 +47,18 @@ class Lab:
         return Sweep(self, SweepDir(self.project / "runs" / name))
 
     def undisturbed(self, name: str, *words: str) -> dict[str, bytes]:
-        """The journals of the same runs trained to the end on this machine, by run id."""
+        """The journals of the same runs trained to the end on this machine, by run id. What another test left halfway goes."""
         folder = SweepDir(self.project / "runs" / name)
-        if not folder.path.exists():
+        if not _all_done(folder):
+            shutil.rmtree(folder.path, ignore_errors=True)
             self.run(*words, "cluster=local", f"sweep.name={name}")
+            assert _all_done(folder)
         return {run.id: run.journal.read_bytes() for run in folder.runs()}
+
+
+def _all_done(folder: SweepDir) -> bool:
+    runs = folder.runs()
+    return bool(runs) and all(run.result.exists() for run in runs)
 
 
 class Sweep:

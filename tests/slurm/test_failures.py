@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
-from sweeps import Lab
+from sweeps import TINY, Lab
 
 from real_cluster import Cluster
 from slurm.daemons import start_time
 
 Journals = dict[str, bytes]
+
+LONG = ("lora.r=4,8", *TINY[:1], "train.max_steps=10000", "train.save_steps=50")  # nobody waits for its end
 
 
 def test_a_node_is_lost_and_its_job_comes_back_beside_the_next(cluster: Cluster, lab: Lab, pair: Journals) -> None:
@@ -61,7 +63,7 @@ def test_a_cluster_without_sacct(cluster: Cluster, lab: Lab, pair: Journals) -> 
 
 def test_cancel_in_every_state(cluster: Cluster, lab: Lab) -> None:
     """Scenario 15: pending, held, running, requeued. Each ends cancelled, and nothing is left in the queue."""
-    running, requeued = lab.submit("cancel-running"), lab.submit("cancel-requeued")
+    running, requeued = (lab.submit(name, *LONG) for name in ("cancel-running", "cancel-requeued"))
     for sweep in (running, requeued):
         sweep.wait_for_step(5)
     cluster.ask("scontrol", "requeue", requeued.job)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sweeps import PAIR, SLURM, TINY, Lab, Sweep
+from sweeps import END_DEADLINE_SECONDS, PAIR, SLURM, TINY, Lab, Sweep
 
 from real_cluster import Cluster
 from train.rundir import read_json
@@ -19,6 +21,19 @@ Journals = dict[str, bytes]
 RATES = "train.learning_rate=1e-4,1e-3"
 SMALL, LARGE, EIGHT = "lora.r=2,4,8", "lora.r=2048", "lora.r=2,4,8,2048"
 BRIEF = ("model=tiny", "train.max_steps=3", "lora.target_modules=all-linear")
+
+
+@contextlib.contextmanager
+def drained(cluster: Cluster) -> Iterator[None]:
+    """No job starts in the partition of the tests."""
+    nodes = ("t4-1", "t4-2")
+    for node in nodes:
+        cluster.ask("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    try:
+        yield
+    finally:
+        for node in nodes:
+            cluster.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
 
 def between(lab: Lab) -> float:
@@ -111,12 +126,13 @@ def test_more_tasks_than_an_array_may_have_and_a_full_queue(cluster: Cluster, la
     """Scenario 14. Arrays are cut; what the queue does not take now goes in with the next command."""
     cluster.set(max_array_size=3, submit_limit=4)
     words = ("train.seed=range(0,6)", "model=tiny", "train.max_steps=2", "cluster.max_runs_per_pack=1")
-    sweep = lab.submit("many", *words)
+    with drained(cluster):  # no job ends and makes room before all are submitted
+        sweep = lab.submit("many", *words)
     assert "do not fit into the queue" in sweep.said
     assert 1 <= len(trained_packs(sweep)) <= 4
     assert all(len(read_json(path)["packs"]) <= 3 for path in sweep.folder.arrays.glob("*/array.json"))
     before = len(trained_packs(sweep))
-    sweep.wait("room in the queue", lambda: cluster.ask("squeue", "--noheader") == "")
+    sweep.wait("room in the queue", lambda: cluster.ask("squeue", "--noheader") == "", END_DEADLINE_SECONDS)
     cluster.set(max_array_size=3)
     lab.run(*words, *SLURM, f"sweep.name={sweep.name}")
     submitted = trained_packs(sweep)
@@ -128,10 +144,8 @@ def test_a_thousand_runs_are_submitted_and_tracked_quickly(
     cluster: Cluster, lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With packing off: a job per run. The limits hold on a machine with other work beside."""
-    for node in ("t4-1", "t4-2"):
-        cluster.ask("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
     words = ("train.seed=range(0,1000)", "model=tiny", "train.max_steps=2", "cluster.max_runs_per_pack=1")
-    try:
+    with drained(cluster):
         lab.run("stage", *words)
         began = time.monotonic()
         sweep = lab.submit("thousand", *words)
@@ -142,9 +156,6 @@ def test_a_thousand_runs_are_submitted_and_tracked_quickly(
         began = time.monotonic()
         lab.run("cancel", sweep.name)
         cancelling = time.monotonic() - began
-    finally:
-        for node in ("t4-1", "t4-2"):
-            cluster.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
     with capsys.disabled():
         print(
             f"\n1,000 jobs: submitted in {submitting:.1f} s, tracked in {tracking:.1f} s, cancelled in {cancelling:.1f} s"
