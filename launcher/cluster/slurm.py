@@ -28,6 +28,8 @@ from train.rundir import ArrayDir, SweepDir, make_folder, read_json, write_json
 
 USUAL_MAX_ARRAY_SIZE = 1001  # Slurm's default
 SBATCH_SECONDS = 60.0
+# While a requeued job is still being ended scancel tries again by itself, ten times, for up to 95 s.
+SCANCEL_SECONDS = 150.0
 RETRY_WAITS_SECONDS = (2, 5, 10, 20)
 # The user may have no more jobs now. The rest goes in with the next command.
 QUEUE_IS_FULL = ("MaxSubmit", "submit limit", "MaxJobCount", "job count limit")
@@ -241,7 +243,7 @@ def cancel_jobs(numbers: list[str], *, warn: bool = False) -> None:
     """
     how = ("--signal=TERM",) if warn else ()
     for start in range(0, len(numbers), 200):
-        run_command("scancel", *how, *numbers[start : start + 200], timeout=60.0)
+        run_command("scancel", *how, *numbers[start : start + 200], timeout=SCANCEL_SECONDS)
 
 
 def cancel_named(name: str) -> None:
@@ -250,4 +252,4 @@ def cancel_named(name: str) -> None:
     Raises:
         ClusterError: Slurm did not take the order.
     """
-    run_command("scancel", f"--user={getpass.getuser()}", f"--name={name}")
+    run_command("scancel", f"--user={getpass.getuser()}", f"--name={name}", timeout=SCANCEL_SECONDS)
