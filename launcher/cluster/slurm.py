@@ -30,6 +30,7 @@ USUAL_MAX_ARRAY_SIZE = 1001  # Slurm's default
 SBATCH_SECONDS = 60.0
 # While a requeued job is still being ended scancel tries again by itself, ten times, for up to 95 s.
 SCANCEL_SECONDS = 150.0
+IN_TRANSITION = "try again later"
 RETRY_WAITS_SECONDS = (2, 5, 10, 20)
 # The user may have no more jobs now. The rest goes in with the next command.
 QUEUE_IS_FULL = ("MaxSubmit", "submit limit", "MaxJobCount", "job count limit")
@@ -238,12 +239,18 @@ def _private_files() -> Iterator[None]:
 def cancel_jobs(numbers: list[str], *, warn: bool = False) -> None:
     """scancel these jobs; `warn` only sends SIGTERM to their processes, so that each saves and ends by itself.
 
+    A job that Slurm is just queueing again stays there: it finds the request to cancel in its run folders and ends at once.
+
     Raises:
         ClusterError: Slurm did not take the order.
     """
     how = ("--signal=TERM",) if warn else ()
     for start in range(0, len(numbers), 200):
-        run_command("scancel", *how, *numbers[start : start + 200], timeout=SCANCEL_SECONDS)
+        try:
+            run_command("scancel", *how, *numbers[start : start + 200], timeout=SCANCEL_SECONDS)
+        except CommandRefused as exc:
+            if IN_TRANSITION not in exc.said:
+                raise
 
 
 def cancel_named(name: str) -> None:
