@@ -122,8 +122,9 @@ class WrittenPack:
                 process.send_signal(number)
 
     def mirror_processes(self) -> list[psutil.Process]:
-        """The processes that this one started for the mirror."""
-        return psutil.Process().children(recursive=True)
+        """The processes that this one started for the mirror (it has others: multiprocessing's tracker and fork server)."""
+        mirrors = [child for child in psutil.Process().children() if "train.mirror" in child.cmdline()]
+        return [process for mirror in mirrors for process in [mirror, *mirror.children(recursive=True)]]
 
     def expected(self, run: RunDir) -> list[Record]:
         """The run's journal as rows: a record per step under W&B's names."""

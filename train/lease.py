@@ -71,11 +71,7 @@ class Lease:
 
 def read_lease(run: Leased) -> Lease | None:
     """The lease on a run folder, live or dead, or None."""
-    try:
-        values = json.loads(run.lease.read_bytes())
-        return Lease(**values | {"heartbeat": run.lease.stat().st_mtime})
-    except (FileNotFoundError, ValueError, TypeError):  # a power cut can leave an empty file
-        return None
+    return _read(run.lease)
 
 
 def acquire(run: Leased, *, job: str, attempt: int, restarts: int = 0) -> Lease:
@@ -86,19 +82,11 @@ def acquire(run: Leased, *, job: str, attempt: int, restarts: int = 0) -> Lease:
     Raises:
         LeaseHeld: another live process has it.
     """
-    while True:
-        pid = os.getpid()
-        token, host, pid_started = uuid.uuid4().hex, socket.gethostname(), process_started(pid) or 0
-        lease = Lease(token, host, pid, pid_started, job, attempt, started=time.time(), restarts=restarts)
-        if _create(run.lease, lease):
-            return lease
-        held = read_lease(run)
-        if held is not None and held.alive() and not held.superseded_by(job, restarts):
-            raise LeaseHeld(
-                f"{run.path.name} is being trained by process {held.pid} on {held.host} (job {held.job}); "
-                "wait for it, or stop it with 'python -m launcher cancel'."
-            )
-        _retire(run.lease, held.token if held is not None else _token(run.lease))
+    pid = os.getpid()
+    token, host, pid_started = uuid.uuid4().hex, socket.gethostname(), process_started(pid) or 0
+    mine = Lease(token, host, pid, pid_started, job, attempt, started=time.time(), restarts=restarts)
+    _take(run.lease, mine, run.path.name)
+    return mine
 
 
 def owns(run: Leased, lease: Lease) -> bool:
@@ -159,14 +147,47 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def _take(path: Path, mine: Lease, what: str) -> None:
+    """Make `path` ours, if it is free or its owner dead; `what` names the folder in the refusal."""
+    while not _create(path, mine):
+        held = _read(path)
+        if held is not None and held.alive() and not held.superseded_by(mine.job, mine.restarts):
+            raise LeaseHeld(
+                f"{what} is being trained by process {held.pid} on {held.host} (job {held.job}); "
+                "wait for it, or stop it with 'python -m launcher cancel'."
+            )
+        if _succeed(path, held.token if held is not None else _token(path), mine, what):
+            return
+
+
+def _succeed(path: Path, dead_token: str | None, mine: Lease, what: str) -> bool:
+    """Put our lease in the place of a dead or unreadable one, unless somebody did so since we looked.
+
+    Whoever holds the claim on that very lease may replace it, and looks again before. The file is there all the while: was it
+    moved away first, a latecomer would find a free folder between two owners. The claim is taken like any lease, so one whose
+    claimant was killed gives way too.
+
+    Raises:
+        LeaseHeld: another live process is about to take over.
+    """
+    claim = path.with_name(f".{path.name}.{dead_token or 'unreadable'}.claim")
+    _take(claim, mine, what)
+    try:
+        if not path.exists() or _token(path) != dead_token:
+            return False
+        with storage_errors(path):
+            beside = _write_beside(path, mine)
+            os.replace(beside, path)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
+
+
 def _create(path: Path, lease: Lease) -> bool:
     """Create the lease file complete and only if there is none: a hard link is atomic, also on NFS."""
-    beside = path.with_name(f".{path.name}.{lease.token}.tmp")
-    values = {key: value for key, value in asdict(lease).items() if key != "heartbeat"}
     with storage_errors(path):
+        beside = _write_beside(path, lease)
         try:
-            beside.write_text(json.dumps(values))
-            sync_folder(beside)
             os.link(beside, path)
         except FileExistsError:
             return False
@@ -175,16 +196,26 @@ def _create(path: Path, lease: Lease) -> bool:
     return True
 
 
-def _retire(path: Path, dead_token: str | None) -> None:
-    """Move a dead or unreadable lease away; of several processes that try, one rename wins and the others find nothing."""
-    grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}.dead")
+def _write_beside(path: Path, lease: Lease) -> Path:
+    """The lease's content, durable, under a name of its own in the same folder."""
+    beside = path.with_name(f".{path.name}.{lease.token}.tmp")
+    values = {key: value for key, value in asdict(lease).items() if key != "heartbeat"}
     try:
-        os.rename(path, grave)
-        if _token(grave) != dead_token:  # somebody took over between our look and our rename
-            os.link(grave, path)
-        grave.unlink()
-    except (FileNotFoundError, FileExistsError):
-        return
+        beside.write_text(json.dumps(values))
+        sync_folder(beside)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    return beside
+
+
+def _read(path: Path) -> Lease | None:
+    """The lease in a file, None if there is none that can be read."""
+    try:
+        values = json.loads(path.read_bytes())
+        return Lease(**values | {"heartbeat": path.stat().st_mtime})
+    except (FileNotFoundError, ValueError, TypeError):  # a power cut can leave an empty file
+        return None
 
 
 def _token(path: Path) -> str | None:

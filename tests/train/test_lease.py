@@ -12,7 +12,7 @@ import pytest
 from train import lease as lease_module
 from train.attempts import open_attempt
 from train.errors import LeaseHeld
-from train.lease import STALE_SECONDS, Heartbeat, acquire, process_started, read_lease, release
+from train.lease import STALE_SECONDS, Heartbeat, acquire, owns, process_started, read_lease, release
 from train.rundir import RunDir, append_lines, read_lines
 
 
@@ -122,26 +122,68 @@ def test_an_unreadable_lease_gives_way(run: RunDir, content: str) -> None:
 
 
 def _race(path: str, barrier: object, winners: object) -> None:
+    run = RunDir(Path(path))
     barrier.wait()  # type: ignore[attr-defined]
     try:
-        acquire(RunDir(Path(path)), job="x", attempt=1)
+        mine = acquire(run, job="x", attempt=1)
     except LeaseHeld:
-        return
-    winners.put(os.getpid())  # type: ignore[attr-defined]
-    time.sleep(2)
+        mine = None
+    winners.put(mine is not None)  # type: ignore[attr-defined]
+    barrier.wait()  # type: ignore[attr-defined]
+    if mine is not None:
+        assert owns(run, mine)
 
 
 def test_of_many_that_want_a_dead_lease_one_wins(run: RunDir) -> None:
-    in_another_process(run)
     context = multiprocessing.get_context("fork")
-    barrier, winners = context.Barrier(6), context.Queue()
-    processes = [context.Process(target=_race, args=(str(run.path), barrier, winners)) for _ in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert winners.get(timeout=1) is not None
-    assert winners.empty()
+    for _ in range(20):
+        acquire(run, job="dead", attempt=1)
+        rewrite(run, pid_started=1)
+        barrier, winners = context.Barrier(6), context.Queue()
+        processes = [context.Process(target=_race, args=(str(run.path), barrier, winners)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        assert sorted(winners.get(timeout=60) for _ in processes) == [False] * 5 + [True]
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        assert [file.name for file in run.path.iterdir()] == [run.lease.name]
+        rewrite(run, pid_started=1)
+
+
+def test_who_looked_before_another_took_over_takes_nothing_away(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire(run, job="dead", attempt=1)
+    rewrite(run, pid_started=1)
+    dead = read_lease(run)
+    winner = acquire(run, job="2", attempt=2)
+    looks = iter([dead])
+    look = lease_module._read
+    monkeypatch.setattr(lease_module, "_read", lambda path: next(looks, None) or look(path))
+    with pytest.raises(LeaseHeld):
+        acquire(run, job="3", attempt=2)
+    assert next(looks, "all used") == "all used"
+    assert owns(run, winner)
+    assert [file.name for file in run.path.iterdir()] == [run.lease.name]
+
+
+def test_who_died_while_taking_over_is_succeeded_too(run: RunDir) -> None:
+    acquire(run, job="dead", attempt=1)
+    rewrite(run, pid_started=1)
+    dead = json.loads(run.lease.read_text())
+    claim = run.lease.with_name(f".{run.lease.name}.{dead['token']}.claim")
+    claim.write_text(json.dumps(dead | {"token": "claimant"}))
+    assert owns(run, acquire(run, job="2", attempt=2))
+    assert [file.name for file in run.path.iterdir()] == [run.lease.name]
+
+
+def test_who_is_about_to_take_over_is_let_do_so(run: RunDir) -> None:
+    acquire(run, job="dead", attempt=1)
+    rewrite(run, pid_started=1)
+    dead = json.loads(run.lease.read_text())
+    claim = run.lease.with_name(f".{run.lease.name}.{dead['token']}.claim")
+    claim.write_text(json.dumps(dead | {"token": "claimant", "pid_started": process_started(os.getpid())}))
+    with pytest.raises(LeaseHeld):
+        acquire(run, job="2", attempt=2)
 
 
 def test_a_process_is_known_by_its_start_time() -> None:
