@@ -24,10 +24,11 @@ from train.config import ModelConfig, QuantConfig
 from train.decoder import llama_decoder
 from train.kernels import PLAIN, Kernels
 from train.kv_cache import KeyValueCache
-from train.linears import DenseWeight, NF4Weight, PackedLinear, dequantise
+from train.linears import DenseWeight, NF4Weight, PackedLinear
 from train.model.base_cache import BaseCache, WantedBase
 from train.model.loading import refuse_unsupported
-from train.model.quantised import QuantisedBase, frozen_linears, hollow_model, load_model, quantise
+from train.model.quantised import QuantisedBase, frozen_linears, hollow_model, load_model
+from train.nf4 import dequantise, quantise
 from train.packed_lora import PackedAdapters
 from train.sizing import Residency
 

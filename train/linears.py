@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 from torch.nn import functional
 
 from train.batches import CurrentBatch, MicroBatch, Route
 from train.dropout import Dropout
+from train.nf4 import dequantise
 from train.packed_lora import Slot
 from train.products import Products, products_of
 
@@ -52,12 +52,6 @@ class NF4Weight:
     def dense(self) -> torch.Tensor:
         """The dequantised weight [out, in] in the dtype that it was quantised from."""
         return dequantise(self.packed, self.state)
-
-
-def dequantise(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """The values that the packed weight stands for."""
-    dense: torch.Tensor = bnb.dequantize_4bit(packed, state)
-    return dense
 
 
 class PackedLinear(nn.Module):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from accelerate import init_empty_weights
 from torch import nn
@@ -18,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from train.config import ModelConfig, QuantConfig
 from train.model.loading import PLAIN_ATTENTION, load_decoder
-
-BLOCK_SIZE = 64  # weights that share a scale, as transformers' `BitsAndBytesConfig` makes them
+from train.nf4 import quantise, state_from
 
 
 class QuantisedBase:
@@ -44,22 +42,11 @@ class QuantisedBase:
     def linear(self, name: str) -> tuple[torch.Tensor, Any]:
         """The packed weight of a linear layer and its `QuantState`, as `quantise` gave them."""
         parts = {part: self.tensor(f"{name}.weight.{part}") for part in self._parts[name]}
-        return self.tensor(f"{name}.weight"), bnb.QuantState.from_dict(parts, self._device)
+        return self.tensor(f"{name}.weight"), state_from(parts, self._device)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its own name; `others` are those that belong to no layer in 4 bits, as ``state_dict`` names them."""
         return self._read(name).to(self._device)
-
-
-def quantise(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, Any]:
-    """bitsandbytes' NF4 of a weight [out, in]: the packed values and their `QuantState`."""
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=BLOCK_SIZE,
-        compress_statistics=quant.bnb_4bit_use_double_quant,
-        quant_type=quant.bnb_4bit_quant_type,
-    )
-    return packed, state
 
 
 def frozen_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
