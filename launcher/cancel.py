@@ -9,7 +9,8 @@ from launcher.cluster.slurm import cancel_jobs, cancel_named
 from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
 from launcher.track.tracker import track
-from train.rundir import RunDir, SweepDir, write_json
+from train.rundir import RunDir, SweepDir
+from train.storage import write_json
 
 STOPPABLE = {State.PENDING, State.RUNNING, State.UNKNOWN}
 POLL_SECONDS, SLURM_POLL_SECONDS = 0.5, 2.0

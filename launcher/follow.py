@@ -14,7 +14,8 @@ from launcher.records import RunStatus, State
 from launcher.stopping import Interrupts, Stopper
 from launcher.track.logs import JobVoice, complaint
 from launcher.track.tracker import track
-from train.rundir import PackDir, RunDir, SweepDir, last_line
+from train.rundir import PackDir, RunDir, SweepDir
+from train.storage import last_line
 
 TICK_SECONDS = 0.5
 SILENT_ENDS = {None: "its job ended before it began", "node_fail": "its process was killed (out of memory?)"}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launcher.cluster.queue import JobKey, JobView, read_accounting, read_queue
 from train.lease import process_started, read_lease
-from train.rundir import ArrayDir, PackDir, RunDir, SweepDir, read_json
+from train.rundir import ArrayDir, PackDir, RunDir, SweepDir
+from train.storage import read_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from launcher.submit.submission import plan_numbers
 from train.config import TrackingConfig, parse_section, read_run_config
 from train.errors import BadInput
 from train.ownership import refuse_shared
-from train.rundir import RunDir, SweepDir, read_json
+from train.rundir import RunDir, SweepDir
+from train.storage import read_json
 
 
 def frozen_sweep(sweep: SweepDir) -> Sweep:

@@ -20,17 +20,8 @@ import yaml
 from train.config import parse_run_config
 from train.mirror.child import mirrored
 from train.mirror.rows import JOURNAL_NAMES
-from train.rundir import (
-    Record,
-    RunDir,
-    SweepDir,
-    append_lines,
-    make_folder,
-    read_json,
-    read_lines,
-    write_json,
-    write_text,
-)
+from train.rundir import RunDir, SweepDir
+from train.storage import Record, append_lines, make_folder, read_json, read_lines, write_json, write_text
 from wandb_server import KEY, WandbServer
 
 EVAL_STEPS = 10

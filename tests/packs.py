@@ -18,10 +18,11 @@ from train.lease import Lease
 from train.loop import PackLoop
 from train.pack import seat
 from train.parallel import ALONE, Alone
-from train.rundir import RunDir, make_folder
+from train.rundir import RunDir
 from train.samples import Words
 from train.session import RunSession
 from train.signals import StopFlag
+from train.storage import make_folder
 from train.targets import adapted_modules
 
 VOCABULARY = 97

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
-from train.rundir import storage_errors, write_bytes
+from train.storage import storage_errors, write_bytes
 from train.targets import ALL_LINEAR
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def write_adapter(folder: Path, lora: LoraConfig, model: ModelConfig, tensors: A
     """Write ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into an existing folder.
 
     Args:
-        folder: to write into; the caller makes it appear at once (`train.rundir.write_folder`).
+        folder: to write into; the caller makes it appear at once (`train.storage.write_folder`).
         lora: what was trained.
         model: the base, which the adapter names.
         tensors: A [r, in] and B [out, r] by the module's full name in the base.

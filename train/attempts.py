@@ -20,9 +20,10 @@ from collections.abc import Sequence
 
 from train.errors import BadInput, LorapackError, PeerLost, StorageError
 from train.lease import Lease, acquire, read_lease
-from train.rundir import Record, RunDir, append_lines, last_line, read_json, read_lines
+from train.rundir import RunDir
 from train.signals import Stopped
 from train.slurm import this_job
+from train.storage import Record, append_lines, last_line, read_json, read_lines
 
 LOST_STEPS_PATIENCE = 2
 PATIENCE = {"preempted": 8, "node_fail": 3}  # attempts in a row that end at one step; two of all others

@@ -21,7 +21,8 @@ from safetensors.torch import load, save, save_file
 
 from train.optim import PackedAdamW
 from train.packed_lora import AdapterTensors, PackedAdapters
-from train.rundir import RunDir, storage_errors, write_folder, write_json
+from train.rundir import RunDir
+from train.storage import storage_errors, write_folder, write_json
 
 KEPT = 2
 TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"

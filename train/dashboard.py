@@ -19,7 +19,8 @@ from train.errors import BadInput, LorapackError
 from train.mirror.reach import Reach, look_for_server
 from train.mirror.request import runs_of_pack
 from train.mirror.rows import SAMPLES
-from train.rundir import SweepDir, read_json, write_json
+from train.rundir import SweepDir
+from train.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws

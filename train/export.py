@@ -33,8 +33,9 @@ from train.errors import BadInput, LorapackError
 from train.model.loading import load_tokenizer
 from train.model.saving import save_model
 from train.model.staging import stage_model
-from train.rundir import CacheDir, RunDir, write_folder
+from train.rundir import CacheDir, RunDir
 from train.sources import model_fingerprint
+from train.storage import write_folder
 from train.targets import adapted_modules
 
 ANSWER_TOKENS = 128

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from train.checkpoint import Checkpoint
 from train.packed_lora import AdapterTensors
-from train.rundir import Record
 from train.session import RunSession
+from train.storage import Record
 
 
 class Follower(RunSession):

@@ -32,9 +32,10 @@ from train.errors import LeaseHeld, StorageError
 from train.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
 from train.mirror.child import mirrored
 from train.place import Place, place_in_job, publish_port
-from train.rundir import CacheDir, PackDir, RunDir, append_lines, read_json, read_lines
+from train.rundir import CacheDir, PackDir, RunDir
 from train.signals import StopFlag, Stopped
 from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue_and_wait, this_job
+from train.storage import append_lines, read_json, read_lines
 from train.witness import Witness
 
 STOPS = {"preempted", "timeout"}  # ends after which the job goes on later

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from train.errors import LeaseHeld
-from train.rundir import storage_errors, sync_folder
+from train.storage import storage_errors, sync_folder
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0

@@ -23,11 +23,11 @@ from train.graphs import gradients_of
 from train.optim import scheduled_learning_rate
 from train.parallel import ALONE, Alone
 from train.recorder import StepRecord, StepRecorder, peak_memory_gib
-from train.rundir import Record
 from train.samples import Sampler
 from train.seats import Seats, take_seats
 from train.session import RunSession
 from train.signals import StopFlag, Stopped
+from train.storage import Record
 
 FLUSH_SECONDS = 1.0
 POLL_SECONDS = 1.0  # between looks for requests to cancel, which cost a network file system a call per run

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.errors import BadInput
-from train.rundir import SweepDir, readable
+from train.rundir import SweepDir
+from train.storage import readable
 
 ACL = "system.posix_acl_access"
 ACL_VERSION, ACL_ENTRY = struct.Struct("<I"), struct.Struct("<HHI")

@@ -25,13 +25,14 @@ from train.memory import fit_pack, resolve_dtype
 from train.model.base_cache import BaseCache
 from train.model.staging import stage_model
 from train.parallel import ALONE, Alone
-from train.rundir import CacheDir, Record, RunDir
+from train.rundir import CacheDir, RunDir
 from train.samples import Sampler, Words, load_words
 from train.seats import take_seats
 from train.session import RunSession
 from train.signals import StopFlag
 from train.sizing import Fit
 from train.sources import data_fingerprint, model_fingerprint
+from train.storage import Record
 from train.targets import adapted_modules, parameter_line, trainable_parameters
 
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")

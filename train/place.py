@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from train.attempts import job_id
 from train.errors import LorapackError
-from train.rundir import PackDir, read_json, write_json
+from train.rundir import PackDir
+from train.storage import read_json, write_json
 
 JOIN_SECONDS = 600.0  # the longest that a process waits for the leader, which takes leases first
 POLL_SECONDS = 0.1

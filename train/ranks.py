@@ -14,8 +14,9 @@ from train.lease import Lease
 from train.pack import train_pack
 from train.parallel import ALONE, open_team
 from train.place import CalledOff, Place
-from train.rundir import PackDir, RunDir, read_json
+from train.rundir import PackDir, RunDir
 from train.signals import StopFlag, Stopped
+from train.storage import read_json
 
 Leases = list[tuple[RunDir, Lease]]
 

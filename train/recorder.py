@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from train.optim import StepOutcome
-from train.rundir import Record
 from train.session import RunSession
+from train.storage import Record
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Every file name below the root and the cache. With the ways to write and read them (`train.storage`) it is all that other modules
-know of the disk.
+"""Every file name below the root and the cache; `train.storage` holds the ways to write and read them.
 
 Light on purpose: the launcher imports it on the login node.
 """
@@ -8,53 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from train.storage import (
-    Record,
-    append_lines,
-    last_line,
-    local_path,
-    make_folder,
-    named_folder,
-    read_first_line,
-    read_json,
-    read_lines,
-    readable,
-    storage_errors,
-    sync_folder,
-    tail_lines,
-    write_bytes,
-    write_folder,
-    write_json,
-    write_text,
-)
-
-__all__ = [
-    "ArrayDir",
-    "BaseDir",
-    "CacheDir",
-    "PackDir",
-    "Record",
-    "RunDir",
-    "SweepDir",
-    "TokensDir",
-    "append_lines",
-    "last_line",
-    "local_path",
-    "make_folder",
-    "named_folder",
-    "read_first_line",
-    "read_json",
-    "read_lines",
-    "readable",
-    "storage_errors",
-    "sync_folder",
-    "tail_lines",
-    "write_bytes",
-    "write_folder",
-    "write_json",
-    "write_text",
-]
 
 
 @dataclass(frozen=True)

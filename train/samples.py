@@ -13,9 +13,9 @@ from train.config import ModelConfig
 from train.data.rendering import closing_tokens
 from train.data.token_table import IGNORED_LABEL, TokenTable
 from train.generation import generate
-from train.rundir import Record
 from train.session import RunSession
 from train.signals import StopFlag
+from train.storage import Record
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from train.errors import StorageError
 from train.evaluation import Evaluation
 from train.lease import Lease, owns, release
 from train.packed_lora import AdapterTensors
-from train.rundir import Record, RunDir, append_lines, read_lines, storage_errors, write_folder, write_json
+from train.rundir import RunDir
+from train.storage import Record, append_lines, read_lines, storage_errors, write_folder, write_json
 from train.targets import Target
 
 P = ParamSpec("P")

@@ -29,7 +29,8 @@ from train.model.folder import (
     weight_files,
     weight_samples,
 )
-from train.rundir import CacheDir, local_path, readable
+from train.rundir import CacheDir
+from train.storage import local_path, readable
 
 __all__ = [
     "data_fingerprint",

@@ -3,7 +3,7 @@
 A file that exists is complete: it is written beside its place, flushed to the disk with its folder, and renamed. Logs that
 grow (`append_lines`) are read up to their last whole line. Folders are private (0700, files 0600).
 
-Light on purpose: the launcher imports it on the login node, by way of `train.rundir`.
+Light on purpose: the launcher imports it on the login node.
 """
 
 from __future__ import annotations

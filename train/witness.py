@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from train.errors import StorageError
 from train.lease import Lease
-from train.rundir import RunDir, write_json
+from train.rundir import RunDir
 from train.signals import STOP_SIGNALS, Explain
+from train.storage import write_json
 
 ANSWER_SECONDS = 12.0  # the longest that the end of an attempt waits to learn its cause
 

@@ -24,7 +24,8 @@ from launcher.jobs import runs_of_pack
 from launcher.records import ClusterConfig
 from train.errors import BadInput
 from train.lease import process_started, read_lease
-from train.rundir import PackDir, RunDir, make_folder, write_json
+from train.rundir import PackDir, RunDir
+from train.storage import make_folder, write_json
 
 TEN_YEARS_MIN = 10 * 365 * 24 * 60  # submitit's local default of 2 minutes is for tests
 

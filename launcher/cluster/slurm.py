@@ -24,7 +24,8 @@ from launcher.cluster.names import job_names
 from launcher.cluster.queue import read_accounting, read_queue
 from launcher.cluster.requests import ArrayRequest, afterwards_parameters, halves, job_python, sbatch_parameters
 from launcher.records import ClusterConfig
-from train.rundir import ArrayDir, SweepDir, make_folder, read_json, write_json
+from train.rundir import ArrayDir, SweepDir
+from train.storage import make_folder, read_json, write_json
 
 USUAL_MAX_ARRAY_SIZE = 1001  # Slurm's default
 SBATCH_SECONDS = 60.0

@@ -15,8 +15,9 @@ from launcher.records import ClusterConfig, Run, Sweep
 from train.config import RunConfig, Section, TrackingConfig, check_name, parse_run_config, parse_section
 from train.errors import BadInput
 from train.ownership import refuse_shared
-from train.rundir import CacheDir, SweepDir, local_path, named_folder
+from train.rundir import CacheDir, SweepDir
 from train.sources import data_fingerprint, is_there, model_fingerprint
+from train.storage import local_path, named_folder
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 

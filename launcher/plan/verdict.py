@@ -9,7 +9,8 @@ from launcher.jobs import JobRecord
 from launcher.records import Verdict
 from train.attempts import FINAL, HOPELESS, why_held
 from train.lease import Lease, read_lease
-from train.rundir import Record, RunDir, read_json, read_lines
+from train.rundir import RunDir
+from train.storage import Record, read_json, read_lines
 
 _CANNOT_TELL = (
     "Slurm's squeue does not answer, so nobody can tell whether {name} is still in the queue; nothing was submitted. "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from launcher.report.comparison import Answers, Sample
-from train.rundir import Record, RunDir, read_first_line, tail_lines
+from train.rundir import RunDir
+from train.storage import Record, read_first_line, tail_lines
 
 TAIL_BYTES = 1 << 18  # an evaluation's line holds a few prompts with their answers
 

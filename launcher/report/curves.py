@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.report.comparison import Curve
-from train.rundir import Record, RunDir
+from train.rundir import RunDir
+from train.storage import Record
 
 MAX_POINTS = 400
 Series = list[tuple[int, float]]
@@ -37,7 +38,7 @@ def thin(series: Sequence[tuple[int, float]]) -> tuple[tuple[float, ...], tuple[
 
 
 def _read_journal(path: Path) -> list[Record]:
-    """`rundir.read_lines` as one JSON document: twice as fast, which counts at 500 runs of 1,000 steps."""
+    """`storage.read_lines` as one JSON document: twice as fast, which counts at 500 runs of 1,000 steps."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

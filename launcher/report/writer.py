@@ -16,7 +16,8 @@ from launcher.report.html_page import render_page
 from launcher.report.noise import group_by_seed, judge_noise
 from launcher.report.table import print_report
 from launcher.track.tracker import track
-from train.rundir import Record, RunDir, SweepDir, make_folder, read_json, write_bytes, write_text
+from train.rundir import RunDir, SweepDir
+from train.storage import Record, make_folder, read_json, write_bytes, write_text
 
 __all__ = ["build_report", "print_report", "report_json", "write_report"]
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from train.errors import BadInput, LeaseHeld, StorageError
 from train.lease import Heartbeat, acquire, read_lease, release
-from train.rundir import SweepDir, make_folder
+from train.rundir import SweepDir
+from train.storage import make_folder
 
 
 @contextmanager

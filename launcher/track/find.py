@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from train.errors import BadInput
-from train.rundir import RunDir, SweepDir, readable
+from train.rundir import RunDir, SweepDir
+from train.storage import readable
 
 MOST_LISTED = 12
 

@@ -17,7 +17,8 @@ from launcher.records import RunStatus, State
 from launcher.units import seconds
 from train.attempts import FINAL, why_held
 from train.lease import Lease, read_lease
-from train.rundir import Record, RunDir, SweepDir, read_first_line, read_json, read_lines, tail_lines
+from train.rundir import RunDir, SweepDir
+from train.storage import Record, read_first_line, read_json, read_lines, tail_lines
 
 STATE_AFTER = {
     "done": State.STOPPED,  # without a result it died in between, and goes on from its last checkpoint

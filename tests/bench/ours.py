@@ -40,10 +40,11 @@ from train.data.token_table import TokenisedData
 from train.loop import PackLoop
 from train.model.base_cache import BaseCache
 from train.pack import fit_to_device, open_base, seat
-from train.rundir import CacheDir, RunDir, make_folder
+from train.rundir import CacheDir, RunDir
 from train.session import RunSession
 from train.signals import StopFlag
 from train.sizing import Fit
+from train.storage import make_folder
 from train.targets import adapted_modules
 
 NAME = "lorapack"

@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from train.rundir import RunDir, SweepDir, read_lines
+from train.rundir import RunDir, SweepDir
+from train.storage import read_lines
 
 SWEEP = "product"
 KILL_AFTER = 10  # steps

@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 
 from train.lease import read_lease
-from train.rundir import SweepDir, read_lines
+from train.rundir import SweepDir
+from train.storage import read_lines
 from wandb_server import KEY, Mode, WandbServer
 
 ROUNDS, STEPS = 2, 60

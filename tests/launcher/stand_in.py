@@ -27,7 +27,7 @@ import yaml
 
 from train.attempts import attempt_line, last_step
 from train.lease import release
-from train.rundir import append_lines, make_folder, write_json
+from train.storage import append_lines, make_folder, write_json
 
 
 def train_pack(leases, cache, stop, say, team=None):

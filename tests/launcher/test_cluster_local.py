@@ -13,7 +13,8 @@ from launcher.track.logs import JobVoice
 from stand_in import install, put_command, wait_for
 from train.errors import BadInput
 from train.lease import process_started, read_lease
-from train.rundir import PackDir, RunDir, SweepDir, make_folder, read_json, read_lines, write_json, write_text
+from train.rundir import PackDir, RunDir, SweepDir
+from train.storage import make_folder, read_json, read_lines, write_json, write_text
 
 
 @pytest.fixture(scope="module")

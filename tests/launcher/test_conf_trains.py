@@ -19,8 +19,9 @@ from launcher.records import Sweep
 from train.adapter_file import read_adapter
 from train.config import ModelConfig
 from train.job import PackJob
-from train.rundir import CacheDir, make_folder, read_json, write_json, write_text
+from train.rundir import CacheDir
 from train.signals import STOP_SIGNALS
+from train.storage import make_folder, read_json, write_json, write_text
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -12,7 +12,7 @@ import pytest
 
 from synthetic_sweeps import SyntheticSweep
 from train.dashboard import SweptAxis, build
-from train.rundir import read_json
+from train.storage import read_json
 from wandb_server import ENTITY, KEY, WandbServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces uses pydantic's old names

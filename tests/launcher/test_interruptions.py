@@ -18,7 +18,8 @@ import pytest
 import launcher
 from stand_in import Program, wait_for
 from train.config import ModelConfig
-from train.rundir import CacheDir, RunDir, SweepDir, read_json, read_lines
+from train.rundir import CacheDir, RunDir, SweepDir
+from train.storage import read_json, read_lines
 
 STEPS = 300
 COMMAND = ["model=tiny", "data.source=rows.jsonl", "data.eval_rows=4", "train.batch_size=1", f"train.max_steps={STEPS}"]

@@ -23,7 +23,8 @@ from launcher.records import Run, Sweep, Verdict
 from train.config import ModelConfig
 from train.errors import BadInput
 from train.lease import process_started
-from train.rundir import CacheDir, RunDir, append_lines, make_folder, write_json, write_text
+from train.rundir import CacheDir, RunDir
+from train.storage import append_lines, make_folder, write_json, write_text
 
 
 @pytest.fixture(autouse=True)

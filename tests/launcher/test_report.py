@@ -15,7 +15,7 @@ from launcher.report.differences import flat, swept_axes
 from launcher.report.noise import T_95, more_seeds_command, t_95
 from launcher.report.writer import build_report, print_report, report_json, write_report
 from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
-from train.rundir import append_lines, write_json
+from train.storage import append_lines, write_json
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -14,7 +14,7 @@ from chromium import Opened, open_browser, open_page
 from launcher.report.html_page import page_document, render_page
 from launcher.report.writer import build_report
 from synthetic_sweeps import QUESTIONS, SyntheticSweep
-from train.rundir import append_lines
+from train.storage import append_lines
 
 OPENS_WITHIN_SECONDS = 2
 LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3

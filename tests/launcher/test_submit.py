@@ -19,7 +19,8 @@ from stand_in import SMALL, install, wait_for
 from train.config import parse_run_config
 from train.errors import BadInput, LeaseHeld
 from train.lease import acquire
-from train.rundir import SweepDir, make_folder, read_json, write_json
+from train.rundir import SweepDir
+from train.storage import make_folder, read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_a_disk_that_refuses_leaves_no_sweep(plan: Plan, monkeypatch: pytest.Mon
     full = Path("/dev/full")
 
     def freeze_to_full_disk(sweep: SweepDir) -> Path:
-        from train.rundir import append_lines
+        from train.storage import append_lines
 
         append_lines(full, [{"no": "space"}])
         return sweep.path

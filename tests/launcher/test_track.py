@@ -12,7 +12,8 @@ from launcher.track.tracker import status_json, track
 from train.attempts import attempt_line
 from train.errors import BadInput
 from train.lease import acquire
-from train.rundir import RunDir, SweepDir, append_lines, make_folder, write_json, write_text
+from train.rundir import RunDir, SweepDir
+from train.storage import append_lines, make_folder, write_json, write_text
 
 HEADER = {
     "step": 0,

@@ -14,7 +14,8 @@ from launcher.records import RunStatus
 from launcher.track.tracker import track
 from real_cluster import Cluster
 from train.lease import read_lease
-from train.rundir import Record, RunDir, SweepDir, read_json, read_lines
+from train.rundir import RunDir, SweepDir
+from train.storage import Record, read_json, read_lines
 
 STEPS = 300  # ten to thirty seconds of training
 TINY = ("model=tiny", f"train.max_steps={STEPS}", "train.save_steps=50")

@@ -7,7 +7,7 @@ import time
 from sweeps import END_DEADLINE_SECONDS, PAIR, Lab
 
 from real_cluster import Cluster
-from train.rundir import read_lines
+from train.storage import read_lines
 
 Journals = dict[str, bytes]
 

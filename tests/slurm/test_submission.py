@@ -14,7 +14,7 @@ import pytest
 from sweeps import END_DEADLINE_SECONDS, PAIR, SLURM, TINY, Lab, Sweep
 
 from real_cluster import Cluster
-from train.rundir import read_json
+from train.storage import read_json
 
 Journals = dict[str, bytes]
 

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 import packs
 from train.data.token_table import TokenisedData, TokenTable
-from train.rundir import RunDir, read_lines
+from train.rundir import RunDir
+from train.storage import read_lines
 
 
 def reference(model: Any, table: TokenTable) -> tuple[float, float]:

@@ -22,8 +22,9 @@ from train.data.prompts import alpaca_prompt
 from train.errors import BadInput
 from train.export import Chat, chat, main, merge_run, prompt_text
 from train.model.staging import stage_model
-from train.rundir import CacheDir, RunDir, make_folder, write_folder, write_text
+from train.rundir import CacheDir, RunDir
 from train.sources import model_fingerprint
+from train.storage import make_folder, write_folder, write_text
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from train.config import DataConfig, ModelConfig, parse_run_config
-from train.rundir import CacheDir, RunDir, make_folder, read_json, read_lines, write_json, write_text
+from train.rundir import CacheDir, RunDir
 from train.sources import data_fingerprint
+from train.storage import make_folder, read_json, read_lines, write_json, write_text
 
 MakePack = Callable[..., Path]
 

@@ -13,7 +13,8 @@ from train import lease as lease_module
 from train.attempts import open_attempt
 from train.errors import LeaseHeld
 from train.lease import STALE_SECONDS, Heartbeat, acquire, owns, process_started, read_lease, release
-from train.rundir import RunDir, append_lines, read_lines
+from train.rundir import RunDir
+from train.storage import append_lines, read_lines
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from train.attempts import cause_of
 from train.config import RunConfig
 from train.loop import PackLoop
 from train.optim import FIRST_LOSS_SCALE, GROWTH_INTERVAL_STEPS, SMALLEST_LOSS_SCALE
-from train.rundir import read_lines
 from train.signals import StopFlag, Stopped
+from train.storage import read_lines
 
 ILL = 1  # the run that overflows
 TOO_LARGE = 2.0**26  # its gradients are infinite in float16 until the scale has halved a few times

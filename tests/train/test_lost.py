@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from packs import make_loop, remains, run_config, run_dirs, tiny_base, train
-from train.rundir import RunDir, read_lines
+from train.rundir import RunDir
 from train.signals import StopFlag
+from train.storage import read_lines
 
 CONFIGS = [
     run_config(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wandb_command
-from train.rundir import read_json
+from train.storage import read_json
 from wandb_server import KEY, WandbServer
 
 

@@ -7,7 +7,7 @@ import pytest
 from mirrored import EVAL_STEPS, WrittenPack, without_pace
 from train.config import read_run_config
 from train.mirror.rows import RunRows
-from train.rundir import append_lines, read_lines
+from train.storage import append_lines, read_lines
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from train.batches import Sequence
 from train.errors import PeerLost
 from train.parallel import Alone, deal, open_team
 from train.place import CalledOff, Place, place_in_job, publish_port, wait_for_port
-from train.rundir import PackDir, RunDir, make_folder, read_lines
+from train.rundir import PackDir, RunDir
 from train.signals import StopFlag, Stopped
+from train.storage import make_folder, read_lines
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -15,7 +15,7 @@ import packs
 from train.base import PackedBase, pack_model
 from train.config import QuantConfig, parse_run_config
 from train.kernels import choose_kernels
-from train.rundir import read_lines
+from train.storage import read_lines
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
 # by noise (measured: one sequence a step under dropout 0.5, 1.5e-5 in float32).

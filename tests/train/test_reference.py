@@ -14,7 +14,7 @@ import packs
 from train.batches import rows_of_step
 from train.config import QuantConfig, RunConfig
 from train.data.token_table import TokenisedData
-from train.rundir import read_lines
+from train.storage import read_lines
 
 STEPS = 10
 CONFIGS = [

@@ -15,8 +15,9 @@ import packs
 from train import loop
 from train.attempts import last_step
 from train.checkpoint import load_checkpoint, sound_checkpoints
-from train.rundir import RunDir, read_lines
+from train.rundir import RunDir
 from train.signals import Stopped
+from train.storage import read_lines
 
 KILLS = 20
 

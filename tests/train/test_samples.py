@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import packs
-from train.rundir import RunDir, append_lines, read_lines
+from train.rundir import RunDir
 from train.samples import answer_start, without_shared_lines
 from train.signals import Stopped
+from train.storage import append_lines, read_lines
 
 
 def answered_steps(run: RunDir) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from train.config import HOW_KEYS, DataConfig, ModelConfig
-from train.rundir import CacheDir, TokensDir, read_json, write_folder, write_json
+from train.rundir import CacheDir, TokensDir
+from train.storage import read_json, write_folder, write_json
 
 FORMAT_VERSION = 1  # of the arrays and of the rendering: raise it when either changes
 IGNORED_LABEL = -100  # of tokens that are read but not learnt

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.config import TrainConfig
-from train.rundir import Record, RunDir
+from train.rundir import RunDir
+from train.storage import Record
 
 # The journal's names -> W&B's, where a slash makes a section. transformers' Trainer calls them so too.
 JOURNAL_NAMES = {

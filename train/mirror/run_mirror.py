@@ -25,7 +25,8 @@ from train.mirror.memory import (
 )
 from train.mirror.request import DONE, EXIT_CODES, PAUSED, RUNNING, MirroredRun, end_of, summary
 from train.mirror.rows import SAMPLES, Row, RunRows
-from train.rundir import RunDir, read_lines
+from train.rundir import RunDir
+from train.storage import read_lines
 
 TRIES = 3  # to see the server have every row
 

@@ -25,7 +25,8 @@ from train.model.folder import weight_files
 from train.model.locking import locked
 from train.model.quantised import QuantisedBase, load_model, quantised_tensors
 from train.model.saving import told_errors
-from train.rundir import BaseDir, CacheDir, Record, make_folder, storage_errors, write_folder, write_json
+from train.rundir import BaseDir, CacheDir
+from train.storage import Record, make_folder, storage_errors, write_folder, write_json
 
 FORMAT_VERSION = 1  # of the file: raise it when its names or their meaning change
 VERSIONED = ("bitsandbytes", "transformers")  # the one decides the bits, the other the names

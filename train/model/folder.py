@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import BadInput
-from train.rundir import readable
+from train.storage import readable
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

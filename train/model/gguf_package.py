@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from train.errors import BadInput, LorapackError
 from train.model.saving import save_model
-from train.rundir import storage_errors
+from train.storage import storage_errors
 
 SAVED_DTYPE = torch.bfloat16  # GGUF's blocks of a few bits carry no more digits than that
 PIP_ERROR = re.compile(r"^ERROR: (.*)$", re.MULTILINE)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train.rundir import storage_errors
+from train.storage import storage_errors
 
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
