@@ -14,7 +14,7 @@ from rich.table import Table
 
 from launcher.records import RunStatus, State
 from launcher.units import number
-from launcher.view import left, state_text, steps, tally
+from launcher.view import STATE_STYLE, left, state_text, steps, tally
 
 LINE_SECONDS = 10.0
 JUSTIFIED: tuple[JustifyMethod, ...] = ("right", "right", "left", "right", "right")  # the columns after the bar
@@ -91,10 +91,10 @@ def progress_table(statuses: list[RunStatus]) -> RenderableType:
 
 
 def progress_line(status: RunStatus) -> str:
-    """``r8  running  12/60  loss 1.2345  321 tokens/s  41 s left``."""
-    words = [escape(status.name), status.state.value]
+    """``r8  running  12/60  loss 1.2345  321 tokens/s  41 s left``, or ``r8  evaluating 3/64  12/60  loss 1.2345``."""
+    words = [escape(status.name), status.doing or status.state.value]
     words += [steps(status), f"loss {number(status.loss, 4)}"]
-    if status.state is State.RUNNING:
+    if status.state is State.RUNNING and status.doing is None:
         words += [f"{number(status.tokens_per_second, 0)} tokens/s", f"{left(status)} left"]
     return "  ".join(words)
 
@@ -103,4 +103,8 @@ def _cells(status: RunStatus) -> list[RenderableType]:
     bar = ProgressBar(total=status.max_steps or 1, completed=status.step, width=None)
     loss, speed = f"loss {number(status.loss, 4)}", f"{number(status.tokens_per_second, 0)} tok/s"
     # What a narrow window cuts off comes last.
-    return [escape(status.name), bar, steps(status), loss, state_text(status.state), left(status), speed]
+    return [escape(status.name), bar, steps(status), loss, _state_cell(status), left(status), speed]
+
+
+def _state_cell(status: RunStatus) -> str:
+    return state_text(status.state) if status.doing is None else f"[{STATE_STYLE[status.state]}]{status.doing}[/]"

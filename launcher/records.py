@@ -192,7 +192,7 @@ class State(StrEnum):
 class RunStatus:
     """What is known of a run now. Speeds in tokens per second of this run alone; `seconds_left` by its latest pace.
 
-    `reason` is why it waits, is held, or is unknown.
+    `reason` is why it waits, is held, or is unknown. `doing` is what its job does just now besides steps: ``evaluating 12/64``.
     """
 
     id: str
@@ -208,3 +208,4 @@ class RunStatus:
     job: str | None
     node: str | None
     reason: str | None = None
+    doing: str | None = None

@@ -48,7 +48,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> None:
     """A line per run: where it is, how fast, and how it last ended. A column that would be empty is left out."""
-    columns = ("run", "state", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
+    columns = ("run", "state", "doing", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
     rows = [_status_cells(*pair) for pair in zip(statuses[:MOST_ROWS], labels(statuses), strict=False)]
     told = [i for i in range(len(columns)) if any(row[i] != MISSING for row in rows)]
     table = _table(*(columns[i] for i in told), title=title)
@@ -63,6 +63,7 @@ def _status_cells(status: RunStatus, label: str) -> list[str]:
     return [
         escape(label),
         state_text(status.state),
+        status.doing or MISSING,
         steps(status),
         number(status.loss, 4),
         number(status.tokens_per_second, 0),

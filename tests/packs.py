@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from train.activity import Activity
 from train.attempts import open_attempt
 from train.base import PackedBase, Residency, pack_model
 from train.config import QuantConfig, RunConfig, parse_run_config
@@ -132,6 +133,7 @@ def make_loop(
     stop: StopFlag | None = None,
     words: Words | None = None,
     team: Alone = ALONE,
+    activity: Activity | None = None,
 ) -> PackLoop:
     """A pack of runs in folders ``run<i>-x`` below `folder`, seated and ready; existing checkpoints are resumed from."""
     data = data or random_data()
@@ -144,7 +146,7 @@ def make_loop(
                 sessions.append(Recording(run, config, data, targets, open_attempt(run)))
             else:
                 sessions.append(Follower(run, config, data, targets, NO_LEASE))
-    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words, team)
+    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words, team, activity)
 
 
 def train(folder: Path, base: PackedBase, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:

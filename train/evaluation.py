@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from train.activity import Activity
 from train.base import PackedBase
 from train.batches import IGNORED_LABEL, MicroBatch, sequences_of
 from train.data.token_table import TokenTable
 from train.loss import sums_per_run, target_losses
-from train.parallel import ALONE, Alone
+from train.parallel import Alone
 from train.signals import StopFlag
 
 
@@ -34,14 +35,19 @@ def evaluate(
     pack_size: int,
     micro_batch_tokens: int,
     stop: StopFlag,
-    team: Alone = ALONE,
+    team: Alone,
+    activity: Activity,
 ) -> dict[int, Evaluation]:
     """Evaluate the runs in the rows of `tables`, each over its own table; the processes of `team` share the rows.
+
+    `activity` is told how many of all rows are done; of several processes one counts for all.
 
     Raises:
         Stopped: the job was asked to stop; nothing has changed.
     """
     sequences = [s for row, table in tables.items() for s in sequences_of(row, table, np.arange(len(table)))]
+    if sequences:
+        activity.begin("evaluating", len(sequences))
     losses = torch.zeros(pack_size, dtype=torch.float64)
     exact_rows = torch.zeros(pack_size, dtype=torch.int64)
     for chunk in team.micro_batches(sequences, micro_batch_tokens, stop):
@@ -51,6 +57,7 @@ def evaluate(
         by_sequence, run_of_sequence = batch.by_sequence
         answered = by_sequence.pad(found.correct).all(dim=1)
         exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
+        activity.advance(len(chunk) * team.size)
     team.add_up(losses, exact_rows)
     return {
         row: Evaluation(float(losses[row]) / _targets(table), int(exact_rows[row]) / len(table))
@@ -64,7 +71,8 @@ def evaluate_untrained(
     pack_size: int,
     micro_batch_tokens: int,
     stop: StopFlag,
-    team: Alone = ALONE,
+    team: Alone,
+    activity: Activity,
 ) -> dict[int, Evaluation]:
     """Evaluate runs whose B is still zero: the bare base answers, once for all that share a table.
 
@@ -72,7 +80,7 @@ def evaluate_untrained(
     """
     first_row = {id(table): row for row, table in reversed(tables.items())}
     shared = {row: tables[row] for row in first_row.values()}
-    found = evaluate(base, shared, pack_size, micro_batch_tokens, stop, team)
+    found = evaluate(base, shared, pack_size, micro_batch_tokens, stop, team, activity)
     return {row: found[first_row[id(table)]] for row, table in tables.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ def generate(
     max_tokens: int,
     ends: Collection[int],
     stop: StopFlag,
+    advance: Callable[[int], None] = lambda _count: None,
 ) -> dict[int, list[list[int]]]:
     """Each run's answers to its `prompts`, by row of the pack: the likeliest token after the other, at most `max_tokens` of them.
 
-    An answer ends with the first of `ends`, which is part of it. As many prompts share a batch as have `micro_batch_tokens`.
+    An answer ends with the first of `ends`, which is part of it. As many prompts share a batch as have `micro_batch_tokens`. `advance`
+    is told how many answers are whole since the last time.
 
     Raises:
         Stopped: the job was asked to stop; nothing has changed.
@@ -36,14 +38,20 @@ def generate(
     asked = [_unlearnt(run, index, tokens) for run, own in prompts.items() for index, tokens in enumerate(own)]
     for chunk in cut(asked, micro_batch_tokens):
         in_memory = sorted(chunk, key=lambda s: s.run)  # the order in which a batch lays them down
-        found = _answer(base, in_memory, pack_size, max_tokens, ends, stop)
+        found = _answer(base, in_memory, pack_size, max_tokens, ends, stop, advance)
         for sequence, answer in zip(in_memory, found, strict=True):
             answers[sequence.run][sequence.index] = answer
     return answers
 
 
 def _answer(
-    base: PackedBase, prompts: list[Tokens], pack_size: int, max_tokens: int, ends: Collection[int], stop: StopFlag
+    base: PackedBase,
+    prompts: list[Tokens],
+    pack_size: int,
+    max_tokens: int,
+    ends: Collection[int],
+    stop: StopFlag,
+    advance: Callable[[int], None],
 ) -> list[list[int]]:
     """The answers to prompts that fit in one batch."""
     lengths = np.array([len(prompt.tokens) for prompt in prompts])
@@ -52,12 +60,15 @@ def _answer(
     stop.check()
     hidden = base.hidden_states(MicroBatch(prompts, pack_size, base.device), cache=cache)[last_places]
     answers: list[list[int]] = [[] for _ in prompts]
+    whole = 0
     while True:
         likeliest = functional.linear(hidden, base.head).argmax(dim=-1).tolist()
         for answer, token in zip(answers, likeliest, strict=True):
             if not _is_over(answer, max_tokens, ends):
                 answer.append(token)
-        if all(_is_over(answer, max_tokens, ends) for answer in answers):
+        before, whole = whole, sum(_is_over(answer, max_tokens, ends) for answer in answers)
+        advance(whole - before)
+        if whole == len(answers):
             return answers
         stop.check()
         cache.advance()

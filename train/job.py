@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.activity import Activity, Bulletin
 from train.attempts import (
     FINAL,
     attempt_line,
@@ -79,10 +80,11 @@ class PackJob:
             return "nothing to train"
         job = this_job()
         with mirrored(Path(self.pack_file), pack, say) as mirror:
-            with Heartbeat(leases), Witness(leases, functools.partial(_why_stopped, job)) as witness:
+            why, activity = functools.partial(_why_stopped, job), Activity(say)
+            with Heartbeat(leases), Witness(leases, why) as witness, Bulletin(folder, activity, leases[0][1]):
                 stop.explain = witness.cause
                 fence = _fence(stop) if superseded else _no_fence
-                cause = _train(leases, folder, Path(pack["cache"]), stop, place, fence)
+                cause = _train(leases, folder, Path(pack["cache"]), stop, place, fence, activity)
             mirror.finish()
             if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
                 requeue_and_wait(job, say)
@@ -168,7 +170,13 @@ def _fence(stop: StopFlag) -> Callable[[], None]:
 
 
 def _train(
-    leases: Leases, folder: PackDir, cache: Path, stop: StopFlag, place: Place, fence: Callable[[], None]
+    leases: Leases,
+    folder: PackDir,
+    cache: Path,
+    stop: StopFlag,
+    place: Place,
+    fence: Callable[[], None],
+    activity: Activity,
 ) -> str:
     """Run the pack and turn every ending into its cause."""
     try:
@@ -179,12 +187,12 @@ def _train(
             from train.ranks import lead
 
             fence()
-            lead(leases, folder, cache, stop, say, place)
+            lead(leases, folder, cache, stop, say, activity, place)
         else:
             from train.pack import train_pack
 
             fence()
-            train_pack(leases, cache, stop, say)
+            train_pack(leases, cache, stop, say, activity)
     except Exception as exc:
         if not isinstance(exc, Stopped):
             traceback.print_exception(exc, file=sys.stderr)

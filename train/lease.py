@@ -147,6 +147,13 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def process_age() -> float:
+    """Seconds since this process started, its interpreter and imports included."""
+    started = process_started(os.getpid())
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)  # the clock of /proc/<pid>/stat
+    return max(0.0, now - started / os.sysconf("SC_CLK_TCK")) if started else 0.0
+
+
 def _take(path: Path, mine: Lease, what: str) -> None:
     """Make `path` ours, if it is free or its owner dead; `what` names the folder in the refusal."""
     while not _create(path, mine):

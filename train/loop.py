@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from train.activity import TRAINING, Activity
 from train.base import PackedBase
 from train.batches import Sequence, rows_of_step, sequences_of, to_device
 from train.checkpoint import Checkpoint, optimizer_numbers, run_tensors
@@ -45,6 +46,7 @@ class PackLoop:
         facts: what results shall say of device, dtype and versions.
         sampler: asks the runs for sample answers at every evaluation; None leaves that out.
         team: the processes that share every step; all of them run this loop.
+        activity: is told what goes on besides steps.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class PackLoop:
         facts: Record,
         sampler: Sampler | None = None,
         team: Alone = ALONE,
+        activity: Activity | None = None,
     ) -> None:
-        self.team = team
+        self.team, self.activity = team, activity or Activity()
         self.base, self.sessions, self.stop = base, list(sessions), stop
         self.micro_batch_tokens, self.facts = micro_batch_tokens, facts
         self.sampler = sampler
-        self.recorder = StepRecorder(base.device, with_loss_scale=seats.optimizer.scale_losses)
+        self.recorder = StepRecorder(base.device, seats.optimizer.scale_losses, self.activity)
         self._clock = time.monotonic()
         self._looked_for_cancels = 0.0
         self._sit(seats)
@@ -95,7 +98,7 @@ class PackLoop:
         self.recorder.flush(self.sessions)
         untrained, trained = [s for s in due if s.step == 0], [s for s in due if s.step > 0]
         self.base.attach(None)
-        common = (self.pack_size, self.micro_batch_tokens, self.stop, self.team)
+        common = (self.pack_size, self.micro_batch_tokens, self.stop, self.team, self.activity)
         found = evaluate_untrained(self.base, _tables(untrained), *common)
         answers = self.sampler.ask_untrained(self.base, untrained, self.pack_size) if self.sampler else {}
         self.base.attach(self.adapters)
@@ -131,6 +134,7 @@ class PackLoop:
 
     def _train_step(self) -> None:
         """One optimizer step of every run in training, in as many micro-batches as memory asks for."""
+        self.activity.begin(TRAINING)
         batches = {s.row: self._sequences(s) for s in self.sessions}
         try:
             losses = self._accumulate(batches)
@@ -138,7 +142,9 @@ class PackLoop:
             self.adapters.gradient.zero_()
             raise
         self._apply(losses, {row: sum(len(s.tokens) for s in batch) for row, batch in batches.items()})
-        if self.recorder.seconds_since_flush > FLUSH_SECONDS:
+        if not self.recorder.began:
+            self.recorder.flush(self.sessions)
+        elif self.recorder.seconds_since_flush > FLUSH_SECONDS:
             self.recorder.flush(self.sessions, keep=1)
 
     # One optimizer step
@@ -220,8 +226,10 @@ class PackLoop:
         return [session.dir.cancel_request.exists() for session in self.sessions]
 
     def _save_all(self) -> None:
+        self.activity.begin("saving", len(self.sessions))
         for session in self.sessions:
             session.save(self._state(session))
+            self.activity.advance()
 
     def _state(self, session: RunSession) -> Checkpoint:
         """A copy of everything that the run needs to go on."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from train.activity import Activity
 from train.attempts import cause_of
 from train.base import PackedBase, load_base
 from train.checkpoint import Checkpoint, common_step, from_bytes, sound_checkpoints, to_bytes
@@ -40,7 +41,9 @@ VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
 Say = Callable[[str], None]
 
 
-def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, say: Say, team: Alone = ALONE) -> None:
+def train_pack(
+    leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, say: Say, activity: Activity, team: Alone = ALONE
+) -> None:
     """Train the runs whose leases this job holds, to their ends, together with the other processes of `team`.
 
     Raises:
@@ -48,6 +51,7 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
         BadInput, StorageError: see the messages.
     """
     started = time.monotonic()
+    activity.begin("loading")
     configs = [read_run_config(run.config) for run, _ in leases]
     for config in configs:
         refuse_changed_sources(config, CacheDir(cache))
@@ -61,7 +65,7 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
     stop.check()
     longest = longest_row(data)
     fit = fit_to_device(configs[0], model_dir, longest)
-    base = open_base(configs[0], model_dir, fit, longest, BaseCache(CacheDir(cache), say, stop.check))
+    base = open_base(configs[0], model_dir, fit, longest, BaseCache(CacheDir(cache), say, stop.check, activity))
     stop.check()
     say(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
@@ -72,7 +76,7 @@ def train_pack(leases: list[tuple[RunDir, Lease]], cache: Path, stop: StopFlag, 
     ]
     samples_wanted = team.leads and any(config.train.sample_prompts for config in configs)
     words = load_words(configs[0].model, model_dir) if samples_wanted else None
-    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say, words, team)
+    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say, words, team, activity)
     try:
         loop.run()
     except Exception as exc:
@@ -107,6 +111,7 @@ def seat(
     say: Say,
     words: Words | None = None,
     team: Alone = ALONE,
+    activity: Activity | None = None,
 ) -> PackLoop:
     """Put every session where its checkpoints left it, or at its beginning, and return the loop that trains them.
 
@@ -119,9 +124,9 @@ def seat(
         _start(session, state, base, say)
     seats = take_seats(base, sessions, states)
     # The leader answers alone: stopped there, it would leave the others waiting, who agree with it between micro-batches.
-    heard = stop if team.size == 1 else StopFlag()
-    sampler = None if words is None else Sampler(words, micro_batch_tokens, heard)
-    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler, team)
+    heard, activity = stop if team.size == 1 else StopFlag(), activity or Activity()
+    sampler = None if words is None else Sampler(words, micro_batch_tokens, heard, activity)
+    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler, team, activity)
 
 
 def _newest_states(sessions: Sequence[RunSession], say: Say) -> list[Checkpoint | None]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from train.activity import Activity
 from train.attempts import cause_of
 from train.lease import Lease
 from train.pack import train_pack
@@ -21,7 +22,15 @@ from train.storage import read_json
 Leases = list[tuple[RunDir, Lease]]
 
 
-def lead(leases: Leases, pack: PackDir, cache: Path, stop: StopFlag, say: Callable[[str], None], place: Place) -> None:
+def lead(
+    leases: Leases,
+    pack: PackDir,
+    cache: Path,
+    stop: StopFlag,
+    say: Callable[[str], None],
+    activity: Activity,
+    place: Place,
+) -> None:
     """Train the runs whose leases this process holds, together with the other processes of its job.
 
     Raises:
@@ -29,7 +38,7 @@ def lead(leases: Leases, pack: PackDir, cache: Path, stop: StopFlag, say: Callab
     """
     with open_team(place, pack, stop) as team:
         team.from_leader(_announcement(leases))
-        train_pack(leases, cache, stop, say, team)
+        train_pack(leases, cache, stop, say, activity, team)
 
 
 def follow(pack: PackDir, stop: StopFlag, place: Place) -> str:
@@ -39,7 +48,7 @@ def follow(pack: PackDir, stop: StopFlag, place: Place) -> str:
         with open_team(place, pack, stop) as team:
             facts = read_json(pack.pack)
             leases = _announced(team.from_leader(b""), Path(facts["sweep_dir"]))
-            train_pack(leases, Path(facts["cache"]), stop, _silent, team)
+            train_pack(leases, Path(facts["cache"]), stop, _silent, Activity(), team)
     except CalledOff:
         return "nothing to train"
     except Exception as exc:

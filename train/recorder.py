@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from train.activity import Activity
 from train.optim import StepOutcome
 from train.session import RunSession
 from train.storage import Record
@@ -31,10 +32,14 @@ class StepRecord:
 
 
 class StepRecorder:
-    """Holds the steps that no journal has yet. Only `flush` waits for the device."""
+    """Holds the steps that no journal has yet. Only `flush` waits for the device.
 
-    def __init__(self, device: torch.device, with_loss_scale: bool) -> None:
-        self._device, self._with_loss_scale = device, with_loss_scale
+    `began` says whether anything was written yet; the first time `activity` learns that a step is done.
+    """
+
+    def __init__(self, device: torch.device, with_loss_scale: bool, activity: Activity) -> None:
+        self._device, self._with_loss_scale, self._activity = device, with_loss_scale, activity
+        self.began = False
         self._pending: list[tuple[StepRecord, _Fetched]] = []
         self._started = self._flushed = time.monotonic()
 
@@ -87,12 +92,15 @@ class StepRecorder:
         now = time.monotonic()
         elapsed = max(now - self._flushed, 1e-9)
         pack_tokens = sum(sum(record.tokens.values()) for record in pending)
-        shared = {
+        shared: Record = {
             "time": time.time(),
             "seconds": now - self._started,
             "pack_tokens_per_second": pack_tokens / elapsed,
             "peak_memory_gib": peak_memory_gib(self._device),
         }
+        if not self.began:
+            self.began = True
+            shared |= self._activity.first_step()
         for session in sessions:
             tokens = sum(record.tokens[session.row] for record in pending)
             session.note_pace({"step": pending[-1].steps[session.row], "tokens_per_second": tokens / elapsed, **shared})

@@ -27,7 +27,10 @@ class RunDir:
 
     @property
     def pace(self) -> Path:
-        """How fast it was computed (clock time, tokens per second, memory): differs from attempt to attempt."""
+        """How fast it was computed (clock time, tokens per second, memory): differs from attempt to attempt.
+
+        The first line of an attempt also says how long the process took to come to its first step, and doing what.
+        """
         return self.path / "pace.jsonl"
 
     @property
@@ -123,6 +126,11 @@ class PackDir:
     def job(self) -> Path:
         """Which job was submitted for it, and when."""
         return self.path / "job.json"
+
+    @property
+    def activity(self) -> Path:
+        """What the job does just now besides steps: evaluating, loading; worth nothing once its process is gone."""
+        return self.path / "activity.json"
 
     @property
     def mirror_log(self) -> Path:

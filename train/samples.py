@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.activity import Activity
 from train.base import PackedBase
 from train.config import ModelConfig
 from train.data.rendering import closing_tokens
@@ -52,8 +53,9 @@ class Question:
 class Sampler:
     """Asks the runs of a pack. What all prompts of a table begin or end with, such as a system prompt, is left off their text."""
 
-    def __init__(self, words: Words, micro_batch_tokens: int, stop: StopFlag) -> None:
-        self._words, self._micro_batch_tokens, self._stop = words, micro_batch_tokens, stop
+    def __init__(self, words: Words, micro_batch_tokens: int, stop: StopFlag, activity: Activity) -> None:
+        self._words, self._micro_batch_tokens = words, micro_batch_tokens
+        self._stop, self._activity = stop, activity
         self._questions: dict[tuple[int, int], list[Question]] = {}
 
     def ask(self, base: PackedBase, sessions: Sequence[RunSession], pack_size: int) -> dict[int, list[Record]]:
@@ -67,7 +69,17 @@ class Sampler:
         if not prompts:
             return {}
         most = max(session.config.train.sample_tokens for session in sessions)
-        answers = generate(base, prompts, pack_size, self._micro_batch_tokens, most, self._words.ends, self._stop)
+        self._activity.begin("answering", sum(map(len, prompts.values())))
+        answers = generate(
+            base,
+            prompts,
+            pack_size,
+            self._micro_batch_tokens,
+            most,
+            self._words.ends,
+            self._stop,
+            self._activity.advance,
+        )
         limits = {session.row: session.config.train.sample_tokens for session in sessions}
         return {
             row: [

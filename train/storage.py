@@ -23,8 +23,8 @@ from train.errors import BadInput, StorageError
 Record = dict[str, Any]
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before, also after a power cut.
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before, where `durable` also after a power cut.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
@@ -34,13 +34,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         try:
             with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,6 +53,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` for one JSON document; NaN and infinity are refused because JSON has neither."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_note(path: Path, value: Any) -> None:
+    """`write_json` for what nobody needs after a power cut: it is not flushed, which would cost a shared file system more."""
+    write_bytes(path, json.dumps(value, allow_nan=False).encode(), durable=False)
 
 
 @contextmanager

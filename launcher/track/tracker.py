@@ -15,6 +15,7 @@ from typing import Any
 from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
 from launcher.units import seconds
+from train.activity import doing, read_bulletin
 from train.attempts import FINAL, why_held
 from train.lease import Lease, read_lease
 from train.rundir import RunDir, SweepDir
@@ -42,7 +43,11 @@ def track(sweep: SweepDir, runs: Iterable[RunDir] | None = None) -> list[RunStat
     asked = {job.pack.path: job for name, job in jobs.items() if name in results and results[name] is None}
     seen = {job.pack.path: job for job in look_up(list(asked.values()))}
     found = {name: seen.get(job.pack.path, job) for name, job in jobs.items()}
-    return [_status(run, results[run.path.name], found.get(run.path.name)) for run in listed]
+    notes = {pack: read_bulletin(job.pack) for pack, job in seen.items()}
+    return [
+        _status(run, results[run.path.name], job, notes.get(job.pack.path) if job else None)
+        for run, job in ((run, found.get(run.path.name)) for run in listed)
+    ]
 
 
 def status_json(sweep: SweepDir, statuses: list[RunStatus]) -> dict[str, Any]:
@@ -55,7 +60,8 @@ def _natural_order(run: RunDir) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", run.name)]
 
 
-def _status(run: RunDir, result: Record | None, job: JobRecord | None) -> RunStatus:
+def _status(run: RunDir, result: Record | None, job: JobRecord | None, note: Record | None) -> RunStatus:
+    """The status of one run; `note` is what its job last said of itself."""
     lease, attempts = read_lease(run), read_lines(run.attempts)
     if result is not None:
         return _done_status(run, result, attempts)
@@ -83,6 +89,7 @@ def _status(run: RunDir, result: Record | None, job: JobRecord | None) -> RunSta
         job=lease.job if lease else job.id if job else None,
         node=lease.host if lease else attempts[-1]["node"] if attempts else job.host if job else None,
         reason=_reason(run, state, lease, attempts, job),
+        doing=doing(note, lease) if running else None,
     )
 
 

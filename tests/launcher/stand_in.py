@@ -30,7 +30,7 @@ from train.lease import release
 from train.storage import append_lines, make_folder, write_json
 
 
-def train_pack(leases, cache, stop, say, team=None):
+def train_pack(leases, cache, stop, say, activity, team=None):
     if team is not None and not team.leads:
         return
     say("loading the stand-in")

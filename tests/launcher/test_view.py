@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_bars_fit_the_terminal(width: int) -> None:
     assert all(part in lines[0] for part in ("r8", "12/60", "loss 1.5000", "running"))
     assert "r32" in lines[1]
     assert lines[2] == "1 pending, 1 running, 1 done"  # a waiting run has no bar yet
+
+
+def test_what_a_job_does_besides_steps_stands_where_its_state_would() -> None:
+    evaluating = replace(status(), doing="evaluating 12/64")
+    for terminal in (True, False):
+        shown = console(terminal=terminal)
+        with open_progress(shown) as progress:
+            progress.show([evaluating])
+        assert "evaluating 12/64" in text_of(shown)
+    assert text_of(shown) == "r8  evaluating 12/64  12/60  loss 1.5000\n"
+    print_statuses([evaluating, status("r16")], "mine", shown)
+    assert "running  evaluating 12/64  12/60" in text_of(shown)
 
 
 def test_without_a_terminal_lines_come_now_and_then_and_once_at_the_end() -> None:

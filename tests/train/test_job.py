@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from train.activity import doing, read_bulletin
 from train.config import DataConfig, ModelConfig, parse_run_config
-from train.rundir import CacheDir, RunDir
+from train.lease import read_lease
+from train.rundir import CacheDir, PackDir, RunDir
 from train.sources import data_fingerprint
 from train.storage import make_folder, read_json, read_lines, write_json, write_text
 
@@ -93,10 +95,12 @@ def causes(pack: Path) -> list[list[str]]:
 
 
 def test_from_pack_file_to_results_and_not_again(make_pack: MakePack) -> None:
-    pack = make_pack()
+    pack, process_began = make_pack(), time.time()
     out, _ = run_job(pack)
     assert "trainable params: " in out
+    assert "first step done " in out
     assert causes(pack) == [["done"], ["done"]]
+    assert not (pack.parent / "activity.json").exists()
     for run in runs_of(pack):
         result = read_json(run.result)
         assert result["run_id"] == run.id
@@ -105,6 +109,12 @@ def test_from_pack_file_to_results_and_not_again(make_pack: MakePack) -> None:
         assert result["attempts"] == 1
         assert not run.lease.exists()
         assert not run.checkpoints.exists()
+        first, *later = read_lines(run.pace)
+        assert first["step"] == 1
+        assert first["seconds_to_first_step"] == pytest.approx(sum(first["start_seconds"].values()), abs=0.01)
+        assert {"importing", "loading", "evaluating", "saving", "first_step"} <= first["start_seconds"].keys()
+        assert 0 < first["seconds_to_first_step"] <= first["time"] - process_began + 1
+        assert not any("start_seconds" in line for line in later)
     began = time.monotonic()
     out, _ = run_job(pack)
     assert "nothing to train" in out
@@ -116,6 +126,9 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(make_pack: MakePack) -> Non
     process = start(pack)
     first = runs_of(pack)[0]
     deadline = time.monotonic() + 120
+    while doing(read_bulletin(PackDir(pack.parent)), read_lease(first)) not in {"importing", "loading"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     while not any("loss" in line for line in read_lines(first.journal)):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()

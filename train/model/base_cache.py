@@ -12,13 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from train.activity import Activity
 from train.config import ModelConfig, QuantConfig
 from train.errors import StorageError
 from train.model.folder import weight_files
@@ -72,11 +73,15 @@ class WantedBase:
 
 @dataclass(frozen=True)
 class BaseCache:
-    """The quantised bases of a cache. `say` gets lines for the job's log; `stop` may raise while this waits or quantises."""
+    """The quantised bases of a cache. `say` gets lines for the job's log; `stop` may raise while this waits or quantises.
+
+    `activity` learns when it quantises instead of loading.
+    """
 
     cache: CacheDir
     say: Say
     stop: Callable[[], None]
+    activity: Activity = field(default_factory=Activity)
 
     def open(self, wanted: WantedBase) -> QuantisedBase:
         """The base, from the cache; made where it is not there yet.
@@ -94,16 +99,22 @@ class BaseCache:
             with locked(self.cache.base_lock(key), self.stop):
                 return read_base(folder, wanted.device) or self._make(folder, about, wanted)
         except StorageError as exc:  # no lock to be had: everybody for himself
-            return self._for_this_job(wanted, wanted.tensors(self.stop), exc)
+            return self._for_this_job(wanted, self._quantise(wanted), exc)
 
     def _make(self, folder: BaseDir, about: Record, wanted: WantedBase) -> QuantisedBase:
-        began, tensors = time.monotonic(), wanted.tensors(self.stop)
+        began, tensors = time.monotonic(), self._quantise(wanted)
         try:
             write_base(folder, about, tensors)
         except StorageError as exc:
             return self._for_this_job(wanted, tensors, exc)
         self.say(f"quantised the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
         return read_base(folder, wanted.device) or _in_memory(tensors, wanted.device)
+
+    def _quantise(self, wanted: WantedBase) -> dict[str, torch.Tensor]:
+        self.activity.begin("quantising")
+        tensors = wanted.tensors(self.stop)
+        self.activity.begin("loading")
+        return tensors
 
     def _for_this_job(self, wanted: WantedBase, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantisedBase:
         self.say(f"the quantised base is not kept, so later jobs will quantise again: {why}")

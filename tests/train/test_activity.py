@@ -1,0 +1,120 @@
+"""What a job says of itself besides its journals: while it loads, evaluates, answers and saves."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import packs
+from train import activity as module
+from train.activity import TRAINING, Activity, Bulletin, doing, read_bulletin
+from train.lease import Lease, acquire, process_age
+from train.rundir import PackDir, RunDir
+from train.storage import make_folder, write_text
+
+
+class Diary(Activity):
+    """Remembers what was begun, and how much of it was done when the next thing began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages: list[tuple[str, int, int]] = []
+
+    def begin(self, what: str, total: int = 0) -> None:
+        self.pages.append(self.now)
+        super().begin(what, total)
+
+
+@pytest.fixture
+def lease(tmp_path: Path) -> Lease:
+    return acquire(RunDir(make_folder(tmp_path / "run-x")), job="1", attempt=1)
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> PackDir:
+    return PackDir(make_folder(tmp_path / "jobs" / "p1"))
+
+
+def test_a_pack_counts_every_row_answer_and_save(tmp_path: Path) -> None:
+    configs = [packs.run_config(train={"max_steps": 4, "eval_steps": 2, "save_steps": 2}), packs.run_config()]
+    diary = Diary()
+    loop = packs.make_loop(tmp_path, packs.tiny_base(torch.float32), configs, words=packs.WORDS, activity=diary)
+    loop.micro_batch_tokens = 40
+    loop.run()
+    assert all(done == total for _, done, total in diary.pages)
+    besides = [(what, total) for what, _, total in diary.pages if what != TRAINING]
+    rows, prompts = 10, 4
+    first = [("importing", 0), ("evaluating", rows), ("answering", prompts), ("saving", 2)]  # the base answers once
+    assert besides[:4] == first
+    assert besides[4:7] == [("evaluating", rows), ("answering", prompts), ("saving", 2)]
+
+
+def test_the_way_to_the_first_step_is_told_once_and_whole(tmp_path: Path) -> None:
+    said: list[str] = []
+    began = time.monotonic()
+    activity = Activity(said.append, age=5.0)
+    loop = packs.make_loop(tmp_path, packs.tiny_base(), [packs.run_config()], activity=activity)
+    loop.run()
+    (line,) = said
+    assert line.startswith("first step done ")
+    assert all(part in line for part in ("importing 5.", "evaluating ", "saving ", "first step "))
+    told = float(line.removeprefix("first step done ").partition(" s")[0])
+    assert 5.0 <= told <= 5.1 + time.monotonic() - began
+
+
+def test_the_age_of_a_process_counts_from_its_start() -> None:
+    age = process_age()
+    assert 0.5 < age < 24 * 3600
+    time.sleep(0.1)
+    assert process_age() - age == pytest.approx(0.1, abs=0.09)
+
+
+def test_a_bulletin_follows_changes_is_silent_otherwise_and_goes(
+    pack: PackDir, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POST_SECONDS", 0.01)
+    activity = Activity()
+
+    def told(word: str | None) -> bool:
+        deadline = time.monotonic() + 20
+        while doing(read_bulletin(pack), lease) != word:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return True
+
+    with Bulletin(pack, activity, lease):
+        assert told("importing")
+        activity.begin("evaluating", 64)
+        activity.advance(12)
+        assert told("evaluating 12/64")
+        activity.begin(TRAINING)
+        assert told(None)
+        written = pack.activity.stat().st_ino
+        time.sleep(0.2)
+        assert pack.activity.stat().st_ino == written, "steps write nothing"
+    assert list(pack.path.iterdir()) == []
+
+
+def test_a_folder_that_refuses_costs_the_job_nothing(tmp_path: Path, lease: Lease) -> None:
+    with Bulletin(PackDir(tmp_path / "gone"), Activity(), lease):
+        time.sleep(0.05)
+
+
+def test_nothing_stale_is_told(pack: PackDir, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bulletin(pack, Activity(), lease):
+        deadline = time.monotonic() + 20
+        while (note := read_bulletin(pack)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert doing(note, lease) == "importing"
+    assert doing(note, None) is None
+    assert doing(note, replace(lease, pid=lease.pid + 1)) is None, "another process has the run by now"
+    elsewhere = replace(lease, host="elsewhere", heartbeat=time.time())
+    assert doing(note | {"host": "elsewhere"}, elsewhere) == "importing"
+    assert doing(note | {"host": "elsewhere"}, replace(elsewhere, heartbeat=time.time() - 1000)) is None
+    monkeypatch.setattr("train.lease.process_started", lambda pid: None)
+    assert doing(note, lease) is None, "its process is dead"
+    write_text(pack.activity, "")
+    assert read_bulletin(pack) is None
