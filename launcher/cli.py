@@ -51,7 +51,7 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
         json=True,
     ),
     "list": Verb(verbs.list_sweeps, "[root=DIR]", "List the sweeps below the root", json=True),
-    "logs": Verb(verbs.logs, "[RUN] [root=DIR]", "Print what the jobs of a run wrote", follow=True),
+    "logs": Verb(verbs.logs, "[RUN] [root=DIR]", "Print what the jobs of a run wrote", json=True, follow=True),
     "cancel": Verb(
         verbs.cancel, "[SWEEP or RUN] [root=DIR]", "Stop runs in training; each saves a checkpoint first", json=True
     ),

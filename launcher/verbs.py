@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.arguments import Request
+from train.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,10 +94,15 @@ def list_sweeps(request: Request) -> int:
 def logs(request: Request) -> int:
     """What the jobs of a run wrote."""
     from launcher.track.find import find_run
-    from launcher.track.logs import read_logs
+    from launcher.track.logs import logs_json, read_logs
 
     names, root, _ = request.places()
-    for text in read_logs(find_run(root, *names or [""]), follow=request.follow):
+    if request.json and request.follow:
+        raise BadInput("--json prints one document and --follow has no end; give one of them.")
+    run = find_run(root, *names or [""])
+    if request.json:
+        return _print_json(logs_json(run))
+    for text in read_logs(run, follow=request.follow):
         print(text, end="", flush=True)
     return 0
 

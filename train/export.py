@@ -121,16 +121,19 @@ def prompt_text(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat(run: RunDir, cache: CacheDir, prompt: str | None, as_json: bool) -> None:
-    """Answer `prompt`, or every line of stdin, on stdout.
+    """Answer `prompt`, or every line of stdin, on stdout; as JSON these are one document once the input has ended.
 
     Raises:
         BadInput: see `merge_run`.
     """
     talk = Chat(*tuned_model(run, cache, dtype=torch.float32))
-    for question in [prompt] if prompt is not None else _lines():
-        answer = talk.answer(question, stream=not as_json)
-        if as_json:
-            print(json.dumps({"prompt": question, "answer": answer}, ensure_ascii=False), flush=True)
+    if not as_json:
+        for question in [prompt] if prompt is not None else _lines():
+            talk.answer(question, stream=True)
+        return
+    asked = [prompt] if prompt is not None else list(_lines())
+    answers = [{"prompt": question, "answer": talk.answer(question, stream=False)} for question in asked]
+    print(json.dumps({"answers": answers} if prompt is None else answers[0], ensure_ascii=False))
 
 
 def _lines() -> Iterator[str]:

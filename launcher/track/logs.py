@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from launcher.cluster.local import log_files
 from launcher.cluster.slurm import task_logs
@@ -45,6 +46,19 @@ def read_logs(run: RunDir, *, follow: bool) -> Iterator[str]:
         if not waiting:
             return
         time.sleep(POLL_SECONDS)
+
+
+def logs_json(run: RunDir) -> dict[str, Any]:
+    """The same as one JSON document: a log with the job that wrote it, the node where that last was, and its lines.
+
+    Job and node are None where nobody knows them any more.
+    """
+    logs = [
+        {"path": str(file), "job": job.id, "node": job.host, "lines": file.read_text(errors="replace").splitlines()}
+        for job in look_up(jobs_of_run(run))
+        for file in logs_of(job)
+    ]
+    return {"sweep": run.path.parent.name, "run": run.path.name, "logs": logs}
 
 
 def last_lines(file: Path, count: int) -> list[str]:

@@ -102,10 +102,22 @@ def test_json_is_all_that_stdout_gets(program: Program) -> None:
     assert {row["id"] for row in trained["rows"]} == {run["id"] for run in planned["runs"]}
     status = json.loads(program("status", "--json").stdout)
     assert {run["state"] for run in status["runs"]} == {"done"}
-    assert json.loads(program("list", "--json").stdout)["sweeps"][0]["done"] == len(status["runs"])
-    assert json.loads(program("report", "--json").stdout)["rows"] == trained["rows"]
-    assert json.loads(program("stage", *SMALL, "--json").stdout)["staged"][0]["train_rows"] == 4000
-    assert json.loads(program("cancel", "--json").stdout) == {"runs": []}
+    program.environment |= {"NETRC": os.devnull, "WANDB_API_KEY": ""}
+    behind = {"": ["sweep=rank", *SMALL], "plan": SMALL, "stage": SMALL, "merge": ["r8"], "chat": ["r8", "2+2=?"]}
+    documents = {}
+    for name, verb in VERBS.items():
+        assert verb.json
+        done = program(*filter(None, [name]), *behind.get(name, []), "--json")
+        if name in {"sync", "dashboard"}:  # their documents come from a server: tests of their own have one
+            assert (done.returncode, done.stdout) == (2, "")
+        else:
+            assert done.returncode == 0, done.stderr
+            documents[name] = json.loads(done.stdout)
+    assert documents["list"]["sweeps"][0]["done"] == len(status["runs"])
+    assert documents["report"]["rows"] == documents["resume"]["rows"] == trained["rows"]
+    assert documents["stage"]["staged"][0]["train_rows"] == 4000
+    assert documents["cancel"] == {"runs": []}
+    assert documents["chat"][-2:] == ["2+2=?", "--json"]  # what the stand-in was asked
 
 
 @pytest.mark.parametrize(
@@ -220,6 +232,13 @@ def test_logs_print_what_the_job_said(program: Program) -> None:
     assert "loading the stand-in" in printed
     assert printed.count("==> ") >= 1
     assert program("logs", "--follow").stdout == printed
+    told = json.loads(program("logs", "--json").stdout)
+    (log,) = [log for log in told["logs"] if log["path"].endswith(".out")]
+    assert "loading the stand-in" in log["lines"]
+    (attempt,) = read_lines(first_run(program).attempts)
+    assert (log["job"], log["node"]) == (attempt["job"], attempt["node"])
+    endless = program("logs", "--json", "-f")
+    assert (endless.returncode, endless.stdout) == (2, "")
 
 
 def test_merge_and_chat_find_the_run_and_the_cache_it_was_trained_from(program: Program) -> None:

@@ -153,7 +153,7 @@ def test_every_line_of_stdin_is_a_prompt(
     monkeypatch.setattr("train.export.ANSWER_TOKENS", 4)
     monkeypatch.setattr("sys.stdin", io.StringIO("One?\n\n  Two?"))
     chat(run, tiny_model[1], None, as_json=True)
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    answers = json.loads(capsys.readouterr().out)["answers"]
     assert [answer["prompt"] for answer in answers] == ["One?", "Two?"]
     assert all(answer.keys() == {"prompt", "answer"} for answer in answers)
 
