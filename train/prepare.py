@@ -1,7 +1,7 @@
 """Fetch models and tokenise data before any job needs them: ``python -m train.prepare``.
 
 The launcher runs this as a process of its own, so that it never imports torch. On stdin comes one JSON document
-``{"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig}, …]}``; on stdout goes exactly one:
+``{"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig, "loras": [LoraConfig, …]}, …]}``; on stdout goes exactly one:
 ``{"ok": true, "facts": [{…, "model_dir": …}, …]}`` or ``{"ok": false, "error": …, "exit_code": …, "message": …}``.
 All else (progress, what libraries print) goes to stderr.
 """
@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.config import DataConfig, ModelConfig, parse_section
+from train.config import DataConfig, LoraConfig, ModelConfig, parse_section
 from train.errors import LorapackError
+from train.model.folder import linear_modules
 from train.rundir import CacheDir
+from train.targets import adapted_modules
 
 Json = dict[str, Any]
 
@@ -65,7 +67,7 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     """Make the model and the tokenised data of one request available; the facts of the data and where the model lies.
 
     Raises:
-        BadInput: the model or the data cannot be used.
+        BadInput: the model or the data cannot be used, or the model has not what an adapter of ``loras`` targets.
         StorageError: the cache cannot be written.
     """
     from train.data.loading import load_tokenised, summary  # heavy
@@ -76,6 +78,9 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     data = parse_section(DataConfig, request["data"], "data")
     model_dir = stage_model(model, cache)
     check_decoder(model_dir, model, data.max_length)
+    modules = linear_modules(model_dir)
+    for lora in request["loras"]:  # before the tokenising, which may take minutes
+        adapted_modules(parse_section(LoraConfig, lora, "lora"), modules)
     facts = load_tokenised(data, model, model_dir, cache).facts
     print(f"{data.name} for {model.name}: {summary(facts)}", file=sys.stderr, flush=True)
     return facts | {"model_dir": str(model_dir)}

@@ -17,20 +17,27 @@ from train.errors import BadInput, LorapackError, StorageError
 from train.rundir import CacheDir
 from train.sources import staged_model
 
+TARGETING = {
+    "target_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+}  # of `LoraConfig`: where adapters sit
+
 Facts = dict[str, Any]
 
 
 def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
-    """Fetch each distinct model and tokenise each distinct data set of `configs`; progress goes to stderr.
+    """Fetch each distinct model, check that it has what adapters target, tokenise each distinct data set; progress goes to stderr.
 
     Returns:
         The facts of each distinct pair of model and data, in the order of their first appearance.
 
     Raises:
-        BadInput: a model or a data set that cannot be trained on.
+        BadInput: a model or a data set that cannot be trained on, or a target that the model does not have.
         LorapackError: the process failed.
     """
-    requests = [{"model": config.model.model_dump(), "data": config.data.model_dump()} for config in _distinct(configs)]
+    requests = [_request(alike) for alike in _by_model_and_data(configs)]
     if not requests:
         return []
     answer = _ask({"cache": str(cache), "requests": requests})
@@ -44,7 +51,8 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
 
 def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:
     """Those of `configs` whose model or tokenised data is not in the cache."""
-    return [config for config in _distinct(configs) if not _is_prepared(config, CacheDir(cache))]
+    groups = _by_model_and_data(configs)
+    return [config for alike in groups if not _is_prepared(alike[0], CacheDir(cache)) for config in alike]
 
 
 def train_environment() -> dict[str, str]:
@@ -53,12 +61,19 @@ def train_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
-def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
-    """One configuration per pair of model and data."""
-    pairs: dict[str, RunConfig] = {}
+def _by_model_and_data(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
+    """The configurations that share model and data, in the order of their first appearance."""
+    groups: dict[str, list[RunConfig]] = {}
     for config in configs:
-        pairs.setdefault(config.model.model_dump_json() + config.data.model_dump_json(), config)
-    return list(pairs.values())
+        groups.setdefault(config.model.model_dump_json() + config.data.model_dump_json(), []).append(config)
+    return list(groups.values())
+
+
+def _request(alike: list[RunConfig]) -> dict[str, Any]:
+    """What `train.prepare` is asked for runs that share model and data; of a thousand adapters few target differently."""
+    loras = {config.lora.model_dump_json(include=TARGETING): config.lora.model_dump() for config in alike}
+    shared = alike[0]
+    return {"model": shared.model.model_dump(), "data": shared.data.model_dump(), "loras": list(loras.values())}
 
 
 def _is_prepared(config: RunConfig, cache: CacheDir) -> bool:

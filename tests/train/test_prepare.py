@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.config import DataConfig, ModelConfig
+from train.config import DataConfig, LoraConfig, ModelConfig
 from train.data.token_table import read_facts
 from train.rundir import CacheDir
 from train.sources import data_fingerprint, model_fingerprint
@@ -36,9 +36,10 @@ def ask(document: str) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]
     return json.loads(process.stdout), process
 
 
-def document(cache: Path, *requests: DataConfig) -> str:
-    pairs = [{"model": MODEL.model_dump(), "data": data.model_dump()} for data in requests]
-    return json.dumps({"cache": str(cache), "requests": pairs})
+def document(cache: Path, *requests: DataConfig, target: str = "q_proj") -> str:
+    loras = [LoraConfig(r=4, lora_alpha=8.0, target_modules=[name]).model_dump() for name in ("v_proj", target)]
+    items = [{"model": MODEL.model_dump(), "data": data.model_dump(), "loras": loras} for data in requests]
+    return json.dumps({"cache": str(cache), "requests": items})
 
 
 def test_models_and_tokens_are_there_afterwards_and_the_facts_are_told(tmp_path: Path) -> None:
@@ -61,6 +62,14 @@ def test_a_users_mistake_is_an_answer(tmp_path: Path) -> None:
     assert (answer["error"], answer["exit_code"], process.returncode) == ("BadInput", 2, 2)
     assert f"{tmp_path}/rows.jsonl:2: output is empty" in answer["message"]
     assert "Traceback" not in process.stderr
+
+
+def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenising(tmp_path: Path) -> None:
+    data = data_config(write_rows(tmp_path / "rows.jsonl", *["yes"] * 30), eval_rows=10)
+    answer, _ = ask(document(tmp_path / "cache", data, target="c_attn"))
+    assert (answer["error"], answer["exit_code"]) == ("BadInput", 2)
+    assert "'c_attn', which the model does not have; it has down_proj" in answer["message"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["models"]
 
 
 def test_a_mistake_of_the_caller_is_an_answer_too() -> None:
