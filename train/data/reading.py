@@ -6,6 +6,7 @@ Light for local files: the launcher calls `read_split` to refuse bad data before
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -52,12 +53,17 @@ def read_hub(source: str, data: DataConfig) -> tuple[list[Row], Dropped]:
     """
     import datasets
 
+    from train.hub import hub_trouble, offline
+
+    trouble = hub_trouble()
     try:
-        table = datasets.load_dataset(source, revision=data.revision, split=data.split)
+        with offline() if trouble else nullcontext():  # what was fetched before lies in the user's own cache
+            table = datasets.load_dataset(source, revision=data.revision, split=data.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as exc:
         raise BadInput(
-            f"data set {source!r} (data.revision={data.revision}, data.split={data.split}) could not be loaded: {exc}. Check the "
-            "name, fetch it with `python -m launcher stage` where the hub can be reached, or give a local file."
+            f"data set {source!r} (data.revision={data.revision}, data.split={data.split}) could not be loaded: {trouble or exc}. "
+            "Check the name, fetch it with 'python -m launcher stage' and the same cache= where the hub can be reached, let HF_HOME "
+            "name a cache that holds it, or give a local file."
         ) from exc
     rows: list[Row] = []
     dropped: Dropped = Counter()

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
+from train.hub import hub_trouble
 from train.model.folder import check_model_folder
 from train.model.gguf_package import save_packaged_model
 from train.model.locking import locked
@@ -72,6 +73,9 @@ def _fetch(model: ModelConfig, download: Path) -> None:
         BadInput: the hub does not know the model, does not let the user read it, or cannot be reached.
         StorageError: the cache cannot be written.
     """
+    trouble = hub_trouble()
+    if trouble is not None:
+        raise _out_of_reach(model, trouble)
     make_folder(download)
     code = ["*.py"] if model.trust_remote_code else []
     try:
@@ -96,11 +100,16 @@ def _fetch(model: ModelConfig, download: Path) -> None:
     except LorapackError:
         raise
     except Exception as exc:  # the client's HTTP library, and so its exceptions, change from version to version
-        raise BadInput(
-            f"model.source={model.source!r} could not be fetched, the hub is out of reach ({_first_line(exc)}). Run 'python -m "
-            "launcher stage' with the same arguments and cache= where there is internet, or give a local folder as model.source."
-        ) from exc
+        raise _out_of_reach(model, _first_line(exc)) from exc
     check_model_folder(download)
+
+
+def _out_of_reach(model: ModelConfig, reason: str) -> BadInput:
+    return BadInput(
+        f"model.source={model.source!r} could not be fetched, the hub is out of reach ({reason}). Run 'python -m launcher stage' "
+        "with the same arguments and cache= where there is internet, or give a local folder as model.source: a snapshot in "
+        f"{Path(constants.HF_HUB_CACHE)} is one. HF_ENDPOINT names another hub."
+    )
 
 
 def _move_files(download: Path, folder: Path) -> None:

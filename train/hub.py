@@ -1,0 +1,54 @@
+"""Whether the Hugging Face hub can be reached from here, asked once and with a deadline.
+
+Its own clients try every file for half a minute, and say so each time; compute nodes often have no network at all.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants, get_session
+
+PROBE_SECONDS = 8.0
+
+
+def hub_trouble(seconds: float = PROBE_SECONDS) -> str | None:
+    """Why the hub cannot be used from here, None if it gives any answer within `seconds`.
+
+    None too where HF_HUB_OFFLINE is set: the clients know that themselves.
+    """
+    if constants.is_offline_mode():
+        return None
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    # A thread, since looking up a host's name heeds no time-out.
+    threading.Thread(target=lambda: answers.put(_ask(seconds)), daemon=True).start()
+    try:
+        reason = answers.get(timeout=seconds + 0.5)
+    except queue.Empty:
+        reason = f"no answer within {seconds:g} s"
+    return None if reason is None else f"{constants.ENDPOINT} cannot be reached from this machine: {reason}"
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let the hub's clients look into the user's own cache (HF_HOME) alone, and ask nobody."""
+    import datasets
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _ask(seconds: float) -> str | None:
+    """One request by the client's own session, which knows of proxies and certificates; any answer is one."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception as exc:  # the client's HTTP library, and so its exceptions, change from version to version
+        return (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    return None
