@@ -258,7 +258,7 @@ class CacheDir:
         return self.path / "downloads" / key
 
     def base(self, key: str) -> BaseDir:
-        """A base model as jobs load it, quantised; complete if it exists."""
+        """A base model as jobs load it, quantised; complete if it exists. Its modification time is that of its last use."""
         return BaseDir(self.path / "bases" / key)
 
     def base_lock(self, key: str) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from train.model import base_cache
 from train.model.base_cache import BaseCache, WantedBase
 from train.rundir import CacheDir
 from train.signals import StopFlag, Stopped
+from train.storage import make_folder, read_json
 
 MODEL = ModelConfig(name="tiny", source="builtin:tiny", fingerprint="tiny")
 SINGLE = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=False)
@@ -180,6 +182,27 @@ def test_a_damaged_file_is_made_anew(plain: Path, tmp_path: Path, left: int) -> 
     os.replace(tmp_path / "cut", file)
     assert_same(load(plain, cache), expected)
     assert file.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_no_job_has_opened_for_a_month_makes_room(plain: Path, tmp_path: Path) -> None:
+    cache, used, idle = Cache(tmp_path / "cache"), packs.NF4, SINGLE
+    for quant in (used, idle):
+        load(plain, cache, quant)
+    abandoned = make_folder(tmp_path / "cache" / "bases" / ".0123.4567.tmp")
+    bases = [path for path in (tmp_path / "cache" / "bases").iterdir() if path.is_dir()]
+    month_ago = time.time() - (base_cache.IDLE_DAYS + 1) * 24 * 3600
+    for path in bases:
+        os.utime(path, (month_ago, month_ago))
+    load(plain, cache, used)  # opening is using
+    assert all(path.exists() for path in bases), "only a job that adds a base removes any"
+    load(plain, cache, used, torch.bfloat16)
+    left = [read_json(path) for path in tmp_path.glob("cache/bases/*/about.json")]
+    assert sorted((about["quant"] == used.model_dump(), about["dtype"]) for about in left) == [
+        (True, "bfloat16"),
+        (True, "float32"),
+    ]
+    assert not abandoned.exists()
+    assert sum("no job has opened" in line for line in cache.said) == 2
 
 
 def variants() -> Iterator[WantedBase]:

@@ -1,6 +1,7 @@
 """Bases quantised once per cluster: the process that finds none makes it while others wait, and then all read the same bytes.
 
-A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantises nothing.
+A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantises nothing. Whoever adds a base
+removes those that no job has opened for `IDLE_DAYS`: more than any job runs, so none of them is in use.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from train.storage import Record, make_folder, storage_errors, write_folder, wri
 FORMAT_VERSION = 1  # of the file: raise it when its names or their meaning change
 VERSIONED = ("bitsandbytes", "transformers")  # the one decides the bits, the other the names
 LEFT_FREE_BYTES = 2**30  # of the disk, for checkpoints
+IDLE_DAYS = 30.0
 
 Say = Callable[[str], None]
 
@@ -93,6 +96,8 @@ class BaseCache:
         folder = self.cache.base(key)
         found = read_base(folder, wanted.device)
         if found is not None:
+            with suppress(OSError):  # a cache that may only be read
+                os.utime(folder.path)
             return found
         try:
             make_folder(folder.path.parent)
@@ -103,6 +108,8 @@ class BaseCache:
 
     def _make(self, folder: BaseDir, about: Record, wanted: WantedBase) -> QuantisedBase:
         began, tensors = time.monotonic(), self._quantise(wanted)
+        for name in remove_idle(folder.path.parent):
+            self.say(f"removed {name} from the cache: no job has opened that base for {IDLE_DAYS:.0f} days")
         try:
             write_base(folder, about, tensors)
         except StorageError as exc:
@@ -119,6 +126,17 @@ class BaseCache:
     def _for_this_job(self, wanted: WantedBase, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantisedBase:
         self.say(f"the quantised base is not kept, so later jobs will quantise again: {why}")
         return _in_memory(tensors, wanted.device)
+
+
+def remove_idle(bases: Path) -> list[str]:
+    """Remove the bases that no job has opened for `IDLE_DAYS`, and what killed writers left as long ago; their names."""
+    idle_since = time.time() - IDLE_DAYS * 24 * 3600
+    with suppress(OSError):  # another job may be at it too
+        idle = [path for path in bases.iterdir() if path.is_dir() and path.stat().st_mtime < idle_since]
+        for path in idle:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in idle]
+    return []
 
 
 def read_base(folder: BaseDir, device: torch.device) -> QuantisedBase | None:
