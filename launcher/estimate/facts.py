@@ -5,7 +5,9 @@ from __future__ import annotations
 from launcher.estimate.shapes import ModelShape, model_shape
 from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig
+from train.model.architecture import check_architecture
 from train.rundir import CacheDir
+from train.sources import staged_model
 
 
 class Facts:
@@ -16,6 +18,7 @@ class Facts:
         self._shapes: dict[ModelConfig, ModelShape] = {}
         self._data: dict[tuple[ModelConfig, DataConfig], DataFacts] = {}
         self._adapters: dict[tuple[ModelConfig, str], Adapter] = {}
+        self._checked: set[tuple[ModelConfig, int]] = set()
 
     def shape(self, model: ModelConfig) -> ModelShape:
         """The base model's shape, real or assumed."""
@@ -27,12 +30,21 @@ class Facts:
         """What is left of a run.
 
         Raises:
-            BadInput: the model has no module that the adapter targets.
+            BadInput: the model cannot be trained, or has no module that the adapter targets.
         """
+        self._check(config.model, config.data.max_length)
         key = (config.model, config.data)
         if key not in self._data:
             self._data[key] = data_facts(config, self._cache)
         return workload(config.train, self._data[key], self._adapter(config.model, config.lora), done_steps)
+
+    def _check(self, model: ModelConfig, longest: int) -> None:
+        """Refuse an architecture by its ``config.json``, once that is at hand."""
+        if (model, longest) not in self._checked:
+            self._checked.add((model, longest))
+            folder = staged_model(model, self._cache)
+            if folder is not None:
+                check_architecture(folder, longest)
 
     def _adapter(self, model: ModelConfig, lora: LoraConfig) -> Adapter:
         """The adapter of a run; a thousand runs have few different ones."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -226,6 +228,24 @@ def test_a_missing_target_is_refused_before_anything_is_queued(
     cache = f"cache={tiny_model[1].path}"
     with pytest.raises(BadInput, match=r"c_attn.*q_proj"):
         make_plan(tiny_sweep(tmp_path, "lora.target_modules=[q_proj],[c_attn]", cache))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "phi"}, "output layer of 'phi'"),
+        ({"sliding_window": 64}, "data.max_length to at most 64"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+    ],
+)
+def test_an_architecture_that_cannot_be_trained_is_refused_by_its_configuration(
+    tmp_path: Path, tiny_model: tuple[ModelConfig, CacheDir, Path], change: dict[str, Any], said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model[2], tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BadInput, match=said):
+        make_plan(tiny_sweep(tmp_path, f"model.source={folder}"))
 
 
 def test_a_model_that_is_not_fetched_says_what_is_not_checked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     CohereConfig,
     FalconConfig,
@@ -24,9 +25,11 @@ from transformers import (
     PretrainedConfig,
     Qwen3Config,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from train.config import ModelConfig
 from train.errors import BadInput
+from train.model.architecture import NO_DECODER, UNLIKE_LLAMA, check_architecture
 from train.model.loading import check_decoder, load_decoder, load_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -60,6 +63,7 @@ def check(folder: Path, longest: int = LONGEST) -> None:
 )
 def test_decoders_like_llama_are_welcome(config: PretrainedConfig, tmp_path: Path) -> None:
     check(saved(config, tmp_path))
+    check_architecture(tmp_path, LONGEST)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,20 @@ def test_an_architecture_that_would_be_computed_differently_is_refused(
         check(saved(config, tmp_path))
     assert said in str(caught.value)
     assert "https" not in str(caught.value)
+    with pytest.raises(BadInput):  # the login node knows it without transformers
+        check_architecture(tmp_path, LONGEST)
+
+
+@pytest.mark.parametrize("kind", sorted(UNLIKE_LLAMA.keys() - {"falcon", "gpt2", "mamba", "phi"}))  # those are above
+def test_what_the_login_node_refuses_by_name_transformers_model_would_be_refused_for(kind: str, tmp_path: Path) -> None:
+    if UNLIKE_LLAMA[kind] == NO_DECODER:
+        assert kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return
+    names = {"d_model": 32, "n_heads": 4, "n_layers": 2, "n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+    kept = SIZES.keys() - ({"intermediate_size"} if kind in {"falcon", "rwkv"} else set())
+    config = CONFIG_MAPPING[kind](**{key: SIZES[key] for key in kept} | names)
+    with pytest.raises(BadInput):
+        check(saved(config, tmp_path))
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def _check_parts(folder: Path) -> None:
         raise BadInput(f"model.source={str(folder)!r} is no folder; give the folder that holds the model's {CONFIG}.")
     if not (folder / CONFIG).is_file():
         raise BadInput(f"model folder {folder} has no {CONFIG}; give the folder of a Hugging Face model.")
-    if "quantization_config" in _read_config(folder):
+    if "quantization_config" in model_config(folder):
         raise BadInput(
             f"model folder {folder} holds weights that are quantised already; give the unquantised model, "
             "and quant=nf4 quantises it while loading."
@@ -112,7 +112,7 @@ def decoder_numbers(model_dir: Path) -> dict[str, int]:
     Raises:
         BadInput: one is missing or no positive whole number.
     """
-    config = _read_config(model_dir)
+    config = model_config(model_dir)
     text = config.get("text_config", config)
     found: dict[str, Any] = {key: text.get(key) for key in DECODER_SIZES} if isinstance(text, dict) else {}
     if not found.get("intermediate_size") and isinstance(found.get("hidden_size"), int):
@@ -138,7 +138,7 @@ def parameter_count(model_dir: Path) -> int:
         BadInput: the weights are missing or damaged.
     """
     shapes = _tensor_shapes(model_dir)
-    if _read_config(model_dir).get("tie_word_embeddings"):
+    if model_config(model_dir).get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
     return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq"))
 
@@ -194,7 +194,12 @@ def _by_layer(name: str) -> tuple[int, str]:
     return (-1 if index is None else index, name)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def model_config(folder: Path) -> dict[str, Any]:
+    """The contents of ``config.json``.
+
+    Raises:
+        BadInput: it cannot be read, or is no JSON object.
+    """
     return _read_json(folder / CONFIG)
 
 

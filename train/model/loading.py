@@ -26,21 +26,13 @@ from transformers.utils import logging
 
 from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
+from train.model.architecture import CHOOSE_ANOTHER, HEAD_WITH_BIAS, refuse_by_config
 from train.model.folder import linear_shapes
 
 PLAIN_ATTENTION = "sdpa"  # asked for, since transformers might look for other kernels; `train.base` exchanges it
 PROBE_ATTENTION = "lorapack_probe"
 PROBE_TOKENS = 4
 LONGEST_REASON = 300  # characters; some messages of transformers list all that it knows
-CHOOSE_ANOTHER = "choose a Llama-like model"
-
-# What some architectures do to their logits, and the value that does nothing.
-LOGIT_KEYS: dict[str, float | None] = {
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "logit_scale": None,
-    "logits_scaling": 1.0,
-}
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -93,7 +85,7 @@ def check_decoder(folder: Path, model: ModelConfig, longest: int) -> None:
         BadInput: transformers cannot load it, weights are missing, or it is no decoder like Llama.
     """
     with _quiet(), _foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
-        _refuse_by_config(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), longest)
+        refuse_by_config(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), longest)
         decoder = load_decoder(folder, model, dtype=torch.bfloat16, device_map="meta")
         refuse_unsupported(decoder, longest)
         _refuse_other_linears(decoder, folder)
@@ -106,26 +98,9 @@ def refuse_unsupported(decoder: PreTrainedModel, longest: int) -> None:
     Raises:
         BadInput: attention sees fewer tokens than `longest`, logits are scaled or capped, or the output layer has a bias.
     """
-    _refuse_by_config(decoder.config, longest)
+    refuse_by_config(decoder.config, longest)
     if getattr(decoder.get_output_embeddings(), "bias", None) is not None:
-        raise BadInput(
-            f"the output layer of {_kind(decoder)} has a bias, which lorapack does not compute; {CHOOSE_ANOTHER}."
-        )
-
-
-def _refuse_by_config(config: Any, longest: int) -> None:
-    windowed = getattr(config, "use_sliding_window", True)
-    sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    window = min(filter(None, [sliding if windowed else None, chunk]), default=longest)
-    if window < longest:
-        raise BadInput(
-            f"the model attends to a sliding window of {window} tokens; set data.max_length to at most {window}, now {longest}."
-        )
-    for key, neutral in LOGIT_KEYS.items():
-        if getattr(config, key, neutral) not in (None, neutral):
-            raise BadInput(
-                f"the architecture {config.model_type!r} uses {key}, which lorapack does not compute; {CHOOSE_ANOTHER}."
-            )
+        raise BadInput(f"{HEAD_WITH_BIAS.format(decoder.config.model_type)}; {CHOOSE_ANOTHER}.")
 
 
 def _refuse_other_linears(decoder: PreTrainedModel, folder: Path) -> None:
