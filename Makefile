@@ -17,7 +17,7 @@ run: install ## train the default sweep (four LoRA ranks) here, end to end, and 
 	$(BIN)/python -m launcher sweep=rank
 
 test: $(VENV)/.tested browser ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadgroup
 
 browser: # Chromium, for the tests of report.html; installed where that takes no more than a line
 	@for name in chromium chromium-browser google-chrome-stable google-chrome; do command -v $$name >/dev/null && exit 0; done; \

@@ -1,4 +1,4 @@
-"""One real Slurm for all tests that ask for `cluster`. Without Slurm they are skipped, and on CI they fail."""
+"""A real Slurm for the tests that ask for `cluster`. Without Slurm they are skipped, and on CI they fail."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ CLUSTER_TEST_SECONDS = 600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests on the cluster go to one worker of pytest-xdist (``--dist loadgroup``): they change its settings."""
+    """Two workers of pytest-xdist (``--dist loadgroup``) have a cluster each, whose settings their tests change.
+
+    They go first: they wait most of the time, and the other tests fill the gaps.
+    """
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
+            half = "preemption" if "test_preemption" in item.nodeid else "everything else"
+            item.add_marker(pytest.mark.xdist_group(f"slurm: {half}"))
             item.add_marker(pytest.mark.timeout(CLUSTER_TEST_SECONDS))
+    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[Cluster]:
-    """The cluster, started once. Use `cluster`."""
+    """The cluster of this process. Use `cluster`."""
     folder = cluster_folder()
     try:
         cluster = Cluster(folder)
