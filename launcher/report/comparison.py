@@ -26,7 +26,8 @@ class Axis:
 @dataclass(frozen=True)
 class Row:
     """A finished run. Losses are nats per response token, speeds tokens per second of this run alone; `seconds` and
-    `peak_memory_gib` are those of the whole pack that it trained in, `gpu_hours` is its share.
+    `peak_memory_gib` are those of the whole pack that it trained in, `gpu_hours` is its share, and `cost_usd` what that
+    costs where the partition has a price. `eval_rows` is how many held-out rows loss and match are means over.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Row:
     pack: str | None
     eval_loss: float | None
     eval_exact_match: float | None
+    eval_rows: int | None
     base_eval_loss: float | None
     base_eval_exact_match: float | None
     best_eval_loss: float | None
@@ -46,6 +48,7 @@ class Row:
     tokens_per_second: float | None
     seconds: float | None
     gpu_hours: float | None
+    cost_usd: float | None
     peak_memory_gib: float | None
     trainable_parameters: int | None
     total_parameters: int | None
@@ -129,7 +132,7 @@ class Answers:
 @dataclass(frozen=True)
 class Report:
     """A sweep, compared. `rows` are ranked, best first; `groups` likewise by their mean; `curves` in the order of
-    `runs`, and `answers` of those that gave any; `commands` made the sweep, oldest first.
+    `runs`, and `answers` of those that gave any; `commands` made the sweep, oldest first. `caveats` limit the ranking.
     """
 
     sweep: str
@@ -138,6 +141,7 @@ class Report:
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     noise: Noise
+    caveats: tuple[str, ...]
     unfinished: tuple[Unfinished, ...]
     curves: tuple[Curve, ...]
     answers: tuple[Answers, ...]
@@ -161,6 +165,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "axes": [axis.key for axis in report.axes],
         "best": None if report.best is None else report.best.id,
         "noise": asdict(report.noise),
+        "caveats": list(report.caveats),
         "rows": [asdict(row) for row in report.rows],
         "groups": [asdict(group) for group in report.groups],
         "unfinished": [asdict(run) for run in report.unfinished],

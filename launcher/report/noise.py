@@ -105,8 +105,10 @@ def _lead_text(best: Group, second: Group, low: float, high: float) -> str:
 
 def _one_seed_text(best: Group, second: Group, lead: float) -> str:
     """What can be said where a configuration has one seed only."""
+    alone = [group.label for group in (best, second) if group.deviation is None]
+    seeds = "one seed per configuration" if len(alone) == 2 else f"one seed of {alone[0]}"
     return (
-        f"{best.label} leads {second.label} by {lead:.4f} in eval loss. With one seed per configuration nobody can tell "
+        f"{best.label} leads {second.label} by {lead:.4f} in eval loss. With {seeds} nobody can tell "
         "whether that is more than the noise between seeds."
     )
 
@@ -122,4 +124,4 @@ def _spread_text(group: Group) -> str:
 
 
 def _plus_minus(group: Group) -> str:
-    return f"{group.mean:.4f} ± {group.deviation or 0.0:.4f}"
+    return f"{group.mean:.4f} (s.d. {group.deviation or 0.0:.4f})"

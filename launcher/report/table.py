@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,6 +15,28 @@ from launcher.report.differences import axes_label, value_label
 from launcher.units import count, number, percent, seconds
 
 TOP_ROWS = 50
+
+
+class Measure(NamedTuple):
+    """A column behind the axes: a field of `Row`, and how it is written."""
+
+    title: str
+    key: str
+    text: Callable[[Any], str]
+
+
+MEASURES = (
+    Measure("eval loss", "eval_loss", partial(number, digits=4)),
+    Measure("exact match", "eval_exact_match", percent),
+    Measure("tokens/s", "tokens_per_second", partial(number, digits=0)),
+    Measure("time", "seconds", seconds),
+    Measure("GPU-hours", "gpu_hours", partial(number, digits=2)),
+    Measure("USD", "cost_usd", partial(number, digits=2)),
+    Measure("GiB", "peak_memory_gib", partial(number, digits=2)),
+    Measure("trainable", "trainable_parameters", count),
+    Measure("MB", "adapter_mb", partial(number, digits=1)),
+)
+GPU_ONLY = {"gpu_hours", "cost_usd"}  # left out where no run has any
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -32,12 +58,14 @@ def _ranking(report: Report) -> Table:
     table.add_column("")
     table.add_column("run")
     keys = [axis.key for axis in report.axes]
-    for title in (*map(_short, keys), "eval loss", "exact match", "tokens/s", "time", "GiB", "trainable", "MB"):
+    measures = [m for m in MEASURES if m.key not in GPU_ONLY or any(getattr(row, m.key) for row in report.rows)]
+    for title in (*map(_short, keys), *(measure.title for measure in measures)):
         table.add_column(escape(title), justify="right")
     for row in report.rows[:TOP_ROWS]:
         cells = [escape(value_label(row.axes[key])) for key in keys]
         mark = "★" if row.rank == 1 else str(row.rank)
-        table.add_row(mark, escape(row.name), *cells, *_measures(row), style="bold green" if row.rank == 1 else None)
+        cells += [measure.text(getattr(row, measure.key)) for measure in measures]
+        table.add_row(mark, escape(row.name), *cells, style="bold green" if row.rank == 1 else None)
     return table
 
 
@@ -45,24 +73,12 @@ def _short(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _measures(row: Row) -> list[str]:
-    """The cells of one run behind its axes."""
-    return [
-        number(row.eval_loss, 4),
-        percent(row.eval_exact_match),
-        number(row.tokens_per_second, 0),
-        seconds(row.seconds),
-        number(row.peak_memory_gib, 2),
-        count(row.trainable_parameters),
-        number(row.adapter_mb, 1),
-    ]
-
-
 def _print_verdict(report: Report, console: Console) -> None:
     """The best run and how far its lead can be trusted."""
     if report.best is not None:
         console.print(f"\n[bold green]Best run[/]: {escape(_best_text(report.best))}", highlight=False)
-    console.print(escape(report.noise.text), highlight=False)
+    for sentence in (report.noise.text, *report.caveats):
+        console.print(escape(sentence), highlight=False)
     if report.noise.command is not None:
         console.print("To find out:", style="dim")
         console.print(f"  {report.noise.command}", markup=False, highlight=False, soft_wrap=True)
@@ -73,4 +89,5 @@ def _best_text(best: Row) -> str:
     label = f" ({axes_label(best.axes)})" if best.axes else ""
     gains = f"eval loss {number(best.base_eval_loss, 4)} -> {number(best.eval_loss, 4)}"
     matches = f"exact match {percent(best.base_eval_exact_match)} -> {percent(best.eval_exact_match)}"
-    return f"{best.name}{label}: {gains}, {matches} of held-out rows, base model -> tuned"
+    rows = f"{count(best.eval_rows)} held-out rows" if best.eval_rows else "held-out rows"
+    return f"{best.name}{label}: {gains}, {matches} of {rows}, base model -> tuned"

@@ -9,6 +9,7 @@ import yaml
 
 from launcher.plan.verdict import judge
 from launcher.report.answers import read_answers
+from launcher.report.caveats import caveats_of
 from launcher.report.comparison import Report, Row, Unfinished, report_json
 from launcher.report.curves import read_curve
 from launcher.report.differences import SEED, Values, flat, swept_axes
@@ -16,14 +17,16 @@ from launcher.report.html_page import render_page
 from launcher.report.noise import group_by_seed, judge_noise
 from launcher.report.table import print_report
 from launcher.track.tracker import track
+from train.mirror.request import cost_usd
 from train.rundir import RunDir, SweepDir
-from train.storage import Record, make_folder, read_json, write_bytes, write_text
+from train.storage import Record, make_folder, read_first_line, read_json, write_bytes, write_text
 
 __all__ = ["build_report", "print_report", "report_json", "write_report"]
 
 # Reading 500 configurations takes 3 s with the parser written in Python.
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-MEASURED = [key for key in Row.__dataclass_fields__ if key not in {"rank", "id", "name", "axes", "pack"}]
+FROM_ELSEWHERE = {"rank", "id", "name", "axes", "pack", "eval_rows", "cost_usd"}
+MEASURED = [key for key in Row.__dataclass_fields__ if key not in FROM_ELSEWHERE]
 
 
 def build_report(sweep_dir: SweepDir) -> Report:
@@ -45,6 +48,7 @@ def build_report(sweep_dir: SweepDir) -> Report:
         rows=rows,
         groups=groups,
         noise=judge_noise(groups, sweep=sweep_dir.path.name, commands=commands, seeds=seeds),
+        caveats=caveats_of(axes, rows, unfinished),
         unfinished=unfinished,
         curves=tuple(read_curve(folders[run_id]) for run_id in ranked),
         answers=tuple(answers for run_id in ranked if (answers := read_answers(folders[run_id])) is not None),
@@ -72,7 +76,7 @@ def write_report(sweep_dir: SweepDir) -> Report:
     return report
 
 
-def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, str]) -> tuple[Row, ...]:
+def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, Record]) -> tuple[Row, ...]:
     """The finished runs by eval loss, lowest first; equal ones by name. A run that measured none comes last."""
     results = [(run, result) for run in runs if (result := read_json(run.result)) is not None]
 
@@ -80,16 +84,23 @@ def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, str]
         loss = finished[1].get("eval_loss")
         return (loss is None, loss or 0.0, finished[0].name)
 
+    ranked = enumerate(sorted(results, key=order), start=1)
     return tuple(
-        Row(
-            rank=rank,
-            id=run.id,
-            name=run.name,
-            axes=points[run.id],
-            pack=packs.get(run.path.name),
-            **{key: result.get(key) for key in MEASURED},
-        )
-        for rank, (run, result) in enumerate(sorted(results, key=order), start=1)
+        _row(rank, run, points[run.id], result, packs.get(run.path.name, {})) for rank, (run, result) in ranked
+    )
+
+
+def _row(rank: int, run: RunDir, axes: Values, result: Record, pack: Record) -> Row:
+    """A finished run; `pack` is what is known of the last one that it trained in."""
+    return Row(
+        rank=rank,
+        id=run.id,
+        name=run.name,
+        axes=axes,
+        pack=pack.get("id"),
+        eval_rows=(read_first_line(run.journal) or {}).get("eval_rows"),
+        cost_usd=cost_usd(pack.get("forecast", {}), result),
+        **{key: result.get(key) for key in MEASURED},
     )
 
 
@@ -102,11 +113,11 @@ def _unfinished(sweep_dir: SweepDir, runs: list[RunDir], points: dict[str, Value
     )
 
 
-def _packs(sweep_dir: SweepDir) -> dict[str, str]:
+def _packs(sweep_dir: SweepDir) -> dict[str, Record]:
     """Run folder -> the newest pack that it trained in."""
     files = sorted(sweep_dir.jobs.glob("*/pack.json"), key=lambda file: file.stat().st_mtime)
     packs = [read_json(file) for file in files]
-    return {run: pack["id"] for pack in packs for run in pack["runs"]}
+    return {run: pack for pack in packs for run in pack["runs"]}
 
 
 def _commands(sweep_dir: SweepDir) -> tuple[str, ...]:

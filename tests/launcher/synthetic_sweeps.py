@@ -63,13 +63,14 @@ class SyntheticSweep:
         self.folders.append(run.path.name)
         return run
 
-    def accept(self, command: str) -> SyntheticSweep:
-        """What submitting leaves: the accepted plan with its command, and the pack of all runs so far."""
+    def accept(self, command: str, **forecast: float) -> SyntheticSweep:
+        """What submitting leaves: the accepted plan with its command, and the pack of all runs so far with its forecast."""
         plans = make_folder(self.dir.plans)
         write_json(plans / f"{len(list(plans.iterdir())) + 1}.json", {"sweep": self.path.name, "command": command})
         pack = self.dir.pack(PACK)
         make_folder(pack.path)
-        write_json(pack.pack, {"id": PACK, "sweep_dir": str(self.path), "cache": "cache", "runs": self.folders})
+        facts = {"id": PACK, "sweep_dir": str(self.path), "cache": "cache", "runs": self.folders}
+        write_json(pack.pack, facts | {"forecast": forecast})
         return self
 
 

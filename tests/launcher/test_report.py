@@ -94,7 +94,20 @@ def test_finished_runs_are_ranked_by_eval_loss_with_their_measures(sweep: Synthe
     assert best["base_eval_loss"] == BASE_EVAL_LOSS
     assert (best["peak_memory_gib"], best["seconds"], best["gpu_hours"], best["pack"]) == (1.87, 171.0, 0.0, PACK)
     assert best["trainable_parameters"] == 14400 * 8 * 2
+    assert best["eval_rows"] == 64
+    assert best.pop("cost_usd") is None, "nobody named a price"
     assert None not in best.values()
+
+
+def test_what_a_run_cost_is_its_gpu_hours_at_the_price_of_its_partition(sweep: SyntheticSweep):
+    run = sweep.add({"lora.r": 8})
+    write_json(run.result, json.loads(run.result.read_bytes()) | {"gpu_hours": 0.5})
+    sweep.accept("python -m launcher sweep=rank", gpu_hours=2.0, usd=3.0)
+    report = build_report(sweep.dir)
+    assert report.rows[0].cost_usd == 0.75
+    console = Console(file=io.StringIO(), width=120)
+    print_report(report, console)
+    assert console.file.getvalue().splitlines()[1].split()[-5:-3] == ["GPU-hours", "USD"]
 
 
 def test_runs_without_a_result_are_listed_and_never_ranked(sweep: SyntheticSweep):
@@ -128,6 +141,27 @@ def test_a_sweep_with_nothing_yet_still_has_a_report(sweep: SyntheticSweep):
     assert report.best is None
     assert report.noise.verdict == "unknown"
     assert sweep.dir.report.exists()
+
+
+# ---- what limits a ranking is said beside it
+
+
+def test_runs_without_a_result_are_counted_where_the_ranking_is_read(sweep: SyntheticSweep):
+    sweep.grid({"lora.r": [4, 8]})
+    assert build_report(sweep.dir).caveats == ()
+    ended(sweep.add({"lora.r": 16}, finished=False), "diverged", "loss is nan")
+    sweep.add({"lora.r": 32}, finished=False)
+    report = build_report(sweep.dir)
+    assert report.caveats == ("2 of 4 runs have no result and are not compared: 1 failed, 1 stopped.",)
+    console = Console(file=io.StringIO(), width=160)
+    print_report(report, console)
+    assert report.caveats[0] in console.file.getvalue()
+
+
+def test_losses_over_different_tokens_are_said_not_to_compare(sweep: SyntheticSweep):
+    sweep.grid({"data.max_length": [256, 512], "data.train_rows": [100, 200]})
+    (caveat,) = build_report(sweep.dir).caveats
+    assert "only between runs of the same data.max_length:" in caveat
 
 
 # ---- noise between seeds
@@ -178,6 +212,14 @@ def test_one_seed_cannot_tell_and_the_command_that_can_is_named(sweep: Synthetic
     assert noise.command == "python -m launcher sweep=rank train.seed=0,1,2 sweep.name=rank-smollm2-tasks"
 
 
+def test_one_seed_of_the_runner_up_cannot_tell_either(sweep: SyntheticSweep):
+    three_seeds(sweep, 8, (0.99, 1.00, 1.01))
+    sweep.add({"lora.r": 4, "train.seed": 0}, eval_loss=1.1)
+    noise = build_report(sweep.dir).noise
+    assert noise.verdict == "unknown"
+    assert "With one seed of r=4 nobody can tell" in noise.text
+
+
 def test_more_seeds_are_asked_of_the_newest_command_that_composes():
     commands = [
         "python -m launcher 'lora.target_modules=[q_proj, v_proj]' sweep.name=old",
@@ -191,7 +233,7 @@ def test_seeds_alone_give_their_spread(sweep: SyntheticSweep):
     for seed, loss in enumerate((0.8, 0.9, 1.0)):
         sweep.add({"train.seed": seed}, eval_loss=loss)
     report = build_report(sweep.dir)
-    assert "0.9000 ± 0.1000" in report.noise.text
+    assert "0.9000 (s.d. 0.1000)" in report.noise.text
     assert [chart.axis.key for chart in axis_charts(report)] == ["train.seed"]
 
 

@@ -59,7 +59,7 @@ def test_the_embedded_data_is_the_report(sweep: SyntheticSweep):
     data = Page(render_page(report)).data()
     assert data == json.loads(json.dumps(page_document(report)))
     expected = json.loads(json.dumps(report_json(report)))
-    for key in ("sweep", "commands", "best", "noise", "rows", "groups", "unfinished"):
+    for key in ("sweep", "commands", "best", "noise", "caveats", "rows", "groups", "unfinished"):
         assert data[key] == expected[key]
     assert [axis["key"] for axis in data["axes"]] == expected["axes"]
 

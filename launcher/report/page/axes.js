@@ -19,8 +19,9 @@ function axisCaption(chart, withSeeds) {
   if (!chart.best.length) return "Points are runs that differ in their seed alone: their spread is the noise.";
   const others = doc.axes.filter((axis) => axis.key !== SEED).length > 1;
   const line = others ? "the best configuration at each value" : "the value's loss";
+  const single = chart.best.every((best) => has(best.half_width)) ? "" : " Without an interval: one seed, so its noise is not known.";
   return withSeeds
-    ? `Points are runs. The line joins ${line}: mean over its seeds, with the mean's 95 % interval.`
+    ? `Points are runs. The line joins ${line}: mean over its seeds, with the mean's 95 % interval.${single}`
     : `Points are runs. The line joins ${line}; one seed each, so the noise is not known.`;
 }
 

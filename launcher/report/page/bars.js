@@ -5,6 +5,7 @@ const COSTS = [
   { key: "seconds", title: "Time", text: duration, shared: true },
   { key: "peak_memory_gib", title: "Peak memory", text: (value) => `${fixed(2)(value)} GiB`, shared: true },
   { key: "gpu_hours", title: "GPU-hours", text: fixed(3) },
+  { key: "cost_usd", title: "Cost", text: dollars },
   { key: "trainable_parameters", title: "Trainable", text: compact },
   { key: "adapter_mb", title: "Adapter", text: (value) => `${fixed(1)(value)} MB` },
 ];

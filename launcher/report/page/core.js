@@ -2,7 +2,7 @@
 const doc = JSON.parse(document.getElementById("data").textContent);
 const SVG = document.getElementById("logo").namespaceURI;
 const SEED = "train.seed";
-const MANY_CURVES = 24;  // from here on only the best ones are drawn at first
+const MANY_CURVES = 24;  // of more runs only a few are drawn at first
 const FIRST_CURVES = 12;
 
 const byId = (id) => document.getElementById(id);
@@ -16,11 +16,21 @@ const differs = (key) => new Set(doc.rows.map((row) => row[key])).size > 1;
 const isRanked = (run) => run.rank !== undefined;
 
 // ---- state: which curves are on, what the filter leaves, which run is pointed at
+const firstAxis = doc.axes.find((axis) => axis.key !== SEED) ?? doc.axes[0];
+/** The best run at each value of the first axis: few curves that differ. Where nothing is swept, the best runs. */
+function bestOfEach() {
+  const best = new Map();
+  for (const run of runs) {
+    const value = firstAxis ? valueLabel(run, firstAxis.key) : run.id;
+    if (!best.has(value)) best.set(value, run);
+  }
+  return [...best.values()].slice(0, FIRST_CURVES);
+}
 const state = {
-  on: new Set((runs.length > MANY_CURVES ? runs.slice(0, FIRST_CURVES) : runs).map((run) => run.id)),
+  on: new Set((runs.length > MANY_CURVES ? bestOfEach() : runs).map((run) => run.id)),
   passing: new Set(runs.map((run) => run.id)),
   focus: null,
-  colourBy: (doc.axes.find((axis) => axis.key !== SEED) ?? doc.axes[0])?.key ?? "",
+  colourBy: firstAxis?.key ?? "",
 };
 const listeners = { draw: [], focus: [] };
 const redraw = () => listeners.draw.forEach((draw) => draw());
@@ -91,4 +101,5 @@ const duration = (value) => {
   const two = (number) => String(number).padStart(2, "0");
   return whole < 3600 ? `${Math.floor(whole / 60)} min ${two(whole % 60)} s` : `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
 };
+const dollars = (value) => (has(value) ? `$${fixed(value < 1 ? 3 : 2)(value)}` : MISSING);
 const compact = (value) => (has(value) ? value.toLocaleString("en", { notation: "compact", maximumFractionDigits: 2 }) : MISSING);

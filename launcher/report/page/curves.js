@@ -4,8 +4,10 @@ const curveBox = byId("curve-plot");
 // From a base model's loss down to a tuned one's, the logarithm keeps the end of the curves apart.
 const WIDE_RANGE = 2.5;
 const FEW_CURVES = 8;  // training curves of more runs are a carpet; their evaluations are not
-const curveView = { kind: firstKind(), logarithmic: isWide(doc.curves.runs.flatMap((curve) => curve.eval_losses)) };
-let curveLines = [];  // what is drawn: {run, kind, steps, losses}
+const SMOOTH_FROM = 30;  // points of a training curve, whose batches make more noise than its runs differ
+const FEW_POINTS = 12;  // so many evaluations are marked, lest the line between two of them pass for measured
+const curveView = { kind: firstKind(), smooth: true, logarithmic: isWide(doc.curves.runs.flatMap((curve) => curve.eval_losses)) };
+let curveLines = [];  // what is drawn: {run, kind, steps, losses, note}
 let curveFrame = null;
 let cursor = null;  // {line, index} of the point that the arrow keys stand on
 
@@ -21,12 +23,26 @@ function isWide(losses) {
 
 function linesOf(curve) {
   const { grids } = doc.curves;
-  const both = [
-    { kind: "training", steps: grids[curve.grid], losses: curve.losses },
-    { kind: "evaluation", steps: grids[curve.eval_grid], losses: curve.eval_losses },
-  ];
-  return both.filter((line) => line.losses.length && (curveView.kind === "both" || curveView.kind === line.kind))
-    .map((line) => ({ ...line, run: runById.get(curve.run) }));
+  const line = {
+    training: () => ({ steps: grids[curve.grid], losses: smoothed(curve.losses), note: reachOf(curve.losses) ? " (smoothed)" : "" }),
+    evaluation: () => ({ steps: grids[curve.eval_grid], losses: curve.eval_losses, note: "" }),
+  };
+  const kinds = curveView.kind === "both" ? ["training", "evaluation"] : [curveView.kind];
+  return kinds.map((kind) => ({ kind, run: runById.get(curve.run), ...line[kind]() })).filter((drawn) => drawn.losses.length);
+}
+
+/** How many neighbours on either side a smoothed point is the mean of, at most. */
+const reachOf = (losses) => (curveView.smooth && losses.length >= SMOOTH_FROM ? Math.round(losses.length / 20) : 0);
+
+/** Means over as many neighbours on either side, so that a falling curve is not lifted; at the ends over fewer. */
+function smoothed(losses) {
+  const most = reachOf(losses);
+  if (!most) return losses;
+  return losses.map((_, index) => {
+    const reach = Math.min(most, index, losses.length - 1 - index);
+    const near = losses.slice(index - reach, index + reach + 1);
+    return near.reduce((sum, loss) => sum + loss, 0) / near.length;
+  });
 }
 
 function drawCurves() {
@@ -42,7 +58,7 @@ function drawCurves() {
     yTicks: lossTicks(domain), xTicks: niceTicks(...steps, 8).map((step) => [step, tickText(step)]),
   });
   curveFrame = { plot, marks, above, x, y: (loss) => y(level(loss)) };
-  marks.append(...curveLines.map(drawLine));
+  marks.append(...curveLines.map(drawLine), ...curveLines.flatMap(drawEvaluations));
   markCurves();
 }
 
@@ -61,6 +77,12 @@ function drawLine(line) {
   const points = drawable.map(([step, loss]) => `${curveFrame.x(step).toFixed(1)},${curveFrame.y(loss).toFixed(1)}`);
   const names = ["run", "curve", line.kind, curveView.kind === "training" ? "alone" : "", isRanked(line.run) ? "" : "unfinished"];
   return svg("path", { class: names.filter(Boolean).join(" "), d: through(points), stroke: colour(line.run), "data-run": line.run.id });
+}
+
+function drawEvaluations({ run, kind, steps, losses }) {
+  if (kind !== "evaluation" || losses.length > FEW_POINTS || curveLines.length > MANY_CURVES) return [];
+  return losses.flatMap((loss, index) => (loss > 0 || !curveView.logarithmic
+    ? [svg("circle", { class: "point", cx: curveFrame.x(steps[index]), cy: curveFrame.y(loss), r: 3.5, fill: colour(run), "data-run": run.id })] : []));
 }
 
 function markCurves() {
@@ -105,7 +127,7 @@ function standOn(point) {
   const [x, y] = [curveFrame.x(line.steps[index]), curveFrame.y(line.losses[index])];
   const bounds = curveFrame.plot.getBoundingClientRect();
   const step = Number(line.steps[index].toFixed(1));
-  showTip(`${runLabel(line.run)}\nstep ${step}: ${line.kind} loss ${fixed(4)(line.losses[index])}`, bounds.left + x, bounds.top + y);
+  showTip(`${runLabel(line.run)}\nstep ${step}: ${line.kind} loss ${fixed(4)(line.losses[index])}${line.note}`, bounds.left + x, bounds.top + y);
   return undefined;
 }
 
@@ -143,13 +165,20 @@ function drawLegend() {
     button.addEventListener("pointerleave", () => setFocus(null));
     return button;
   }));
-  const means = Math.max(1, ...doc.curves.runs.map((curve) => curve.steps_per_point));
   byId("curve-caption").textContent = [
-    curveView.kind === "evaluation" ? "Loss on held-out rows." : means > 1 ? `Each point of a training curve is the mean of ${means} steps.` : "Each point of a training curve is one optimizer step.",
+    curveView.kind === "evaluation" ? "Loss on held-out rows." : trainingCaption(),
     curveView.kind === "both" ? "Thin: training; thick: evaluation on held-out rows." : "",
-    doc.unfinished.length ? "Dashed: not finished." : "",
+    doc.unfinished.length ? "Dashed: without a result." : "",
     runs.length > MANY_CURVES ? `${state.on.size} of ${runs.length} runs are on; the boxes in the table switch more on.` : "",
   ].filter(Boolean).join(" ");
+}
+
+/** What a point of a training curve stands for. */
+function trainingCaption() {
+  const thinned = Math.max(1, ...doc.curves.runs.map((curve) => curve.steps_per_point));
+  const reach = Math.max(0, ...doc.curves.runs.map((curve) => reachOf(curve.losses)));
+  const steps = thinned * (2 * reach + 1);
+  return steps > 1 ? `Each point of a training curve is the mean of ${reach ? "up to " : ""}${steps} steps.` : "Each point of a training curve is one optimizer step.";
 }
 
 function toggleRun(run) {
@@ -164,12 +193,18 @@ function switchOn(chosen) {
 }
 
 function curveControls() {
-  const some = runs.length > FIRST_CURVES;
+  const some = runs.length > MANY_CURVES;
+  const smooths = doc.curves.runs.some((curve) => curve.losses.length >= SMOOTH_FROM);
+  const smoothing = segments("Training curves", [[true, "Smooth"], [false, "Every step"]], curveView.smooth, (chosen) => { curveView.smooth = chosen; drawCurves(); drawLegend(); });
+  const offer = () => { smoothing.hidden = !smooths || curveView.kind === "evaluation"; };
+  offer();
   byId("curve-controls").append(
-    segments("Which loss", [["both", "Both"], ["training", "Training"], ["evaluation", "Evaluation"]], curveView.kind, (kind) => { curveView.kind = kind; drawCurves(); drawLegend(); }),
+    segments("Which loss", [["both", "Both"], ["training", "Training"], ["evaluation", "Evaluation"]], curveView.kind, (kind) => { curveView.kind = kind; offer(); drawCurves(); drawLegend(); }),
+    smoothing,
     segments("Loss axis", [[false, "Linear"], [true, "Log"]], curveView.logarithmic, (chosen) => { curveView.logarithmic = chosen; drawCurves(); }),
     html("div", { class: "segments", role: "group", "aria-label": "Curves" },
       html("button", { type: "button", onclick: () => switchOn(runs) }, "All"),
+      some && firstAxis ? html("button", { type: "button", onclick: () => switchOn(bestOfEach()) }, `Best per ${shortKey(firstAxis.key)}`) : null,
       some ? html("button", { type: "button", onclick: () => switchOn(runs.slice(0, FIRST_CURVES)) }, `Best ${FIRST_CURVES}`) : null,
       html("button", { type: "button", onclick: () => switchOn([]) }, "None")));
 }

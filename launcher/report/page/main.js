@@ -1,12 +1,22 @@
 // The page from top to bottom, and what redraws it.
 function describe(best) {
-  const [label, ...figures] = [runLabel(best),
+  const over = best.eval_rows ? `of ${fixed(0)(best.eval_rows)} rows; ` : "";
+  const figures = [
     ["Eval loss", fixed(4)(best.eval_loss), `base model ${fixed(4)(best.base_eval_loss)}`],
-    ["Exact match", percent(best.eval_exact_match), `base model ${percent(best.base_eval_exact_match)}`]];
+    ["Exact match", percent(best.eval_exact_match), `${over}base model ${percent(best.base_eval_exact_match)}`]];
   return [
-    html("div", {}, html("div", { class: "eyebrow" }, "Best run"), html("div", { class: "winner" }, label), html("code", { class: "muted" }, `${best.name}-${best.id}`)),
+    html("div", {}, html("div", { class: "eyebrow" }, "Best run"), html("div", { class: "winner" }, runLabel(best)),
+      html("div", { class: "muted" }, seedsOf(best)), html("code", { class: "muted" }, `${best.name}-${best.id}`)),
     ...figures.map(([title, value, note]) => html("div", {}, html("div", { class: "eyebrow" }, title), html("div", { class: "figure" }, value), html("div", { class: "muted" }, note))),
   ];
+}
+
+/** What is known of the noise in the best run's loss: it may be the luckiest of its seeds. */
+function seedsOf(run) {
+  const group = doc.groups.find((one) => one.runs.includes(run.id));
+  if (!group) return "";
+  const count = group.runs.length;
+  return count === 1 ? "one seed" : `the best of ${count} seeds, whose mean is ${fixed(4)(group.mean)} (95 % interval ± ${fixed(4)(group.half_width)})`;
 }
 
 function drawVerdict() {
@@ -14,7 +24,8 @@ function drawVerdict() {
   const { verdict, text, command } = doc.noise;
   const next = command ? html("div", { class: "next" }, html("span", { class: "muted" }, "To find out: "), html("code", {}, command)) : null;
   byId("verdict").replaceChildren(...(doc.rows.length ? describe(doc.rows[0]) : []),
-    html("div", { class: `noise ${verdict}` }, html("span", { class: "mark", "aria-hidden": "true" }, marks[verdict]), html("span", {}, text), next));
+    html("div", { class: `noise ${verdict}` }, html("span", { class: "mark", "aria-hidden": "true" }, marks[verdict]), html("span", {}, text),
+      ...doc.caveats.map((sentence) => html("div", { class: "next" }, sentence)), next));
 }
 
 /** A pack's time counts once, however many runs shared it. */
@@ -34,6 +45,7 @@ function drawTiles() {
     [compact(sum("tokens")), "tokens trained"],
     [peak ? `${fixed(2)(peak)} GiB` : MISSING, "peak memory"],
     sum("gpu_hours") ? [fixed(2)(sum("gpu_hours")), "GPU-hours"] : null,
+    sum("cost_usd") ? [dollars(sum("cost_usd")), "cost of the finished runs"] : null,
     doc.rows[0]?.device ? [doc.rows[0].device, doc.rows[0].dtype ?? "device"] : null,
   ];
   byId("tiles").hidden = !doc.rows.length;

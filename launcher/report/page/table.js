@@ -12,6 +12,7 @@ const COLUMNS = [
   { key: "tokens_per_second", title: "tokens/s", text: fixed(0), top: Math.max },
   { key: "seconds", title: "time", text: duration, ascending: true },
   { key: "gpu_hours", title: "GPU-hours", text: fixed(3), ascending: true },
+  { key: "cost_usd", title: "cost", text: dollars, ascending: true },
   { key: "peak_memory_gib", title: "peak GiB", text: fixed(2), ascending: true },
   { key: "trainable_parameters", title: "trainable", text: fixed(0), ascending: true },
   { key: "adapter_mb", title: "adapter MB", text: fixed(1), ascending: true },
@@ -96,7 +97,7 @@ function switchCurve(run, box) {
 function drawUnfinished() {
   const listed = doc.unfinished.filter((run) => state.passing.has(run.id));
   const lines = listed.map((run) => html("tr", { "data-run": run.id }, nameCell(run, html("span", { class: "name" }, run.name)),
-    html("td", {}, html("span", { class: "state" }, run.state)), html("td", {}, String(run.step)), html("td", { class: "words" }, run.reason)));
+    html("td", {}, html("span", { class: "state" }, run.state)), html("td", { class: "step" }, String(run.step)), html("td", { class: "words" }, run.reason)));
   const titles = ["run", "state", "step", "reason"].map((title, index) => html("th", { scope: "col", class: ["run-cell", null, null, "words"][index] }, title));
   byId("unfinished").replaceChildren(...(listed.length ? [html("h3", {}, "Without a result, not ranked"),
     html("div", { class: "scroll" }, html("table", {}, html("thead", {}, html("tr", {}, ...titles)), html("tbody", {}, ...lines)))] : []));
