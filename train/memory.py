@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from train.config import RunConfig, TrainConfig
+from train.model.folder import linear_shapes, parameter_count
 from train.sizing import BaseSize, Device, Fit, choose_fit
-from train.sources import linear_shapes, parameter_count
 
 
 def device_bytes(device: torch.device) -> int:

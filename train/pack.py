@@ -15,8 +15,9 @@ from train.attempts import cause_of
 from train.base import PackedBase, load_base
 from train.checkpoint import Checkpoint, common_step, from_bytes, sound_checkpoints, to_bytes
 from train.config import RunConfig, read_run_config
+from train.data.facts import tokens_key
 from train.data.loading import load_tokenised
-from train.data.token_table import TokenisedData, tokens_key
+from train.data.token_table import TokenisedData
 from train.errors import BadInput
 from train.follower import Follower
 from train.kernels import choose_kernels
@@ -56,12 +57,7 @@ def train_pack(
     for config in configs:
         refuse_changed_sources(config, CacheDir(cache))
     model_dir = stage_model(configs[0].model, CacheDir(cache))
-    tables: dict[str, TokenisedData] = {}
-    for config in configs:
-        key = tokens_key(config.data, config.model)
-        if key not in tables:
-            tables[key] = load_tokenised(config.data, config.model, model_dir, CacheDir(cache), stop.check)
-    data = [tables[tokens_key(config.data, config.model)] for config in configs]
+    data = tokenised_data(configs, model_dir, CacheDir(cache), stop)
     stop.check()
     longest = longest_row(data)
     fit = fit_to_device(configs[0], model_dir, longest)
@@ -83,6 +79,21 @@ def train_pack(
         for session in loop.sessions:
             session.end(*cause_of(exc))
         raise
+
+
+def tokenised_data(configs: list[RunConfig], model_dir: Path, cache: CacheDir, stop: StopFlag) -> list[TokenisedData]:
+    """The data of each run; runs with the same data share one object.
+
+    Raises:
+        Stopped: the job was asked to stop.
+        BadInput, StorageError: see `load_tokenised`.
+    """
+    tables: dict[str, TokenisedData] = {}
+    keys = [tokens_key(config.data, config.model) for config in configs]
+    for config, key in zip(configs, keys, strict=True):
+        if key not in tables:
+            tables[key] = load_tokenised(config.data, config.model, model_dir, cache, stop.check)
+    return [tables[key] for key in keys]
 
 
 def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:

@@ -22,28 +22,11 @@ from train.model.folder import (
     CONFIG,
     TOKENIZER_FILES,
     check_model_folder,
-    decoder_numbers,
-    linear_modules,
-    linear_shapes,
-    parameter_count,
     weight_files,
     weight_samples,
 )
 from train.rundir import CacheDir
 from train.storage import local_path, readable
-
-__all__ = [
-    "data_fingerprint",
-    "data_path",
-    "decoder_numbers",
-    "linear_modules",
-    "linear_shapes",
-    "model_fingerprint",
-    "model_key",
-    "parameter_count",
-    "source_kind",
-    "staged_model",
-]
 
 Kind = Literal["builtin", "pypi", "folder", "hub"]
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from train.config import ModelConfig
+from train.model.folder import decoder_numbers, linear_shapes, parameter_count
 from train.rundir import CacheDir
 from train.sizing import BaseSize
-from train.sources import decoder_numbers, linear_shapes, parameter_count, staged_model
+from train.sources import staged_model
 
 
 @dataclass(frozen=True)

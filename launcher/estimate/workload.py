@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from launcher.estimate.shapes import ModelShape
 from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from train.data.facts import read_facts
 from train.data.reading import read_split
 from train.data.rows import AlpacaRow, Row
-from train.data.token_table import read_facts
 from train.errors import BadInput
 from train.rundir import CacheDir
 from train.sources import data_path

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.submit.freeze import SOURCE_DIR
 from train.config import RunConfig
-from train.data.token_table import read_facts
+from train.data.facts import read_facts
 from train.errors import BadInput, LorapackError, StorageError
 from train.rundir import CacheDir
 from train.sources import staged_model

@@ -22,7 +22,14 @@ from train.rundir import CacheDir, RunDir, SweepDir
 from train.storage import read_json, read_lines
 
 STEPS = 300
-COMMAND = ["model=tiny", "data.source=rows.jsonl", "data.eval_rows=4", "train.batch_size=1", f"train.max_steps={STEPS}"]
+COMMAND = [
+    "model=tiny",
+    "sweep.name=mine",
+    "data.source=rows.jsonl",
+    "data.eval_rows=4",
+    "train.batch_size=1",
+    f"train.max_steps={STEPS}",
+]
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ class Terminal:
         os.write(self._master, b"\x03")
 
 
-def test_ctrl_c_stops_resumably_and_the_same_command_goes_on(program: Program) -> None:
+def test_ctrl_c_stops_resumably_the_same_command_goes_on_and_no_run_is_trained_twice(program: Program) -> None:
     terminal = Terminal(program, *COMMAND, "train.save_steps=100000")
     wait_for(lambda: steps_done(program) > 10, timeout=180)
     terminal.press_ctrl_c()
@@ -90,6 +97,18 @@ def test_ctrl_c_stops_resumably_and_the_same_command_goes_on(program: Program) -
     assert f"goes on after step {ended['last_step']}" in again.stdout
     assert [line["step"] for line in read_lines(run.journal) if "loss" in line] == list(range(1, STEPS + 1))
     assert read_json(run.result)["attempts"] == 2
+
+    trained = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    finished = program(*COMMAND, "train.save_steps=100000")
+    assert finished.returncode == 0, finished.stderr
+    assert "Every run of this sweep is done; nothing to train." in finished.stdout
+    extended = program(*COMMAND, "lora.r=16,2", timeout=240)
+    assert extended.returncode == 0, extended.stderr
+    (added,) = [other for other in runs(program) if other.path != run.path]
+    assert read_json(added.result)["steps"] == STEPS
+    packs = [read_json(path)["runs"] for path in (program.cwd / "runs").glob("mine/jobs/*/pack.json")]
+    assert sorted(packs) == sorted([[run.path.name], [run.path.name], [added.path.name]])
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == trained, "it was left alone"
 
 
 def test_a_run_whose_folder_is_deleted_ends_alone(program: Program) -> None:

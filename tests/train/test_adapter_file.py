@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from train.adapter_file import read_adapter, write_adapter
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
+from train.model.folder import linear_shapes
 from train.rundir import CacheDir
-from train.sources import linear_shapes
 from train.targets import adapted_modules
 
 Tiny = tuple[ModelConfig, CacheDir, Path]

@@ -12,12 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from train.config import DataConfig, ModelConfig, parse_section
+from train.data.facts import read_facts, tokens_key
 from train.data.loading import load_tokenised, summary
 from train.data.prompts import alpaca_prompt
 from train.data.reading import read_hub, read_split
 from train.data.rendering import render
 from train.data.rows import AlpacaRow, ChatRow, Row
-from train.data.token_table import TokenTable, read_facts, tokens_key
+from train.data.token_table import TokenTable
 from train.data.tokenising import IGNORED_LABEL, Tokeniser
 from train.errors import BadInput
 from train.rundir import CacheDir, TokensDir

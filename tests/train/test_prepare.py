@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import DataConfig, LoraConfig, ModelConfig
-from train.data.token_table import read_facts
+from train.data.facts import read_facts
 from train.rundir import CacheDir
 from train.sources import data_fingerprint, model_fingerprint
 

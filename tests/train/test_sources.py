@@ -16,20 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from train.config import DataConfig, ModelConfig
 from train.errors import BadInput
-from train.model.folder import check_model_folder
+from train.model.folder import check_model_folder, decoder_numbers, linear_modules, linear_shapes, parameter_count
 from train.rundir import CacheDir
-from train.sources import (
-    data_fingerprint,
-    data_path,
-    decoder_numbers,
-    linear_modules,
-    linear_shapes,
-    model_fingerprint,
-    model_key,
-    parameter_count,
-    source_kind,
-    staged_model,
-)
+from train.sources import data_fingerprint, data_path, model_fingerprint, model_key, source_kind, staged_model
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

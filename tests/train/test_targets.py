@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
+from train.model.folder import linear_modules, linear_shapes
 from train.rundir import CacheDir
-from train.sources import linear_modules, linear_shapes
 from train.targets import adapted_modules, parameter_line, trainable_parameters
 
 Tiny = tuple[ModelConfig, CacheDir, Path]

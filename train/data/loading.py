@@ -16,14 +16,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from train.config import DataConfig, ModelConfig
+from train.data.facts import tokens_key
 from train.data.reading import read_split
-from train.data.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, tokens_key, write_tokenised
+from train.data.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, write_tokenised
 from train.data.tokenising import Tokeniser
 from train.errors import BadInput
 from train.model.folder import decoder_numbers
 from train.rundir import CacheDir
-
-__all__ = ["TokenTable", "TokenisedData", "load_tokenised", "summary", "tokens_key"]
 
 QUANTILES = (0.5, 0.9, 0.99)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 
-import numpy as np
-
 from train.config import DataConfig
 from train.data.row_files import read_rows
 from train.data.rows import EmptyAnswer, Row, parse_row
@@ -79,6 +77,8 @@ def read_hub(source: str, data: DataConfig) -> tuple[list[Row], Dropped]:
 
 def _split(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
     """Hold `eval_rows` rows out, chosen by `split_seed`; both parts keep the order of the source."""
+    import numpy as np  # here, since the launcher mostly reads what was counted before
+
     if data.eval_rows >= len(rows):
         raise BadInput(
             f"data.eval_rows={data.eval_rows} would hold out all of the {len(rows):,} rows of {data.source}; lower it, or name "

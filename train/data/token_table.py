@@ -1,23 +1,16 @@
-"""Tokenised rows as flat arrays, their folder in the cache, and the key that names it.
-
-Light on purpose (numpy alone): the launcher reads the facts of data that is tokenised already.
-"""
+"""Tokenised rows as flat arrays, and their folder in the cache."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.config import HOW_KEYS, DataConfig, ModelConfig
-from train.rundir import CacheDir, TokensDir
+from train.rundir import TokensDir
 from train.storage import read_json, write_folder, write_json
 
-FORMAT_VERSION = 1  # of the arrays and of the rendering: raise it when either changes
 IGNORED_LABEL = -100  # of tokens that are read but not learnt
 PARTS = ("tokens", "labels", "offsets")
 
@@ -56,28 +49,6 @@ class TokenisedData:
     train: TokenTable
     eval: TokenTable
     facts: dict[str, Any]
-
-
-def tokens_key(data: DataConfig, model: ModelConfig) -> str:
-    """The name of the tokenised data in the cache: a hash of everything that decides the tokens.
-
-    Raises:
-        ValueError: the fingerprints are not resolved yet.
-    """
-    if data.fingerprint is None or model.fingerprint is None:
-        raise ValueError("tokens have a key only once model.fingerprint and data.fingerprint are resolved")
-    decisive = {
-        "format_version": FORMAT_VERSION,
-        "model": model.fingerprint,
-        "data": data.model_dump(exclude=HOW_KEYS["data"]),
-    }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def read_facts(data: DataConfig, model: ModelConfig, cache: CacheDir) -> dict[str, Any] | None:
-    """The facts of data that is tokenised already, None if it is not."""
-    facts: dict[str, Any] | None = read_json(TokensDir(cache.tokens(tokens_key(data, model))).facts)
-    return facts
 
 
 def read_tokenised(folder: Path) -> TokenisedData | None:
