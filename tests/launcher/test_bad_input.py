@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,23 +186,17 @@ def test_a_bad_model_folder(program: Program, folder: Path, change: Callable[[Pa
     refuse(program, [*QUICK[1:], f"model.source={folder.name}/", "data.source=good.jsonl"], *said)
 
 
-@pytest.fixture(params=["refuses", "is silent"])
-def absent_hub(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a hub that nobody can reach: a port that answers with a refusal, or never."""
+@pytest.mark.parametrize(("hub", "wanted"), [("refuses", "model.source=org/name"), ("is silent", "data=alpaca")])
+def test_a_hub_that_cannot_be_reached(program: Program, hub: str, wanted: str) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        if request.param == "refuses":
+        if hub == "refuses":
             server.close()
-        yield address
-
-
-@pytest.mark.parametrize("wanted", ["model.source=org/name", "data=alpaca"])
-def test_a_hub_that_cannot_be_reached(program: Program, absent_hub: str, wanted: str) -> None:
-    home = str(program.cwd.parent / "hf")
-    program.environment |= {"HF_ENDPOINT": absent_hub, "HF_HUB_OFFLINE": "0", "HF_HOME": home, "NO_PROXY": "127.0.0.1"}
-    began = time.monotonic()
-    refuse(program, [*QUICK[1:], "model=tiny", wanted], f"{absent_hub} cannot be reached", "launcher stage", "local f")
-    assert time.monotonic() - began < 90
+        home = {"HF_ENDPOINT": address, "HF_HOME": str(program.cwd.parent / "hf")}
+        program.environment |= home | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        began = time.monotonic()
+        refuse(program, [*QUICK[1:], "model=tiny", wanted], f"{address} cannot be reached", "launcher stage", "local f")
+        assert time.monotonic() - began < 90
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -99,7 +99,7 @@ def test_ctrl_c_stops_resumably_the_same_command_goes_on_and_no_run_is_trained_t
     assert read_json(run.result)["attempts"] == 2
 
     trained = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    finished = program(*COMMAND, "train.save_steps=100000")
+    finished = program(*COMMAND, "train.save_steps=100000", timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert "Every run of this sweep is done; nothing to train." in finished.stdout
     extended = program(*COMMAND, "lora.r=16,2", timeout=240)
