@@ -24,7 +24,7 @@ def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
     """Judge every run by its folder and pack those that are to train; `retry_failed` takes failed ones up again.
 
     Raises:
-        BadInput: an adapter targets what the model does not have, or a run fits no partition.
+        BadInput: a model cannot be trained, an adapter targets what it does not have, or a run fits no partition.
         ClusterError: Slurm is asked for and does not answer.
     """
     judged = _judge_runs(sweep, retry_failed)
@@ -108,7 +108,7 @@ def _pack(routed: Routed, prior_plans: int) -> Pack:
 def _reason(run: Run, judgement: Judgement, facts: Facts) -> str:
     """The judgement's reason, and what could not be checked yet."""
     if judgement.verdict in TO_TRAIN and facts.shape(run.config.model).assumed:
-        return f"{judgement.reason}; target modules are checked once the model is fetched"
+        return f"{judgement.reason}; architecture and target modules are checked once the model is fetched"
     return judgement.reason
 
 
