@@ -71,6 +71,11 @@ class WandbServer:
         self._httpd: ThreadingHTTPServer | None = None
 
     @property
+    def is_up(self) -> bool:
+        """Whether it listens."""
+        return self._httpd is not None
+
+    @property
     def url(self) -> str:
         """Where it listens; the same after a `stop` and a `start`."""
         return f"http://127.0.0.1:{self._port}"
@@ -257,6 +262,9 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
         def _refused(self) -> bool:
             """Whether the mode has dealt with the request."""
+            if not server.is_up:  # an open connection outlives the socket that took it
+                self.close_connection = True
+                return True
             if server.mode == "silent":
                 server.wait_silently()
                 self.close_connection = True

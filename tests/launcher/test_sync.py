@@ -1,6 +1,9 @@
 """``launcher sync`` as a user types it, with the real client behind it: idempotent, bounded, beside a job, and discreet."""
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 from launcher.sync import PARALLEL
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
+from terminal import Terminal
 from wandb_server import KEY, WandbServer
 
 
@@ -67,6 +71,21 @@ def test_beside_a_job_that_mirrors(server: WandbServer, tmp_path: Path) -> None:
         assert [run["outcome"] for run in json.loads(done.stdout)["runs"]] == ["busy", "busy"]
         pack.train(20)
     assert_arrived(server, pack)
+
+
+def test_one_that_was_killed_is_completed_by_the_next(server: WandbServer, tmp_path: Path) -> None:
+    """And who looks on sees how far it is."""
+    pack = trained(tmp_path, 12)
+    command = (sys.executable, "-m", "launcher", "sync", f"root={tmp_path}")
+    with Terminal(*command, cwd=tmp_path) as first:
+        wait_until(lambda: len(server.runs) > 5)
+        os.killpg(first.process.pid, signal.SIGKILL)
+    assert len(server.runs) < 12
+    with Terminal(*command, cwd=tmp_path) as second:
+        second.see("to W&B", "12/12")
+        assert second.end() == 0
+    assert_arrived(server, pack)
+    assert all(stored.ends[-1:] == [0] for stored in server.runs.values())
 
 
 def test_no_key_is_the_users_mistake(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,10 +166,22 @@ def test_a_thousand_runs_are_submitted_and_tracked_quickly(
     assert tracking < 10
 
 
-def test_wait_stays_until_the_report(lab: Lab) -> None:
-    said = lab.run("lora.r=4,8", "model=tiny", "train.max_steps=3", *SLURM, "sweep.name=wait", "--wait")
+def test_wait_stays_until_the_report_and_nobody_learns_the_key(lab: Lab) -> None:
+    """The W&B key in the environment reaches the job, and neither what Slurm shows of it nor what lies on disk."""
+    key, port = "canary" * 7, "http://127.0.0.1:9"  # where nobody listens
+    words = ("lora.r=4,8", "model=tiny", "train.max_steps=3", *SLURM, "sweep.name=wait", "--wait")
+    said = lab.run(*words, WANDB_API_KEY=key, WANDB_BASE_URL=port, WANDB_MODE="")
     assert "Best run" in said
-    assert lab.sweep("wait").folder.report.exists()
+    sweep = lab.sweep("wait")
+    assert sweep.folder.report.exists()
+    assert f"W&B: offline ({port} cannot be reached" in sweep.logs(), "the job has the key"
+    shown = lab.cluster.ask("scontrol", "--details", "show", "job", sweep.job)
+    shown += lab.cluster.ask("scontrol", "write", "batch_script", sweep.job, "-")
+    shown += lab.cluster.ask("sacct", "--allusers", "--parsable2", "--format=JobID,SubmitLine,Comment,WorkDir")
+    assert sweep.job in shown
+    assert key not in said + shown
+    files = [path for path in lab.project.rglob("*") if path.is_file()]
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
 
 
 def test_logs_follow_a_job_to_its_end(lab: Lab) -> None:

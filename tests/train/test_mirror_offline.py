@@ -1,14 +1,17 @@
 """Without a key or a server, folders are written that W&B's own tools read and send; plain ``wandb sync`` and ours agree."""
 
+import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mirrored import WrittenPack, assert_arrived, launcher, use_server, wandb_command
-from train.storage import read_json
+from mirrored import WrittenPack, assert_arrived, launcher, use_server, wandb_command, without_pace
+from terminal import Terminal
+from train.storage import Record, read_json
 from wandb_server import KEY, WandbServer
 
 
@@ -33,6 +36,13 @@ def three_attempts(pack: WrittenPack) -> list[Path]:
     return sorted(pack.sweep.wandb.glob(f"offline-run-*-{pack.runs[0].id}"))
 
 
+def rows_in(folders: list[Path]) -> list[Record]:
+    """The rows of one run's offline folders, in order, as ``wandb leet`` reads them."""
+    texts = [wandb_command(folder, "leet", "inspect", "--json", str(folder)) for folder in folders]
+    records = [json.loads(line) for text in texts for line in text.splitlines()]
+    return without_pace([record["history"]["item"] for record in records if record["type"] == "history"])
+
+
 def test_three_attempts_then_wandb_sync(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,7 +50,9 @@ def test_three_attempts_then_wandb_sync(
     folders = three_attempts(pack)
     assert "W&B: offline (no API key found" in capfd.readouterr().out
     assert len(folders) == 3
-    assert "40" in wandb_command(tmp_path, "leet", "inspect", "--summary", str(folders[-1]))
+    assert rows_in(folders) == pack.expected(pack.runs[0]), "leet reads every row once"
+    with Terminal(sys.executable, "-m", "wandb", "leet", str(folders[-1]), cwd=tmp_path) as leet:
+        leet.see("Name: r1", "State: Finished", "train/loss", "eval/loss", "perf/tokens_per_second")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     wandb_command(tmp_path, "sync", *map(str, sorted(pack.sweep.wandb.glob("offline-run-*"))))
     assert_arrived(server, pack)

@@ -85,8 +85,9 @@ class Client:
             disable_git=True,
             disable_code=True,
             save_code=False,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
+            host="",
+            program="lorapack",
+            x_disable_meta=True,  # not x_disable_machine_info, which would turn the system metrics off, too
             x_save_requirements=False,
             x_disable_stats=self._trainer is None,
             x_stats_pid=self._trainer or os.getpid(),

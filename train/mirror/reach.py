@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import configparser
+import importlib.util
 import json
 import netrc
 import os
 import queue
 import stat
+import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -68,6 +70,13 @@ def refuse_missing_key(mode: str, key_file: str | None) -> None:
                 f"tracking.mode=online needs an API key for {server_url()}; 'wandb login' stores one in ~/.netrc, or name a "
                 "file with tracking.key_file, or choose tracking.mode=auto."
             )
+
+
+def client_trouble() -> str | None:
+    """Why W&B's client cannot be used in this environment, without importing it; None if it can."""
+    if importlib.util.find_spec("wandb") is not None:
+        return None
+    return f"the package wandb is missing in {sys.prefix} (pip install wandb)"
 
 
 def server_url() -> str:

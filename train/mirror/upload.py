@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import BadInput, LeaseHeld, LorapackError
-from train.mirror.reach import look_for_server
+from train.mirror.reach import client_trouble, look_for_server
 from train.mirror.request import MirroredRun, runs_of_pack
 from train.storage import Record
 
@@ -29,8 +29,11 @@ def upload(request: Record) -> int:
     """Send every run of `request`; the exit code is 1 if one could not be sent.
 
     Raises:
-        BadInput, LorapackError: there is no key; the server cannot be used now.
+        BadInput, LorapackError: there is no client, or no key; the server cannot be used now.
     """
+    trouble = client_trouble()
+    if trouble is not None:
+        raise BadInput(f"W&B cannot be used from here: {trouble}; journals keep everything, so sync once it is there.")
     runs = [_find(Path(item["pack"]), item["run"]) for item in request["runs"]]
     reach = look_for_server(runs[0].tracking.key_file)
     if reach.trouble is not None:

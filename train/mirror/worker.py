@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import LeaseHeld
-from train.mirror.reach import Reach, look_for_server
+from train.mirror.reach import Reach, client_trouble, look_for_server
 from train.mirror.request import MirroredRun, runs_of_pack
 
 if TYPE_CHECKING:
@@ -24,13 +24,19 @@ PARALLEL = 4
 
 
 def follow(pack_file: Path, trainer: int) -> None:
-    """Mirror a pack until the trainer closes our standard input.
+    """Mirror a pack until the trainer closes our standard input. Without W&B's client nothing is done but saying so.
 
     Raises:
         ConnectionError: `tracking.mode` is online and W&B cannot be used now.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the supervisor starts another that can finish
     runs = runs_of_pack(pack_file)
+    trouble = client_trouble()
+    if trouble is not None:  # no restart would find it
+        say(
+            f"W&B: nothing is sent: {trouble}; 'python -m launcher sync {runs[0].sweep.path.name}' sends everything later"
+        )
+        return
     reach = choose(runs[0])
     mirrors = open_mirrors(runs, reach, trainer)
     while not trainer_has_ended(LOOK_SECONDS):
