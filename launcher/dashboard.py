@@ -19,14 +19,9 @@ def make_dashboard(sweep: SweepDir, *, json_output: bool) -> int:
     axes = [{"key": axis.key, "scale": axis.scale} for axis in swept]
     request = {"sweep_dir": str(sweep.path), "axes": axes, "json": json_output}
     with Interrupts().counted():
+        # wandb-workspaces uses deprecated parts of pydantic, which are no business of the user's.
         code = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "train.dashboard",
-            ],  # the package below uses deprecated parts of pydantic
+            [sys.executable, "-W", "ignore", "-m", "train.dashboard"],
             input=json.dumps(request),
             text=True,
             env=train_environment(),

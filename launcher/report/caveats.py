@@ -20,7 +20,8 @@ def caveats_of(axes: Sequence[Axis], rows: Sequence[Row], unfinished: Sequence[U
         counts = Counter(run.state for run in unfinished)
         states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         total = len(rows) + len(unfinished)
-        sentences.append(f"{len(unfinished)} of {total} runs have no result and are not compared: {states}.")
+        have, are = ("has", "is") if len(unfinished) == 1 else ("have", "are")
+        sentences.append(f"{len(unfinished)} of {total} runs {have} no result and {are} not compared: {states}.")
     unlike = [axis.key for axis in axes if axis.key in MEASURED_OVER]
     if unlike:
         which = ", ".join(unlike)

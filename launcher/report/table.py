@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from launcher.report.comparison import Report, Row
@@ -15,6 +16,7 @@ from launcher.report.differences import axes_label, value_label
 from launcher.units import count, number, percent, seconds
 
 TOP_ROWS = 50
+NAME_WIDTH = 20  # characters at most, of a run's name and of a swept value
 
 
 class Measure(NamedTuple):
@@ -37,12 +39,22 @@ MEASURES = (
     Measure("MB", "adapter_mb", partial(number, digits=1)),
 )
 GPU_ONLY = {"gpu_hours", "cost_usd"}  # left out where no run has any
+# On a narrow terminal, in this order.
+FIRST_LEFT_OUT = [
+    "adapter_mb",
+    "trainable_parameters",
+    "tokens_per_second",
+    "gpu_hours",
+    "peak_memory_gib",
+    "seconds",
+    "cost_usd",
+]
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the best finished runs, best first, those without a result, and whether the lead means anything."""
     if report.rows:
-        console.print(_ranking(report))
+        _print_ranking(report, console)
     if len(report.rows) > TOP_ROWS:
         console.print(f"… and {len(report.rows) - TOP_ROWS} more in report.html", style="dim")
     for run in report.unfinished[:TOP_ROWS]:
@@ -52,15 +64,35 @@ def print_report(report: Report, console: Console) -> None:
     _print_verdict(report, console)
 
 
-def _ranking(report: Report) -> Table:
+def _print_ranking(report: Report, console: Console) -> None:
+    """Print the table of finished runs, with as many measures as the terminal is wide enough for."""
+    measures = [m for m in MEASURES if m.key not in GPU_ONLY or any(getattr(row, m.key) for row in report.rows)]
+    left_out = 0
+    for key in FIRST_LEFT_OUT:
+        if _width(report, measures, console) <= console.width:
+            break
+        left_out += sum(measure.key == key for measure in measures)
+        measures = [measure for measure in measures if measure.key != key]
+    console.print(_ranking(report, measures))
+    if left_out:
+        console.print(f"columns that do not fit here: {left_out} (report.html and --json have all)", style="dim")
+
+
+def _width(report: Report, measures: Sequence[Measure], console: Console) -> int:
+    """The columns of the terminal that the whole table needs."""
+    return Measurement.get(console, console.options.update(width=10_000), _ranking(report, measures)).maximum
+
+
+def _ranking(report: Report, measures: Sequence[Measure]) -> Table:
     """The table of finished runs; the best one is marked."""
     table = Table(title=escape(report.sweep), title_justify="left", title_style="bold", header_style="dim", box=None)
     table.add_column("")
-    table.add_column("run")
+    table.add_column("run", no_wrap=True, max_width=NAME_WIDTH)
     keys = [axis.key for axis in report.axes]
-    measures = [m for m in MEASURES if m.key not in GPU_ONLY or any(getattr(row, m.key) for row in report.rows)]
-    for title in (*map(_short, keys), *(measure.title for measure in measures)):
-        table.add_column(escape(title), justify="right")
+    for title in map(_short, keys):
+        table.add_column(escape(title), justify="right", no_wrap=True, max_width=NAME_WIDTH)
+    for measure in measures:
+        table.add_column(measure.title, justify="right", no_wrap=True)
     for row in report.rows[:TOP_ROWS]:
         cells = [escape(value_label(row.axes[key])) for key in keys]
         mark = "★" if row.rank == 1 else str(row.rank)

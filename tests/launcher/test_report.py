@@ -13,6 +13,7 @@ from launcher.report.axis_charts import axis_charts
 from launcher.report.curves import MAX_POINTS, read_curve, thin
 from launcher.report.differences import flat, swept_axes
 from launcher.report.noise import T_95, more_seeds_command, t_95
+from launcher.report.table import GPU_ONLY, MEASURES
 from launcher.report.writer import build_report, print_report, report_json, write_report
 from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
 from train.storage import append_lines, write_json
@@ -304,6 +305,19 @@ def test_the_terminal_shows_the_best_run_the_rest_and_the_verdict(sweep: Synthet
     assert any("failed" in line and "r16" in line for line in lines)
     assert any(line.startswith("Best run: r8 (r=8): eval loss 2.9300 -> ") for line in lines)
     assert "  python -m launcher sweep=rank train.seed=0,1,2 sweep.name=rank-smollm2-tasks" in lines
+
+
+def test_a_narrow_terminal_shows_losses_whole_and_says_what_it_leaves_out(sweep: SyntheticSweep):
+    sweep.grid({"lora.r": [4, 8], "lora.target_modules": [["q_proj", "v_proj"], "all-linear"], "train.seed": [0, 1]})
+    console = Console(file=io.StringIO(), width=80)
+    report = build_report(sweep.dir)
+    print_report(report, console)
+    text = console.file.getvalue()
+    for row in report.rows:
+        assert f"{row.eval_loss:.4f}" in text
+    left_out = [m for m in MEASURES if m.key not in GPU_ONLY and m.title not in text.splitlines()[1]]
+    assert f"columns that do not fit here: {len(left_out)} (" in text
+    assert len(left_out) > 0
 
 
 def test_markup_in_names_and_commands_is_printed_as_it_is(sweep: SyntheticSweep):

@@ -20,29 +20,29 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSer
         yield running
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_to_every_process_of_the_step(server: WandbServer, tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_to_every_process_of_the_step(server: WandbServer, tmp_path: Path) -> None:
     """wandb-core dies of SIGTERM; the mirror does not, and starts another that tells the server what has happened."""
     pack = WrittenPack(tmp_path, 2, max_steps=40)
     with pack.job(cause="preempted") as said:
-        pack.train(15)
-        wait_until(lambda: [len(stored.rows) for stored in server.runs.values()] == [16, 16])
-        pack.kill_mirror(number)
-        pack.train(25)
+        pack.train(9)
+        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            rows = [pack.step + 1] * 2
+            wait_until(lambda rows=rows: [len(stored.rows) for stored in server.runs.values()] == rows)
+            pack.kill_mirror(number)
+            pack.train(pack.step + 5)
     assert said == []
     assert_arrived(server, pack)
     assert all(stored.preempting for stored in server.runs.values())
     assert [stored.ends for stored in server.runs.values()] == [[], []]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_at_random_moments(server: WandbServer, tmp_path: Path, number: signal.Signals) -> None:
-    chance = random.Random(int(number))
+def test_at_random_moments(server: WandbServer, tmp_path: Path) -> None:
+    chance = random.Random(0)
     pack = WrittenPack(tmp_path, 3, max_steps=60)
-    for attempt, end in enumerate((18, 37, 60)):
+    for end, number in zip((18, 37, 48, 60), [signal.SIGKILL, signal.SIGTERM] * 2, strict=True):
         with pack.job(cause="done" if end == 60 else "preempted"):
-            if attempt:
-                pack.roll_back(end - 25)
+            if pack.attempt > 1:
+                pack.roll_back(pack.step - 6)
             for step in range(pack.step + 3, end, 3):
                 pack.train(step)
                 time.sleep(0.1)
