@@ -21,9 +21,12 @@ def partitions_for(cluster: ClusterConfig) -> tuple[Partition, ...]:
         BadInput: there is no such partition, or none whose GPUs have a known size.
     """
     if not on_slurm(cluster):
-        return (local_partition(),)
+        return (local_partition(cluster.gpus_per_job),)
     described = all(_complete(partition) for partition in cluster.partitions.values())
-    inventory = None if cluster.partitions and described else take_inventory()
+    enough = (
+        cluster.partitions and described and cluster.gpus_per_job == 1
+    )  # how many GPUs a node has, only the cluster knows
+    inventory = None if enough else take_inventory()
     if inventory is None and not (cluster.partitions and described):
         raise ClusterError(
             "Slurm does not answer here, and the configuration does not describe its partitions. Run this where sinfo works, "
@@ -36,7 +39,7 @@ def choose_partitions(cluster: ClusterConfig, inventory: Inventory | None) -> tu
     """The partitions of `cluster`, completed from `inventory`; where it names none, all that have GPUs and are open to the user.
 
     Raises:
-        BadInput: a named partition does not exist, or no GPU has a known size.
+        BadInput: a named partition does not exist, no GPU has a known size, or no node has as many as a job asks for.
     """
     live = {partition.name: partition for partition in inventory.partitions} if inventory else {}
     named = cluster.partitions or (
@@ -48,13 +51,23 @@ def choose_partitions(cluster: ClusterConfig, inventory: Inventory | None) -> tu
     for name, settings in named.items():
         if live and name not in live:
             raise BadInput(f"cluster.partitions.{name}: this cluster has no such partition; it has {', '.join(live)}.")
-        found += _partitions(name, settings, live.get(name))
+        found += _partitions(name, settings, live.get(name), cluster.gpus_per_job)
     if not found:
         raise BadInput(_nothing_known(named, live))
-    return tuple(found)
+    wide = [partition for partition in found if partition.most_per_job >= cluster.gpus_per_job]
+    if not wide:
+        names, most = (
+            ", ".join(dict.fromkeys(partition.name for partition in found)),
+            max(p.most_per_job for p in found),
+        )
+        raise BadInput(
+            f"cluster.gpus_per_job={cluster.gpus_per_job}: a job does not leave its node, and no node of {names} has more than "
+            f"{most:.0f} GPUs of a kind; set it to at most {most:.0f}."
+        )
+    return tuple(wide)
 
 
-def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None) -> list[Partition]:
+def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None, gpus_per_job: int) -> list[Partition]:
     """One for each kind of GPU in the partition whose size is known."""
     kinds = {settings.gpu: settings.gpus} if settings.gpu else dict(live.gpus) if live else {}
     found = []
@@ -72,6 +85,8 @@ def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None
                 max_minutes=settings.max_minutes or (live.max_minutes if live else None),
                 usd_per_gpu_hour=settings.usd_per_gpu_hour,
                 tier=settings.tier if settings.tier is not None else live.tier if live else 1,
+                gpus_per_job=gpus_per_job,
+                per_node=live.per_node.get(kind or UNTYPED) if live else None,
             )
         )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NO_LIMIT = {"UNLIMITED", "INFINITE", "NONE", "N/A", "(NULL)", ""}
 NODES_THAT_WORK = ("idle", "mix", "alloc", "comp", "resv", "plan")  # beginnings of sinfo's states
@@ -43,6 +43,7 @@ class Access:
 class LivePartition:
     """A partition as the cluster has it. `gpus` counts GPUs by type on nodes that work; `tier` is above those it may push out.
 
+    per_node: the most GPUs of each type on one such node.
     grace: seconds between a preemption's first SIGTERM and its end; None where the cluster did not say.
     """
 
@@ -56,6 +57,7 @@ class LivePartition:
     preempt_mode: str | None = None
     grace: int | None = None
     access: Access = Access()
+    per_node: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,14 @@ def read_sinfo(text: str) -> list[LivePartition]:
         plain = name.rstrip("*")
         known = partitions.get(plain)
         works = state.lower().startswith(NODES_THAT_WORK) and not state.endswith("*")
-        gpus = Counter(known.gpus if known else {})
-        if works:
-            gpus.update({kind: count * int(nodes) for kind, count in read_gres(gres).items()})
+        gpus, per_node = (Counter(known.gpus), dict(known.per_node)) if known else (Counter[str](), {})
+        for kind, count in read_gres(gres).items() if works else ():
+            gpus[kind] += count * int(nodes)
+            per_node[kind] = max(count, per_node.get(kind, 0))
         named = frozenset() if features == "(null)" else frozenset(features.split(","))
         up, default, minutes = available == "up", name.endswith("*"), read_minutes(limit)
         both = named if known is None else known.features | named
-        partitions[plain] = LivePartition(plain, up, default, minutes, dict(gpus), both)
+        partitions[plain] = LivePartition(plain, up, default, minutes, dict(gpus), both, per_node=per_node)
     return list(partitions.values())
 
 
@@ -138,6 +141,7 @@ def with_details(partition: LivePartition, fields: dict[str, str]) -> LivePartit
         preempt_mode=fields.get("PreemptMode"),
         grace=_number(fields.get("GraceTime", "")),
         access=access,
+        per_node=partition.per_node,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from launcher.estimate.devices import GIB, DeviceFacts
 from launcher.estimate.shapes import ModelShape
-from launcher.estimate.workload import Workload
+from launcher.estimate.workload import Workload, share
 from launcher.records import Forecast
 from train.config import RunConfig
 from train.sizing import Device, Fit, base_bytes, choose_fit, token_bytes
@@ -39,13 +39,22 @@ class Correction:
 
 
 def forecast(
-    config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts, correction: Correction
+    config: RunConfig,
+    work: list[Workload],
+    shape: ModelShape,
+    device: DeviceFacts,
+    correction: Correction,
+    gpus: int = 1,
 ) -> Forecast:
-    """The forecast for one pack of runs with `work`, which share the base of `config`."""
+    """The forecast for one pack of runs with `work`, which share the base of `config`, on so many GPUs together.
+
+    Memory is that of one GPU. What they tell each other at every step, the gradients of adapters, counts for nothing.
+    """
+    work = [share(run, gpus) for run in work]
     seconds = STARTUP_SECONDS + correction.seconds * training_seconds(config, work, shape, device)
     memory = correction.memory * memory_bytes(config, work, shape, device)
-    gpus = 1 if device.kind == "cuda" else 0
-    return Forecast(memory / GIB, seconds, gpus * seconds / 3600, usd=None)
+    paid = gpus if device.kind == "cuda" else 0
+    return Forecast(memory / GIB, seconds, paid * seconds / 3600, usd=None)
 
 
 def fits(expected: Forecast, device: DeviceFacts) -> bool:

@@ -9,7 +9,7 @@ from launcher.estimate.devices import GIB
 from launcher.estimate.facts import Facts
 from launcher.estimate.history import Measured, measured_packs, median_ratio
 from launcher.estimate.partition import Partition
-from launcher.estimate.workload import Workload
+from launcher.estimate.workload import Workload, share
 from launcher.plan.packing import BaseKey, base_key
 from launcher.records import Forecast, Run
 from train.config import RunConfig
@@ -27,8 +27,8 @@ class Forecaster:
     def forecast(self, config: RunConfig, work: list[Workload]) -> Forecast:
         """The forecast for one pack of runs that share the base of `config`."""
         shape = self._facts.shape(config.model)
-        expected = forecast(config, work, shape, self._device, self._correction(config))
-        price = self._partition.usd_per_gpu_hour
+        gpus, price = self._partition.gpus_per_job, self._partition.usd_per_gpu_hour
+        expected = forecast(config, work, shape, self._device, self._correction(config), gpus)
         return expected if price is None else replace(expected, usd=price * expected.gpu_hours)
 
     def fits(self, runs: list[Run], work: list[Workload]) -> bool:
@@ -51,7 +51,7 @@ class Forecaster:
         """The median ratios of seconds and of memory."""
         seconds, memory = [], []
         for pack in packs:
-            config, work = pack.configs[0], [self._facts.work(config) for config in pack.configs]
+            config, work = pack.configs[0], [share(self._facts.work(config), pack.gpus) for config in pack.configs]
             shape = self._facts.shape(config.model)
             seconds.append(pack.seconds / training_seconds(config, work, shape, self._device))
             memory.append(pack.memory_gib * GIB / memory_bytes(config, work, shape, self._device))

@@ -17,12 +17,13 @@ NEWEST_PACKS = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """One pack whose runs all finished: the packed configurations, its training seconds and its peak memory."""
+    """One pack whose runs all finished: the packed configurations, its training seconds, its peak memory and its GPUs (1 on a CPU)."""
 
     key: BaseKey
     configs: list[RunConfig]
     seconds: float
     memory_gib: float
+    gpus: int
 
 
 def measured_packs(sweep: SweepDir, device: DeviceFacts) -> list[Measured]:
@@ -46,7 +47,9 @@ def _measured(sweep: SweepDir, pack: PackDir, device: DeviceFacts) -> Measured |
         return None
     configs = [read_run_config(run.config) for run in runs]
     seconds = max(result["seconds"] for result in results)
-    return Measured(base_key(configs[0]), configs, seconds, max(result["peak_memory_gib"] for result in results))
+    memory = max(result["peak_memory_gib"] for result in results)
+    gpus = round(3600 * sum(result["gpu_hours"] for result in results) / seconds) if seconds else 1
+    return Measured(base_key(configs[0]), configs, seconds, memory, max(1, gpus))
 
 
 def _alike(result: Record, device: DeviceFacts) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from launcher.estimate.shapes import ModelShape
 from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
@@ -81,6 +82,17 @@ def workload(train: TrainConfig, data: DataFacts, adapter: Adapter, done_steps: 
         train_tokens=steps * step_tokens,
         eval_tokens=evaluations * data.eval_rows * data.tokens_per_row,
         adapted=adapter.layers,
+    )
+
+
+def share(work: Workload, gpus: int) -> Workload:
+    """What one of `gpus` computes of a run, which deal the sequences of every step among them (`train.parallel`)."""
+    return replace(
+        work,
+        batch_size=math.ceil(work.batch_size / gpus),
+        step_tokens=work.step_tokens / gpus,
+        train_tokens=work.train_tokens / gpus,
+        eval_tokens=work.eval_tokens / gpus,
     )
 
 

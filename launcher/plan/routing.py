@@ -115,7 +115,7 @@ class Router:
     def _slots(self, partition: Partition) -> int:
         """Packs that train side by side there."""
         jobs = self._cluster.jobs_at_once(slurm=partition.name != LOCAL_PARTITION)
-        return min(jobs, partition.gpus or jobs)
+        return min(jobs, partition.jobs or jobs)
 
     def _work_of(self, runs: list[Run]) -> list[Workload]:
         return [self._work[run.id] for run in runs]

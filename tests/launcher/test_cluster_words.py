@@ -72,6 +72,7 @@ def test_gpus_are_counted_on_nodes_that_work() -> None:
     assert (a100.default, a100.max_minutes, a100.gpus) == (False, None, {"a100": 4})
     assert a100.features == {"a100", "nvlink"}
     assert (cpu.up, cpu.max_minutes, cpu.gpus) == (False, 30, {})
+    assert (t4.per_node, a100.per_node, cpu.per_node) == ({"t4": 2}, {"a100": 4}, {})
 
 
 def test_details_complete_a_partition() -> None:

@@ -51,7 +51,15 @@ def end_attempt(folder: RunDir, cause: str, last_step: int, detail: str | None =
 
 
 def finish(folder: RunDir, **facts: object) -> None:
-    result = {"steps": 60, "eval_loss": 1.5, "seconds": 10.0, "peak_memory_gib": 1.0, "attempts": 1, "device": "cpu"}
+    result = {
+        "steps": 60,
+        "eval_loss": 1.5,
+        "seconds": 10.0,
+        "gpu_hours": 0.0,
+        "peak_memory_gib": 1.0,
+        "attempts": 1,
+        "device": "cpu",
+    }
     write_json(folder.result, result | facts)
 
 
@@ -263,7 +271,7 @@ def test_finished_packs_correct_the_forecast(tmp_path: Path) -> None:
     make_folder(pack.path)
     write_json(pack.pack, {"id": "abc", "runs": [folder.path.name for folder in runs]})
     facts = Facts(CacheDir(sweep.cache))
-    forecaster = Forecaster(sweep.dir, local_partition(), facts)
+    forecaster = Forecaster(sweep.dir, local_partition(1), facts)
     after = forecaster.forecast(sweep.runs[0].config, [facts.work(run.config) for run in sweep.runs])
     assert after.vram_gib == pytest.approx(3 * before.vram_gib, rel=1e-6)
 

@@ -162,7 +162,7 @@ def test_what_was_measured_on_one_gpu_corrects_the_forecast_for_that_kind(tmp_pa
         folder = sweep.run_dir(run)
         make_folder(folder.path)
         write_text(folder.config, yaml.safe_dump(run.config.model_dump()))
-        facts_of_run = {"device": "NVIDIA A100-SXM4-40GB", "attempts": 1, "seconds": 100.0}
+        facts_of_run = {"device": "NVIDIA A100-SXM4-40GB", "attempts": 1, "seconds": 100.0, "gpu_hours": 50 / 3600}
         write_json(folder.result, facts_of_run | {"peak_memory_gib": 1.5 * before[0]})
     pack = sweep.dir.pack("abc")
     make_folder(pack.path)
@@ -247,3 +247,29 @@ def test_the_larger_gpu_needs_more_tokens_to_be_full() -> None:
     t4, h200 = (Partition("p", gpu_device(name, 15.0)).full_tokens for name in ("t4", "h200"))
     assert 1000 <= t4 <= 2000
     assert 4000 <= h200 <= 5000
+
+
+def test_a_job_on_several_gpus_takes_their_time_together_and_less_of_it(tmp_path: Path) -> None:
+    words = (*LLAMA, "train.batch_size=64", "train.max_steps=1000")
+    one, four = (plan(tmp_path, *words, f"cluster.gpus_per_job={gpus}").packs[0] for gpus in (1, 4))
+    assert one.forecast.seconds / 4 < four.forecast.seconds < one.forecast.seconds / 3
+    assert four.forecast.gpu_hours == pytest.approx(4 * four.forecast.seconds / 3600)
+    assert four.forecast.vram_gib <= one.forecast.vram_gib  # of each: the base, and a share of the step
+
+
+def test_as_many_jobs_run_side_by_side_as_have_gpus(tmp_path: Path) -> None:
+    words = ("train.seed=range(0,8)", "train.batch_size=64", *LLAMA)
+    packs = {gpus: len(plan(tmp_path, *words, f"cluster.gpus_per_job={gpus}").packs) for gpus in (1, 2, 4)}
+    assert packs == {1: 4, 2: 2, 4: 1}  # four GPUs
+
+
+def test_a_job_asks_for_no_more_gpus_than_a_node_has() -> None:
+    nodes = {"small": replace(live("small", {"t4": 8}), per_node={"t4": 2}),
+             "large": replace(live("large", {"a100": 8}), per_node={"a100": 4})}  # fmt: skip
+    inventory = Inventory([*nodes.values()], None, None, None)
+    assert [p.name for p in choose_partitions(ClusterConfig(kind="slurm", gpus_per_job=4), inventory)] == ["large"]
+    with pytest.raises(BadInput, match=r"no node of small, large has more than 4 GPUs .* at most 4"):
+        choose_partitions(ClusterConfig(kind="slurm", gpus_per_job=8), inventory)
+    unknown = ClusterConfig(kind="slurm", gpus_per_job=8, partitions={"t4": T4})
+    with pytest.raises(BadInput, match="no node of t4 has more than 4"):  # there are no more in all
+        choose_partitions(unknown, None)
