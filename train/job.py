@@ -35,7 +35,7 @@ from train.mirror.child import mirrored
 from train.place import Place, place_in_job, publish_port
 from train.rundir import CacheDir, PackDir, RunDir
 from train.signals import StopFlag, Stopped
-from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue_and_wait, this_job
+from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue, this_job
 from train.storage import append_lines, read_json, read_lines
 from train.witness import Witness
 
@@ -87,7 +87,7 @@ class PackJob:
                 cause = _train(leases, folder, Path(pack["cache"]), stop, place, fence, activity)
             mirror.finish()
             if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
-                requeue_and_wait(job, say)
+                requeue(job, say)
         return cause
 
 

@@ -207,6 +207,11 @@ class SweepDir:
         return self.path / "report-job"
 
     @property
+    def report_record(self) -> Path:
+        """Which arrays the newest job of that kind waits for; written once it is in the queue."""
+        return self.report_job / "report.json"
+
+    @property
     def wandb(self) -> Path:
         """W&B's own folder of offline runs."""
         return self.path / "wandb"

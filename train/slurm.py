@@ -1,7 +1,7 @@
 """What a job knows of the Slurm that runs it, and the one thing that it asks for: to be queued again.
 
 Measured on 22.05: ``scontrol requeue`` takes up a job that its user has just cancelled, and a job that exits while it is being
-preempted is not requeued. So a job first asks what is happening to it; and after it asked for a requeue it waits to be ended.
+preempted is not requeued. So a job first asks what is happening to it, and ends only once its requeue was granted.
 
 Light on purpose: it runs before torch is imported. Everything here tolerates a controller that does not answer.
 """
@@ -21,7 +21,6 @@ MOST_WARNING_SECONDS = 120  # how long before the time limit a job is warned: ti
 LIVE_STATES = {"RUNNING", "SIGNALING"}
 NEAR_THE_LIMIT_SECONDS = MOST_WARNING_SECONDS + 60  # Slurm's warning comes up to half a minute early or late
 REQUEUE_WAITS_SECONDS = (0, 1, 2, 4, 8, 16)  # between tries while the controller is away
-END_WAIT_SECONDS = 600  # the longest that a requeued job waits to be ended
 
 
 @dataclass(frozen=True)
@@ -94,21 +93,20 @@ def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now
     return "preempted", signal_name
 
 
-def requeue_and_wait(job: SlurmJob, say: Callable[[str], None]) -> None:
-    """Ask to be queued again and wait to be ended; if that is refused, say what the user can do and return."""
+def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
+    """See to it that the job is in the queue again, so that it may end now; if that is refused, say what the user can do."""
     facts = job_facts(job)
     if facts is not None and facts.restarts > job.restarts:
         say("Slurm puts this job back into the queue by itself")
+        return
+    refused = _ask_for_requeue(job, say)
+    if refused is None:
+        say("put back into the queue")
     else:
-        refused = _requeue(job, say)
-        if refused is not None:
-            say(f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' goes on from the checkpoint")
-            return
-        say("put back into the queue; waiting to be ended")
-    time.sleep(END_WAIT_SECONDS)
+        say(f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' goes on from the checkpoint")
 
 
-def _requeue(job: SlurmJob, say: Callable[[str], None]) -> str | None:
+def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> str | None:
     """Why the job was not requeued, None if it was."""
     refused = "no answer"
     for wait in REQUEUE_WAITS_SECONDS:
