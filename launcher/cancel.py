@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from launcher.cluster.names import job_names
-from launcher.cluster.slurm import cancel_jobs, cancel_named
+from launcher.cluster.slurm import cancel_jobs, cancel_named, warn_jobs
 from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
 from launcher.track.tracker import track
@@ -32,11 +32,11 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     for run in asked:
         write_json(run.cancel_request, {"time": time.time()})
     jobs = _slurm_jobs(sweep, asked)
-    _tell_slurm(sweep, jobs)
+    running = [job.id for job in _without_work(sweep, jobs) if job.id is not None and _is_running(job)]
+    warn_jobs(running)
     if jobs and not any(map(_goes_on, sweep.runs())):
         cancel_named(job_names(sweep).report)
-    pause = SLURM_POLL_SECONDS if jobs else POLL_SECONDS
-    return _wait(sweep, asked, time.monotonic() + wait_seconds, pause)
+    return _wait(sweep, asked, jobs, time.monotonic() + wait_seconds)
 
 
 def _slurm_jobs(sweep: SweepDir, runs: list[RunDir]) -> list[JobRecord]:
@@ -47,31 +47,28 @@ def _slurm_jobs(sweep: SweepDir, runs: list[RunDir]) -> list[JobRecord]:
     return look_up(list(jobs.values()))
 
 
-def _tell_slurm(sweep: SweepDir, jobs: list[JobRecord]) -> None:
-    """Take out of the queue what waits, and warn what runs, so that it saves at once; jobs with other runs to train go on."""
-    empty = [job for job in jobs if job.id is not None and not any(map(_goes_on, _runs(sweep, job)))]
-    running = [job for job in empty if _is_running(job)]
-    waiting = [job for job in empty if not _is_running(job) and job.alive is not False]
-    cancel_jobs([job.id for job in waiting if job.id])
-    cancel_jobs([job.id for job in running if job.id], warn=True)
+def _without_work(sweep: SweepDir, jobs: list[JobRecord]) -> list[JobRecord]:
+    """Those of `jobs` that have no other run to train; the others go on."""
+    return [job for job in jobs if not any(_goes_on(RunDir(sweep.path / name)) for name in job.runs)]
 
 
 def _is_running(job: JobRecord) -> bool:
+    """Whether its processes can be told to save; those of a job that is COMPLETING are being ended already."""
     view = job.slurm.view if job.slurm is not None else None
-    return view is not None and view.state.state is State.RUNNING
-
-
-def _runs(sweep: SweepDir, job: JobRecord) -> list[RunDir]:
-    return [RunDir(sweep.path / name) for name in job.runs]
+    return view is not None and view.state.state is State.RUNNING and view.word != "COMPLETING"
 
 
 def _goes_on(run: RunDir) -> bool:
     return not run.result.exists() and not run.cancel_request.exists()
 
 
-def _wait(sweep: SweepDir, runs: list[RunDir], until: float, pause: float) -> list[RunStatus]:
+def _wait(sweep: SweepDir, runs: list[RunDir], jobs: list[JobRecord], until: float) -> list[RunStatus]:
+    """Look on until all have stopped, and take out of the queue what does not run, also what Slurm has put back there meanwhile."""
     while True:
+        waiting = [job for job in _without_work(sweep, jobs) if job.alive is not False and not _is_running(job)]
+        cancel_jobs([job.id for job in waiting if job.id is not None])
         statuses = track(sweep, runs)
         if time.monotonic() > until or all(status.state not in STOPPABLE for status in statuses):
             return statuses
-        time.sleep(pause)
+        time.sleep(SLURM_POLL_SECONDS if jobs else POLL_SECONDS)
+        jobs = look_up(jobs)

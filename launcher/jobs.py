@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.cluster.commands import NoAnswer
 from launcher.cluster.queue import JobKey, JobView, read_accounting, read_queue
 from train.lease import process_started, read_lease
 from train.rundir import ArrayDir, PackDir, RunDir, SweepDir
@@ -68,6 +70,21 @@ def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
         since = min(gone.values())
         views = read_accounting(gone, since) | views
     return [_seen(job, views, queue.answered) for job in jobs]
+
+
+def arrays_in_queue(sweep: SweepDir) -> dict[str, int]:
+    """How many jobs of each array that the sweep has in Slurm's queue may run at once, by the array's number.
+
+    Raises:
+        NoAnswer: squeue does not answer.
+    """
+    records = [read_json(path) for path in sweep.arrays.glob("*/array.json")]
+    parallel = {record["name"]: record.get("parallel", len(record["packs"])) for record in records}
+    queue = read_queue(parallel)
+    if not queue.answered:
+        raise NoAnswer("squeue does not answer, so nobody can tell which jobs of this sweep are in the queue.")
+    waiting = Counter((name, view.number) for (name, _), view in queue.views.items() if not view.state.over)
+    return {str(number): min(jobs, parallel[name]) for (name, number), jobs in sorted(waiting.items())}
 
 
 def runs_of_pack(pack: PackDir) -> list[RunDir]:

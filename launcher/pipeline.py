@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from rich.console import Console
 
 from launcher.cluster.choice import explain_choice, on_slurm
-from launcher.cluster.slurm import Submitted
+from launcher.cluster.slurm import Submitted, array_number
 from launcher.follow import follow
 from launcher.plan.planner import make_plan
 from launcher.records import Plan, State, Sweep, Verdict
-from launcher.report.job import submit_report
+from launcher.report.job import submit_missing_report, submit_report
 from launcher.report.writer import print_report, write_report
 from launcher.stopping import Interrupts
 from launcher.submit.prepare import prepare, unprepared
@@ -18,6 +20,7 @@ from launcher.submit.submission import plan_numbers, submit, submit_to_slurm
 from launcher.track.tracker import track
 from launcher.view import print_plan, print_statuses
 from launcher.watch import watch
+from train.errors import LeaseHeld
 from train.mirror.reach import refuse_missing_key
 from train.rundir import SweepDir
 
@@ -39,6 +42,8 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
     plan = ready_plan(sweep, retry_failed=retry_failed)
     console.print(explain_choice(sweep.cluster, slurm=slurm))
     print_plan(plan, console)
+    if slurm and not plan.packs and _in_training(plan):
+        _complete_submission(plan, console)
     if not plan.packs and not (slurm and wait and _in_training(plan)):
         return _nothing_to_train(plan, console)
     interrupts = Interrupts()
@@ -71,8 +76,14 @@ def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed
     _say_submitted(plan, submitted, console)
 
 
+def _complete_submission(plan: Plan, console: Console) -> None:
+    """Do what is left of the submission of jobs that are in the queue; one that is still under way is its launcher's business."""
+    with suppress(LeaseHeld), sole_launcher(plan.sweep.dir):
+        submit_missing_report(plan.sweep, console.print)
+
+
 def _say_submitted(plan: Plan, submitted: Submitted, console: Console) -> None:
-    arrays = dict.fromkeys(job.partition("_")[0] for job in submitted.jobs.values())
+    arrays = dict.fromkeys(map(array_number, submitted.jobs.values()))
     jobs, name = len(submitted.jobs), plan.sweep.name
     if jobs:
         console.print(

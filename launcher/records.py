@@ -43,7 +43,7 @@ class ClusterConfig(Section):
     partitions: those that jobs may go to, by name; empty means all that have GPUs and are open to the user.
     setup, modules: shell lines and ``module load`` names that a job starts with. container: the words before its Python, e.g.
     ``apptainer exec --nv image.sif``. cpus, ram_gib: of a job; null leaves memory to the cluster.
-    max_parallel: jobs at once, null for one here and eight on Slurm, where each submission has as many, and each array at least one.
+    max_parallel: jobs of the sweep at once, null for one here and eight on Slurm.
     max_runs_per_pack: null lets memory decide.
     gpus_per_job: GPUs of one machine that share every step of a job, a process on each; where there are no GPUs one process trains.
     """
@@ -163,12 +163,36 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Lanes:
+    """How many jobs of a plan may run side by side on Slurm (`launcher.cluster.lanes`).
+
+    taken: how many jobs of each array that the sweep has in the queue already may run at once, with the array's number.
+    waits: whether those have to end before the first of these jobs starts.
+    """
+
+    count: int
+    taken: tuple[tuple[str, int], ...] = ()
+    waits: bool = False
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The arrays that have to end first."""
+        return self.earlier if self.waits else ()
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """The arrays of the sweep that are in the queue already."""
+        return tuple(number for number, _ in self.taken)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What will happen, completely: `submit` does exactly this."""
+    """What will happen, completely: `submit` does exactly this. `lanes` is None on this machine, or where nothing is to do."""
 
     sweep: Sweep
     runs: tuple[PlannedRun, ...]
     packs: tuple[Pack, ...]
+    lanes: Lanes | None = None
 
 
 class State(StrEnum):

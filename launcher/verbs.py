@@ -64,6 +64,7 @@ def stage(request: Request) -> int:
 
 def status(request: Request) -> int:
     """Where every run of a sweep is."""
+    from launcher.report.job import report_note
     from launcher.track.find import find_sweep
     from launcher.track.tracker import status_json, track
     from launcher.view import print_statuses
@@ -74,6 +75,9 @@ def status(request: Request) -> int:
     if request.json:
         return _print_json(status_json(sweep, statuses))
     print_statuses(statuses, sweep.path.name, _console())
+    note = report_note(sweep, statuses)
+    if note is not None:
+        print(note)
     return 0
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster.lanes import deal
 from launcher.cluster.names import JobNames
-from launcher.records import ClusterConfig, Pack
+from launcher.records import ClusterConfig, Lanes, Pack
 from train.rundir import ArrayDir
 from train.slurm import warning_seconds
 
@@ -27,7 +28,11 @@ TASK_ID = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_AR
 
 @dataclass(frozen=True)
 class ArrayRequest:
-    """Jobs that differ in nothing but their packs. `token` is in their name, by which they are found if sbatch's answer is lost."""
+    """Jobs that differ in nothing but their packs. `token` is in their name, by which they are found if sbatch's answer is lost.
+
+    parallel: how many of them run at once. They start after the arrays in the queue with the numbers `after` have ended, and
+    those requests with the tokens `follows`, which are submitted before.
+    """
 
     token: str
     name: str
@@ -36,39 +41,46 @@ class ArrayRequest:
     packs: tuple[str, ...]
     minutes: int | None
     parallel: int
+    after: tuple[str, ...] = ()
+    follows: tuple[str, ...] = ()
 
 
-def array_requests(names: JobNames, packs: Sequence[Pack], cluster: ClusterConfig, largest: int) -> list[ArrayRequest]:
-    """One array per partition and GPU, cut at `largest` tasks; all together run as many jobs at once as the cluster section allows."""
+def array_requests(names: JobNames, packs: Sequence[Pack], lanes: Lanes, largest: int) -> list[ArrayRequest]:
+    """One array per partition and GPU, cut at `largest` tasks; all together run as many jobs at once as there are lanes."""
     by_shape: dict[tuple[str, str], list[Pack]] = {}
     for pack in packs:
         by_shape.setdefault((pack.partition, pack.gres), []).append(pack)
     parts = [group[start : start + largest] for group in by_shape.values() for start in range(0, len(group), largest)]
-    shares = parallel_shares([len(part) for part in parts], cluster.jobs_at_once(slurm=True))
-    return [_request(names, part, share) for part, share in zip(parts, shares, strict=True)]
+    shares = deal([len(part) for part in parts], lanes.count)
+    requests = [_request(names, part, share, lanes.after) for part, share in zip(parts, shares, strict=True)]
+    for place in range(lanes.count, len(requests)):
+        requests[place] = replace(requests[place], follows=(requests[place - lanes.count].token,))
+    return requests
 
 
-def parallel_shares(sizes: Sequence[int], at_once: int) -> list[int]:
-    """`at_once` dealt out over arrays of these sizes, at least one each and never more than an array has tasks."""
-    shares = [1] * len(sizes)
-    for _ in range(at_once - len(sizes)):
-        open_ones = [place for place, size in enumerate(sizes) if shares[place] < size]
-        if not open_ones:
-            break
-        shares[max(open_ones, key=lambda place: sizes[place] / shares[place])] += 1
-    return shares
+def split(requests: Sequence[ArrayRequest], names: JobNames) -> list[ArrayRequest]:
+    """The same jobs with the first request in two halves, for a queue that takes no more in one go; they share its lanes."""
+    whole, rest = requests[0], requests[1:]
+    middle = math.ceil(len(whole.packs) / 2)
+    parts = whole.packs[:middle], whole.packs[middle:]
+    shares = deal([len(part) for part in parts], whole.parallel)
+    first, second = (_part(whole, names, part, share) for part, share in zip(parts, shares, strict=True))
+    if whole.parallel == 1:
+        second = replace(second, follows=(first.token,))
+    halves = (first.token, second.token)
+    return [first, second, *(_following(request, whole.token, halves) for request in rest)]
 
 
-def halves(request: ArrayRequest, names: JobNames) -> tuple[ArrayRequest, ArrayRequest]:
-    """The same jobs as two arrays that together run as many at once, for a queue that takes no more in one go."""
-    middle = math.ceil(len(request.packs) / 2)
-    first, second = request.packs[:middle], request.packs[middle:]
-    shares = parallel_shares([len(first), len(second)], request.parallel)
-    return _part(request, names, first, shares[0]), _part(request, names, second, shares[1])
+def _following(request: ArrayRequest, token: str, others: tuple[str, ...]) -> ArrayRequest:
+    """`request`, which now waits for `others` where it waited for `token`."""
+    follows = (others if followed == token else (followed,) for followed in request.follows)
+    return replace(request, follows=tuple(followed for group in follows for followed in group))
 
 
-def sbatch_parameters(request: ArrayRequest, cluster: ClusterConfig, array: ArrayDir) -> dict[str, Any]:
-    """What submitit's executor is told for an array."""
+def sbatch_parameters(
+    request: ArrayRequest, cluster: ClusterConfig, array: ArrayDir, before: Sequence[str]
+) -> dict[str, Any]:
+    """What submitit's executor is told for an array that starts when the arrays with the numbers `before` have ended."""
     return _for_submitit(
         _common(cluster)
         | {
@@ -83,6 +95,7 @@ def sbatch_parameters(request: ArrayRequest, cluster: ClusterConfig, array: Arra
             "signal_delay_s": warning_seconds(request.minutes or LONG_MINUTES),
             "array_parallelism": request.parallel,
             "setup": setup_lines(cluster, array),
+            "dependency": _afterany(before),
         }
     )
 
@@ -99,7 +112,7 @@ def afterwards_parameters(
             "time": min(REPORT_MINUTES, allowed_minutes or REPORT_MINUTES),
             "cpus_per_task": 1,
             "setup": [KEEP_THE_SHELL, *_user_setup(cluster)],
-            "dependency": f"afterany:{':'.join(jobs)}",
+            "dependency": _afterany(jobs),
         }
     )
 
@@ -113,6 +126,11 @@ def _common(cluster: ClusterConfig) -> dict[str, Any]:
         "srun_args": ["--open-mode=append"],  # srun would empty the log of the attempt before
         "additional_parameters": _filled({"requeue": True, "reservation": cluster.reservation}),
     }
+
+
+def _afterany(jobs: Sequence[str]) -> str | None:
+    """What ``sbatch --dependency`` takes for jobs that have to end first, however they do."""
+    return f"afterany:{':'.join(jobs)}" if jobs else None
 
 
 def _for_all_tasks(gres: str, tasks: int) -> str:
@@ -155,12 +173,12 @@ def job_python(code: Path, container: str | None) -> str:
     return f"{container} {words}" if container else words
 
 
-def _request(names: JobNames, packs: list[Pack], share: int) -> ArrayRequest:
+def _request(names: JobNames, packs: list[Pack], share: int, after: tuple[str, ...]) -> ArrayRequest:
     """The array of these packs; its time limit is that of the longest."""
     limits = [pack.minutes for pack in packs if pack.minutes is not None]
     minutes = max(limits) if len(limits) == len(packs) else None
     ids, first = tuple(pack.id for pack in packs), packs[0]
-    return ArrayRequest(names.token(ids), names.array(ids), first.partition, first.gres, ids, minutes, share)
+    return ArrayRequest(names.token(ids), names.array(ids), first.partition, first.gres, ids, minutes, share, after)
 
 
 def _part(request: ArrayRequest, names: JobNames, packs: tuple[str, ...], share: int) -> ArrayRequest:

@@ -22,16 +22,16 @@ from typing import Any
 from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
 from launcher.cluster.names import job_names
 from launcher.cluster.queue import read_accounting, read_queue
-from launcher.cluster.requests import ArrayRequest, afterwards_parameters, halves, job_python, sbatch_parameters
+from launcher.cluster.requests import ArrayRequest, afterwards_parameters, job_python, sbatch_parameters, split
+from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
 from train.rundir import ArrayDir, SweepDir
 from train.storage import make_folder, read_json, write_json
 
 USUAL_MAX_ARRAY_SIZE = 1001  # Slurm's default
 SBATCH_SECONDS = 60.0
-# While a requeued job is still being ended scancel tries again by itself, ten times, for up to 95 s.
-SCANCEL_SECONDS = 150.0
-IN_TRANSITION = "try again later"
+SCANCEL_SECONDS = 60.0
+JOBS_PER_CALL = 200  # a command line has an end
 RETRY_WAITS_SECONDS = (2, 5, 10, 20)
 # The user may have no more jobs now. The rest goes in with the next command.
 QUEUE_IS_FULL = ("MaxSubmit", "submit limit", "MaxJobCount", "job count limit")
@@ -64,31 +64,40 @@ def submit_arrays(
         NoAnswer: nobody knows whether the last array is in the queue; the next command will see.
     """
     jobs: dict[str, str] = {}
+    numbers: dict[str, str] = {}  # of arrays, by token
     waiting, left, why = list(requests), list[str](), None
     while waiting:
-        request = waiting.pop(0)
+        request, *rest = waiting
+        before = (*request.after, *(numbers[token] for token in request.follows))
         try:
-            numbers = _submit_once(request, sweep.array(request.token), code, cluster, say)
-            jobs |= dict(zip(request.packs, numbers, strict=True))
+            ids = _submit_once(request, sweep.array(request.token), before, code, cluster, say)
+            jobs |= dict(zip(request.packs, ids, strict=True))
+            numbers[request.token] = array_number(ids[0])
+            waiting = rest
         except CommandRefused as exc:
             if not any(words in exc.said for words in QUEUE_IS_FULL):
                 raise
             why = exc.said
             if len(request.packs) == 1:
-                left += [pack for rest in (request, *waiting) for pack in rest.packs]
+                left = [pack for request in waiting for pack in request.packs]
                 break
-            waiting = [*halves(request, job_names(sweep)), *waiting]
+            waiting = split(waiting, job_names(sweep))
     return Submitted(jobs, tuple(left), why, code)
 
 
 def _submit_once(
-    request: ArrayRequest, array: ArrayDir, code: Path, cluster: ClusterConfig, say: Callable[[str], None]
+    request: ArrayRequest,
+    array: ArrayDir,
+    before: Sequence[str],
+    code: Path,
+    cluster: ClusterConfig,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Submit an array, and after a lost answer look whether it is in the queue before it is sent again; its job ids."""
     _write_record(request, array, None)
     for wait in (*RETRY_WAITS_SECONDS, None):
         try:
-            numbers = _send(request, array, code, cluster)
+            numbers = _send(request, array, before, code, cluster)
             break
         except CommandRefused:
             shutil.rmtree(array.path)
@@ -101,8 +110,13 @@ def _submit_once(
             numbers = find_array(request.name, len(request.packs))
             if numbers:
                 break
-    _write_record(request, array, numbers[0].partition("_")[0])
+    _write_record(request, array, array_number(numbers[0]))
     return numbers
+
+
+def array_number(job: str) -> str:
+    """The number that all tasks of an array share."""
+    return job.partition("_")[0]
 
 
 def find_array(name: str, tasks: int) -> list[str]:
@@ -137,6 +151,8 @@ def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> No
     record = {
         "name": request.name,
         "partition": request.partition,
+        "minutes": request.minutes,
+        "parallel": request.parallel,
         "packs": [str(sweep.pack(pack).pack) for pack in request.packs],
         "submitted": time.time() if job is None else read_json(array.record)["submitted"],
         "job": job,
@@ -147,25 +163,27 @@ def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> No
 def submit_afterwards(
     task: Callable[[], str],
     sweep: SweepDir,
-    submitted: Submitted,
+    code: Path,
+    numbers: Sequence[str],
     cluster: ClusterConfig,
     partition: str,
     allowed_minutes: int | None,
 ) -> str:
-    """Submit a small job that runs `task` once all of `submitted` have ended, however they did; its id.
+    """Submit a small job that runs `task` from `code` once all arrays with these numbers have ended, however they did; its id.
 
     allowed_minutes: a time limit that the partition is known to allow, None if it has none.
 
     Raises:
         CommandRefused, NoAnswer: see `commands`.
     """
-    numbers = sorted({job.partition("_")[0] for job in submitted.jobs.values()})
     parameters = afterwards_parameters(job_names(sweep), cluster, partition, allowed_minutes, numbers)
-    (number,) = _sbatch([task], make_folder(sweep.report_job), submitted.code, cluster, parameters)
+    (number,) = _sbatch([task], make_folder(sweep.report_job), code, cluster, parameters)
     return number
 
 
-def _send(request: ArrayRequest, array: ArrayDir, code: Path, cluster: ClusterConfig) -> list[str]:
+def _send(
+    request: ArrayRequest, array: ArrayDir, before: Sequence[str], code: Path, cluster: ClusterConfig
+) -> list[str]:
     """Submit an array; the ids of its jobs.
 
     Raises:
@@ -177,7 +195,7 @@ def _send(request: ArrayRequest, array: ArrayDir, code: Path, cluster: ClusterCo
 
     task = ArrayTask(str(array.record))
     DelayedSubmission(task).dump(array.callable)
-    parameters = sbatch_parameters(request, cluster, array)
+    parameters = sbatch_parameters(request, cluster, array, before)
     return _sbatch([task] * len(request.packs), array.submitit, code, cluster, parameters)
 
 
@@ -237,21 +255,25 @@ def _private_files() -> Iterator[None]:
         os.umask(umask)
 
 
-def cancel_jobs(numbers: list[str], *, warn: bool = False) -> None:
-    """scancel these jobs; `warn` only sends SIGTERM to their processes, so that each saves and ends by itself.
-
-    A job that Slurm is just queueing again stays there: it finds the request to cancel in its run folders and ends at once.
+def cancel_jobs(numbers: Sequence[str]) -> None:
+    """Take these jobs out of the queue, also those that Slurm is just putting back there; what has ended needs nothing.
 
     Raises:
         ClusterError: Slurm did not take the order.
     """
-    how = ("--signal=TERM",) if warn else ()
-    for start in range(0, len(numbers), 200):
-        try:
-            run_command("scancel", *how, *numbers[start : start + 200], timeout=SCANCEL_SECONDS)
-        except CommandRefused as exc:
-            if IN_TRANSITION not in exc.said:
-                raise
+    for start in range(0, len(numbers), JOBS_PER_CALL):
+        run_command("scancel", *numbers[start : start + JOBS_PER_CALL], timeout=SCANCEL_SECONDS)
+
+
+def warn_jobs(numbers: Sequence[str]) -> None:
+    """Send SIGTERM to the processes of these running jobs, so that each saves and ends by itself.
+
+    Where one has ended meanwhile scancel fails after it has signalled the others: without a word, or, if Slurm is requeueing it, when
+    it has tried again for 95 s. A warning that does not arrive costs time alone: jobs look for requests to cancel in their run folders.
+    """
+    for start in range(0, len(numbers), JOBS_PER_CALL):
+        with contextlib.suppress(ClusterError):
+            run_command("scancel", "--signal=TERM", *numbers[start : start + JOBS_PER_CALL])
 
 
 def cancel_named(name: str) -> None:

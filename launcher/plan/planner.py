@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
+from launcher.cluster.lanes import lanes_for
 from launcher.cluster.partitions import partitions_for
 from launcher.estimate.facts import Facts
-from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
+from launcher.estimate.partition import LOCAL_PARTITION
+from launcher.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
 from launcher.plan.packing import pack_id
 from launcher.plan.routing import Routed, Router
 from launcher.plan.verdict import Judgement, judge
-from launcher.records import ClusterConfig, Forecast, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from launcher.records import ClusterConfig, Forecast, Lanes, Pack, Plan, PlannedRun, Run, Sweep, Verdict
 from train.rundir import CacheDir, RunDir, SweepDir
 
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
@@ -36,7 +38,7 @@ def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
         PlannedRun(run, judgement.verdict, _reason(run, judgement, facts), pack_of.get(run.id))
         for run, judgement in judged
     )
-    return Plan(sweep, tuple(planned), tuple(packs))
+    return Plan(sweep, tuple(planned), tuple(packs), _lanes(sweep, packs))
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -86,6 +88,13 @@ def _packs(sweep: Sweep, judged: Judged, facts: Facts) -> list[Pack]:
     router = Router(sweep.dir, partitions_for(sweep.cluster), facts, _gentler(sweep.cluster, judged), work)
     prior_plans = len(list(sweep.dir.plans.glob("*.json")))
     return [_pack(routed, prior_plans) for routed in router.route([run for run, _ in todo])]
+
+
+def _lanes(sweep: Sweep, packs: list[Pack]) -> Lanes | None:
+    """How many of the packs may train at once on Slurm, beside what the sweep has in the queue."""
+    if not packs or packs[0].partition == LOCAL_PARTITION:
+        return None
+    return lanes_for(len(packs), sweep.cluster.jobs_at_once(slurm=True), arrays_in_queue(sweep.dir))
 
 
 def _gentler(cluster: ClusterConfig, judged: Judged) -> ClusterConfig:

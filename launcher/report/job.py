@@ -1,15 +1,24 @@
-"""The report of a sweep on Slurm: a small job that waits until all others have ended."""
+"""The report of a sweep on Slurm: a small job that waits until all others have ended, and what is said where there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cluster.slurm import Submitted, submit_afterwards
+from launcher.cluster.names import job_names
+from launcher.cluster.queue import read_queue
+from launcher.cluster.slurm import Submitted, array_number, submit_afterwards
 from launcher.errors import ClusterError
-from launcher.records import Plan
+from launcher.jobs import arrays_in_queue
+from launcher.records import Plan, RunStatus, State, Sweep
+from launcher.submit.freeze import freeze_code
 from train.rundir import SweepDir
+from train.storage import read_json, write_json
+
+UNDER_WAY = {State.PENDING, State.RUNNING, State.UNKNOWN}
 
 
 @dataclass(frozen=True)
@@ -31,13 +40,81 @@ class ReportJob:
 
 
 def submit_report(plan: Plan, submitted: Submitted, say: Callable[[str], None]) -> None:
-    """Let the report be written when these jobs have ended. Nothing is lost if Slurm refuses: `report` writes it as well."""
+    """Let the report be written when these jobs, and those of earlier commands, have ended. Call it as the sweep's `sole_launcher`.
+
+    Nothing is lost if Slurm refuses: `status` says so, and the next command tries again.
+    """
     if not submitted.jobs:
         return
-    sweep = plan.sweep
     pack = next(pack for pack in plan.packs if pack.id in submitted.jobs)
-    task = ReportJob(str(sweep.dir.path))
+    earlier = plan.lanes.earlier if plan.lanes is not None else ()
+    arrays = [*earlier, *map(array_number, submitted.jobs.values())]
+    _submit(plan.sweep, arrays, submitted.code, pack.partition, pack.minutes, say)
+
+
+def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
+    """The same for jobs whose launcher was killed, or found the queue full, before it came to that."""
+    if not _uncovered(sweep.dir):
+        return
+    with suppress(ClusterError):  # the next command tries again
+        arrays = arrays_in_queue(sweep.dir)
+        if arrays:
+            newest = max((read_json(path) for path in _records(sweep.dir)), key=lambda record: record["submitted"])
+            code = freeze_code(sweep.dir)
+            _submit(sweep, list(arrays), code, newest["partition"], newest.get("minutes"), say)
+
+
+def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
+    """What to do for a report that will not come by itself, None if one comes, is there, or makes no sense yet."""
+    if not _records(sweep):
+        return None
+    states = {status.state for status in statuses}
+    write = f"'python -m launcher report {sweep.path.name}'"
+    if states & UNDER_WAY:
+        again = "the command that started this sweep submits one"
+        return (
+            f"No job waits to write the report: {again}, and {write} writes it at once." if _uncovered(sweep) else None
+        )
+    if State.DONE not in states or _is_current(sweep) or _report_job_is_queued(sweep):
+        return None
+    return f"There is no report of all that is done: {write} writes it."
+
+
+def _submit(
+    sweep: Sweep, arrays: Sequence[str], code: Path, partition: str, minutes: int | None, say: Callable[[str], None]
+) -> None:
+    """Submit the job, and note which arrays it waits for."""
+    covered = [path.parent.name for path in _records(sweep.dir)]
+    numbers = sorted(set(arrays))
     try:
-        submit_afterwards(task, sweep.dir, submitted, sweep.cluster, pack.partition, pack.minutes)
+        job = submit_afterwards(
+            ReportJob(str(sweep.dir.path)), sweep.dir, code, numbers, sweep.cluster, partition, minutes
+        )
     except ClusterError as exc:
-        say(f"No job will write the report ({exc}); 'python -m launcher report {sweep.name}' does.")
+        write = f"'python -m launcher report {sweep.name}'"
+        say(f"No job will write the report ({exc}). The same command tries again later, and {write} writes it.")
+        return
+    write_json(sweep.dir.report_record, {"job": job, "arrays": covered, "submitted": time.time()})
+
+
+def _records(sweep: SweepDir) -> list[Path]:
+    """The records of all arrays that were, or were about to be, submitted."""
+    return list(sweep.arrays.glob("*/array.json"))
+
+
+def _uncovered(sweep: SweepDir) -> bool:
+    """Whether there are arrays that no job of this kind waits for."""
+    covered = (read_json(sweep.report_record) or {"arrays": []})["arrays"]
+    return not {path.parent.name for path in _records(sweep)} <= set(covered)
+
+
+def _is_current(sweep: SweepDir) -> bool:
+    """Whether the report is younger than every result."""
+    results = [run.result.stat().st_mtime for run in sweep.runs() if run.result.exists()]
+    return sweep.report.exists() and sweep.report.stat().st_mtime >= max(results)
+
+
+def _report_job_is_queued(sweep: SweepDir) -> bool:
+    """Whether such a job waits or runs, as far as Slurm answers."""
+    queue = read_queue([job_names(sweep).report])
+    return not queue.answered or any(not view.state.over for view in queue.views.values())

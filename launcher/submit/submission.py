@@ -44,7 +44,8 @@ def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
         ClusterError: the same packs were submitted meanwhile, or Slurm refuses.
     """
     sweep, code = plan.sweep, _write_all(plan)
-    requests = array_requests(job_names(sweep.dir), plan.packs, sweep.cluster, max_array_size())
+    assert plan.lanes is not None, "a plan for this machine"
+    requests = array_requests(job_names(sweep.dir), plan.packs, plan.lanes, max_array_size())
     return submit_arrays(requests, sweep.dir, code, sweep.cluster, say)
 
 

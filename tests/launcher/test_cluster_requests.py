@@ -1,6 +1,7 @@
 """What would be submitted, as values: which arrays, with which parameters, and the script that submitit makes of them."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,11 @@ from launcher.cluster.requests import (
     ArrayRequest,
     afterwards_parameters,
     array_requests,
-    halves,
     job_python,
-    parallel_shares,
     sbatch_parameters,
+    split,
 )
-from launcher.records import ClusterConfig, Forecast, Pack
+from launcher.records import ClusterConfig, Forecast, Lanes, Pack
 from stand_in import put_command
 from train.rundir import ArrayDir
 
@@ -32,48 +32,56 @@ def pack(number: int, partition: str = "t4", minutes: int | None = 60) -> Pack:
 
 def test_an_array_per_partition_cut_at_the_clusters_limit() -> None:
     packs = [*(pack(i) for i in range(5)), *(pack(i, "a100", minutes=90 + i) for i in range(5, 8))]
-    requests = array_requests(NAMES, packs, SLURM.model_copy(update={"max_parallel": 6}), largest=3)
+    requests = array_requests(NAMES, packs, Lanes(6), largest=3)
     assert [(r.partition, len(r.packs)) for r in requests] == [("t4", 3), ("t4", 2), ("a100", 3)]
     assert [name for request in requests for name in request.packs] == [pack.id for pack in packs]
     assert sum(request.parallel for request in requests) == 6
     assert [request.minutes for request in requests] == [60, 60, 97]
     assert len({request.name for request in requests}) == 3
     assert all(request.name == f"rank.{request.token}" for request in requests)
+    assert not any(request.after or request.follows for request in requests)
 
 
 def test_one_pack_without_a_limit_leaves_the_array_without() -> None:
-    (request,) = array_requests(NAMES, [pack(1), pack(2, minutes=None)], SLURM, largest=9)
+    (request,) = array_requests(NAMES, [pack(1), pack(2, minutes=None)], Lanes(8), largest=9)
     assert request.minutes is None
 
 
-@pytest.mark.parametrize(
-    ("sizes", "at_once", "shares"),
-    [([10], 4, [4]), ([2], 8, [2]), ([500, 500], 8, [4, 4]), ([9, 3], 8, [6, 2]), ([1, 1, 1], 2, [1, 1, 1])],
-)
-def test_jobs_at_once_are_dealt_out(sizes: list[int], at_once: int, shares: list[int]) -> None:
-    assert parallel_shares(sizes, at_once) == shares
+def test_arrays_without_a_lane_wait_for_those_that_have_one() -> None:
+    packs = [pack(i, partition) for i, partition in enumerate(["t4", "a100", "h100", "h200"])]
+    requests = array_requests(NAMES, packs, Lanes(2, (("12", 2),), waits=True), largest=9)
+    tokens = [request.token for request in requests]
+    assert [request.follows for request in requests] == [(), (), (tokens[0],), (tokens[1],)]
+    assert [(request.parallel, request.after) for request in requests] == [(1, ("12",))] * 4
+
+
+def whole(parallel: int) -> ArrayRequest:
+    return replace(REQUEST, packs=tuple("abcde"), parallel=parallel, after=("12",))
 
 
 def test_halves_are_the_same_jobs_under_other_names() -> None:
-    whole = replace(REQUEST, packs=("a", "b", "c"), parallel=3)
-    first, second = halves(whole, NAMES)
-    assert (first.packs, second.packs) == (("a", "b"), ("c",))
-    assert len({whole.name, first.name, second.name}) == 3
+    request = whole(3)
+    first, second = split([request], NAMES)
+    assert (first.packs, second.packs) == (("a", "b", "c"), ("d", "e"))
+    assert len({request.name, first.name, second.name}) == 3
     assert (first.parallel, second.parallel) == (2, 1)
+    assert (first.after, second.after, second.follows) == (("12",), ("12",), ())
 
 
-@pytest.mark.parametrize(("parallel", "shares"), [(4, (2, 2)), (3, (2, 1)), (1, (1, 1))])
-def test_halves_run_no_more_jobs_at_once_than_the_whole(parallel: int, shares: tuple[int, int]) -> None:
-    first, second = halves(replace(REQUEST, packs=tuple("abcdef"), parallel=parallel), NAMES)
-    assert (first.parallel, second.parallel) == shares
+def test_halves_run_no_more_jobs_at_once_than_the_whole_and_hold_up_who_waited_for_it() -> None:
+    request = whole(1)
+    waiting = replace(REQUEST, token="other", follows=(request.token,))
+    first, second, other = split([request, waiting], NAMES)
+    assert (first.parallel, second.parallel, second.follows) == (1, 1, (first.token,))
+    assert other.follows == (first.token, second.token)
 
 
-def script(cluster: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def script(cluster: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Sequence[str] = ()) -> str:
     """What sbatch would get, by submitit itself; srun is only looked for."""
     put_command(tmp_path, "srun", "exit 1", monkeypatch)
     array = ArrayDir(tmp_path / "arrays" / "0a1b2c3d")
     executor = SlurmExecutor(array.submitit, python=job_python(tmp_path / "code", cluster.container))
-    executor.update_parameters(**sbatch_parameters(REQUEST, cluster, array))
+    executor.update_parameters(**sbatch_parameters(REQUEST, cluster, array, before))
     return str(executor._make_submission_file_text(executor._submitit_command_str, "uid"))
 
 
@@ -103,6 +111,10 @@ def test_what_the_user_set_reaches_the_script(tmp_path: Path, monkeypatch: pytes
     assert "apptainer exec --nv image.sif sh -c" in srun
 
 
+def test_an_array_waits_for_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "#SBATCH --dependency=afterany:12:13\n" in script(SLURM, tmp_path, monkeypatch, ["12", "13"])
+
+
 def test_a_job_on_several_gpus_is_a_task_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = script(SLURM.model_copy(update={"gpus_per_job": 4, "cpus": 6}), tmp_path, monkeypatch).splitlines()
     options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
@@ -111,7 +123,7 @@ def test_a_job_on_several_gpus_is_a_task_for_each(tmp_path: Path, monkeypatch: p
 
 def test_nothing_is_asked_for_that_nobody_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = script(SLURM, tmp_path, monkeypatch)
-    for word in ("account", "qos", "reservation", "constraint", "mem=", "module load"):
+    for word in ("account", "qos", "reservation", "constraint", "mem=", "module load", "dependency"):
         assert word not in text
 
 

@@ -16,6 +16,7 @@ from launcher.errors import ClusterError
 from launcher.jobs import jobs_of, look_up
 from launcher.plan.verdict import judge
 from launcher.records import RunStatus, State, Verdict
+from launcher.report.job import report_note
 from launcher.track.tracker import track
 from stand_in import put_command
 from train.attempts import attempt_line
@@ -179,6 +180,30 @@ def test_a_pack_that_ran_out_of_memory_is_halved(run: RunDir, tmp_path: Path, mo
     (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
     assert judge(run, retry_failed=False, job=job).verdict is Verdict.FAILED
     assert judge(run, retry_failed=True, job=job).most_runs == 3
+
+
+def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = SweepDir(run.path.parent)
+
+    def note(squeue: str) -> str | None:
+        slurm_says(tmp_path, monkeypatch, squeue)
+        return report_note(sweep, track(sweep))
+
+    running = "echo 'rank.1a|12|RUNNING|None|t4-1'"
+    assert "No job waits to write the report" in (note(running) or "")  # its launcher died, or found the queue full
+    make_folder(sweep.report_job)
+    write_json(sweep.report_record, {"job": "13", "arrays": ["1a"], "submitted": time.time()})
+    assert note(running) is None
+    assert note("echo 'rank.1a|12|FAILED|None|t4-1'") is None  # nothing to report
+    write_json(run.result, {"steps": 5, "train_loss": 0.5, "tokens_per_second": 1.0})
+    report_job = job_names(sweep).report
+    assert note(f"echo '{report_job}|13|PENDING|Dependency|'") is None
+    assert note(NO_CONTACT) is None  # nobody knows
+    assert "'python -m launcher report rank' writes it" in (note("exit 0") or "")
+    write_text(sweep.report, "")
+    assert note("exit 0") is None
+    os.utime(sweep.report, (time.time() - 60,) * 2)
+    assert "no report of all that is done" in (note("exit 0") or "")
 
 
 def test_one_squeue_and_one_sacct_for_a_thousand_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

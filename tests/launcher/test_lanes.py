@@ -1,0 +1,66 @@
+"""cluster.max_parallel holds for a sweep: over its arrays, and over the commands that submit to it."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster.lanes import deal, lanes_for
+from launcher.errors import ClusterError
+from launcher.jobs import arrays_in_queue
+from launcher.records import Lanes
+from launcher.view import at_once
+from stand_in import put_command
+from train.rundir import SweepDir
+from train.storage import make_folder, write_json
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lanes", "shares"),
+    [([10], 4, [4]), ([2], 8, [2]), ([500, 500], 8, [4, 4]), ([9, 3], 8, [6, 2]), ([1, 1, 1], 2, [1, 1, 1])],
+)
+def test_lanes_are_dealt_out(sizes: list[int], lanes: int, shares: list[int]) -> None:
+    assert deal(sizes, lanes) == shares
+
+
+@pytest.mark.parametrize(
+    ("jobs", "taken", "count", "waits"),
+    [
+        (100, {}, 8, False),
+        (3, {"12": 5}, 3, False),  # the rest is enough
+        (100, {"12": 4}, 4, False),  # half of what they could use is better than to wait
+        (100, {"12": 2, "13": 3}, 8, True),  # three would crawl long after the others have ended
+        (1, {"12": 8}, 8, True),
+        (1, {"12": 20}, 8, True),  # of a time when the limit was higher
+    ],
+)
+def test_new_jobs_take_what_is_free_or_wait_for_all(jobs: int, taken: dict[str, int], count: int, waits: bool) -> None:
+    lanes = lanes_for(jobs, 8, taken)
+    assert (lanes.count, lanes.waits) == (count, waits)
+    assert lanes.after == (tuple(taken) if waits else ())
+    assert waits or count + sum(taken.values()) <= 8
+
+
+def test_a_plan_says_how_many_jobs_run_at_once_and_why() -> None:
+    assert at_once(Lanes(8), 3) == "At most 3 of these jobs at once (cluster.max_parallel)."
+    assert "At most 4 of these jobs at once (cluster.max_parallel), beside 4" in at_once(Lanes(4, (("12", 4),)), 9)
+    told = at_once(Lanes(8, (("12", 4), ("13", 4)), waits=True), 9)
+    assert "jobs 12, 13 of this sweep may take 8: these wait until those have ended" in told
+
+
+def test_what_is_in_the_queue_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = SweepDir(tmp_path / "runs" / "rank")
+    assert arrays_in_queue(sweep) == {}
+    for token, parallel in (("1a", 2), ("2b", 4), ("3c", 4)):
+        make_folder(sweep.array(token).path)
+        packs = [f"p{place}" for place in range(5)]
+        record = {"name": f"rank.{token}", "packs": packs, "submitted": time.time(), "job": None, "parallel": parallel}
+        write_json(sweep.array(token).record, record)
+    rows = [f"rank.1a|12_{task}|PENDING|Priority|" for task in range(4)]  # two at once of four
+    rows += ["rank.2b|13_0|COMPLETED|None|t4-1", "rank.2b|13_4|RUNNING|None|t4-1"]  # its last one
+    rows += ["rank.3c|14_0|CANCELLED|None|"]
+    put_command(tmp_path, "squeue", f"cat <<'E'\n{chr(10).join(rows)}\nE", monkeypatch)
+    assert arrays_in_queue(sweep) == {"12": 2, "13": 1}
+    put_command(tmp_path, "squeue", "exit 1", monkeypatch)
+    with pytest.raises(ClusterError, match="squeue does not answer"):
+        arrays_in_queue(sweep)
