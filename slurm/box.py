@@ -22,7 +22,8 @@ LOCK = Path("/run/lorapack-slurm.lock")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PORT_BLOCKS = range(20_000, 32_000, 10)  # below the ports that the kernel lends to clients
 CANCEL_MARGIN_SECONDS = 5.0
-LIVE = {"grace", "kill_wait", "requeue", "max_time", "default_time", "submit_limit", "user"}  # needs no restart
+# What slurmctld takes up without a restart.
+LIVE = {"grace", "kill_wait", "requeue", "preempt_mode", "max_time", "default_time", "submit_limit", "epilog", "user"}
 
 
 def up(folder: Folder, settings: Settings) -> Record:

@@ -86,6 +86,7 @@ def database_users() -> str:
 def _behaviour(settings: Settings) -> list[str]:
     """What decides over a job's life."""
     signal = ["SlurmctldParameters=preempt_send_user_signal"] if settings.send_user_signal else []
+    epilog = [f"Epilog={settings.epilog}"] if settings.epilog else []
     return [
         "PreemptType=preempt/partition_prio",
         f"PreemptMode={settings.preempt_mode}",
@@ -93,6 +94,7 @@ def _behaviour(settings: Settings) -> list[str]:
         f"JobRequeue={int(settings.requeue)}",
         f"MaxArraySize={settings.max_array_size}",
         *signal,
+        *epilog,
     ]
 
 
@@ -104,7 +106,7 @@ def _quick() -> list[str]:
         "ReturnToService=2",
         "CompleteWait=0",
         "MinJobAge=300",
-        "SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=100000,bf_interval=2",
+        "SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=100000,bf_interval=1",
     ]
 
 

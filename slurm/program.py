@@ -39,15 +39,19 @@ def main(words: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slurm/cluster", description="A real small Slurm on this machine.")
-    parser.add_argument(
-        "--folder", default=os.environ.get("SLURM_BOX", DEFAULT_FOLDER), help="the run folder (or $SLURM_BOX)"
-    )
+    _add_folder(parser, os.environ.get("SLURM_BOX", DEFAULT_FOLDER))
     verbs = parser.add_subparsers(dest="verb", required=True)
     _add_settings(verbs.add_parser("up", help="start it, or bring a running one to these settings"))
     verbs.add_parser("down", help="end its jobs and daemons")
     verbs.add_parser("status", help="say what runs; exit code 1 if something is missing")
     verbs.add_parser("restart", help="start one daemon again").add_argument("daemon")
+    for verb in verbs.choices.values():
+        _add_folder(verb, argparse.SUPPRESS)  # where it is not given, what stands before the verb holds
     return parser
+
+
+def _add_folder(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--folder", default=default, help="the run folder (or $SLURM_BOX), before or after the verb")
 
 
 def _add_settings(up_parser: argparse.ArgumentParser) -> None:
@@ -74,6 +78,7 @@ def _add_settings(up_parser: argparse.ArgumentParser) -> None:
     up_parser.add_argument(
         "--send-user-signal", action=flag, default=usual.send_user_signal, help="a preemption sends the job's --signal"
     )
+    up_parser.add_argument("--epilog", default=usual.epilog, metavar="PROGRAM", help="what nodes run after each job")
     up_parser.add_argument("--user", default=usual.user, help=f"whom jobs are submitted as ({usual.user})")
 
 

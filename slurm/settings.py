@@ -17,10 +17,11 @@ class Settings:
     send_user_signal: a preemption sends the job's own ``--signal`` instead of SIGTERM.
     preempt_mode: what becomes of a preempted job, REQUEUE or CANCEL.
     submit_limit: jobs and array tasks that the ordinary user may have in the queue (MaxSubmitJobs), 0 for any number.
+    epilog: a program that nodes run after each job, which is COMPLETING until it ends; empty for none.
     """
 
     grace: int = 10
-    kill_wait: int = 5
+    kill_wait: int = 20
     max_array_size: int = 501
     max_time: int = 1440
     default_time: int = 60
@@ -29,6 +30,7 @@ class Settings:
     preempt_mode: str = "REQUEUE"
     accounting: bool = True
     send_user_signal: bool = False
+    epilog: str = ""
     user: str = "student"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sweeps import PAIR, Lab
+from sweeps import PAIR, SEEDS, Lab
 
 from real_cluster import Cluster, NoCluster, cluster_folder
 
@@ -64,6 +64,12 @@ def lab(cluster: Cluster, project: Path) -> Lab:
 def pair(lab: Lab) -> dict[str, bytes]:
     """The journals of `sweeps.PAIR` if nobody disturbs them."""
     return lab.undisturbed("undisturbed", *PAIR)
+
+
+@pytest.fixture
+def seeds(lab: Lab) -> dict[str, bytes]:
+    """The journals of `sweeps.SEEDS` if nobody disturbs them."""
+    return lab.undisturbed("undisturbed-seeds", *SEEDS, "cluster.max_parallel=2")
 
 
 def _unavailable(reason: str) -> None:

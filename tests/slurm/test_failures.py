@@ -4,97 +4,134 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
-from sweeps import TINY, Lab
+from sweeps import END_DEADLINE_SECONDS, PAIR, SEEDS, SLURM, Lab
 
 from real_cluster import Cluster
 from slurm.daemons import start_time
 
 Journals = dict[str, bytes]
 
-LONG = ("lora.r=4,8", *TINY[:1], "train.max_steps=10000", "train.save_steps=50")  # nobody waits for its end
-
 
 def test_a_node_is_lost_and_its_job_comes_back_beside_the_next(cluster: Cluster, lab: Lab, pair: Journals) -> None:
     """Scenario 8. slurmd is killed and its job hangs; it wakes up when Slurm has started the job again: two copies, one may write."""
     sweep = lab.submit("node")
-    sweep.wait_for_step(20)
-    node, process = sweep.node(), sweep.stall()
+    process = sweep.stall_beyond(20)
+    node = sweep.node()
     cluster.kill_daemon(f"slurmd-{node}")
     try:
         sweep.wait("the second copy", lambda: sweep.attempts())
         os.kill(process, signal.SIGCONT)
-        sweep.assert_as_if_undisturbed(pair)
+        sweep.assert_as_if_undisturbed(pair, "node_fail", "done")
     finally:
         cluster.restart(f"slurmd-{node}")
-    assert sweep.causes() == ["node_fail", "done"]
     first, second = sweep.attempts()
     assert first["node"] == node != second["node"]
     assert (first["restart_count"], second["restart_count"]) == (0, 1)
     assert start_time(process) is None
+    assert len(sweep.jobs) == 1
 
 
 def test_the_controller_restarts_in_mid_sweep(cluster: Cluster, lab: Lab, pair: Journals) -> None:
-    """Scenario 9. Without it a status is told by files alone, and nobody is called failed."""
+    """Scenario 9, killed and stopped. Without it a status is told by files alone, and the same command submits nothing."""
     sweep = lab.submit("controller")
-    sweep.wait_for_step(20)
-    cluster.stop_daemon("slurmctld")
+    process = sweep.stall_beyond(20)
+    cluster.kill_daemon("slurmctld")
     try:
-        states = {status.state.value for status in sweep.statuses()}
-        assert states <= {"running", "done", "unknown"}
+        with ThreadPoolExecutor() as threads:  # each waits for squeue to give up
+            again = threads.submit(lab.run, *PAIR, *SLURM, f"sweep.name={sweep.name}")
+            assert {status.state.value for status in sweep.statuses()} == {"running"}
+        assert "Nothing to start" in again.result()
     finally:
         cluster.restart("slurmctld")
-    sweep.assert_as_if_undisturbed(pair)
-    assert sweep.causes() == ["done"]
+        os.kill(process, signal.SIGCONT)
+    cluster.restart("slurmctld")
+    sweep.assert_as_if_undisturbed(pair, "done")
+    assert len(sweep.jobs) == 1
 
 
 def test_a_cluster_without_sacct(cluster: Cluster, lab: Lab, pair: Journals) -> None:
     """Scenario 11. Preempted, requeued and tracked by squeue alone."""
     cluster.set(accounting=False)
     sweep = lab.submit("no-sacct")
-    sweep.wait_for_step(20)
+    sweep.stall_beyond(20)
     sweep.preempt()
     sweep.wait_for_attempts(1)
     assert {status.state.value for status in sweep.statuses()} <= {"pending", "running"}
-    sweep.assert_as_if_undisturbed(pair)
-    assert sweep.causes() == ["preempted", "done"]
-    cluster.set()
+    sweep.assert_as_if_undisturbed(pair, "preempted", "done")
+    assert len(sweep.jobs) == 1
 
 
-def test_cancel_in_every_state(cluster: Cluster, lab: Lab) -> None:
-    """Scenario 15: pending, held, running, requeued. Each ends cancelled, and nothing is left in the queue."""
-    running, requeued = (lab.submit(name, *LONG) for name in ("cancel-running", "cancel-requeued"))
-    for sweep in (running, requeued):
-        sweep.wait_for_step(5)
-    cluster.ask("scontrol", "requeue", requeued.job)
-    # Nodes that are drained while Slurm still ends a requeued job keep it in that state for minutes (seen with 22.05).
-    requeued.wait("its place in the queue", lambda: cluster.state(requeued.job) == "PENDING")
-    for node in ("t4-1", "t4-2"):
-        cluster.ask("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+@contextmanager
+def slow_epilogs(cluster: Cluster) -> Iterator[Path]:
+    """Jobs that end stay COMPLETING for as long as the file that is given exists, as on clusters whose nodes are cleaned after each."""
+    hold, program = cluster.readable / "hold", cluster.readable / "epilog"
+    program.write_text(f"#!/bin/sh\nwhile [ -e {hold} ]; do sleep 0.1; done\n")
+    program.chmod(0o755)
+    cluster.set(epilog=str(program))
     try:
-        pending, held = lab.submit("cancel-pending"), lab.submit("cancel-held")
-        cluster.ask("scontrol", "hold", held.job)
-        for sweep in (pending, held, requeued, running):
-            lab.run("cancel", sweep.name)
-        for sweep in (pending, held, requeued, running):
-            sweep.wait(
-                "cancelled", lambda sweep=sweep: {status.state.value for status in sweep.statuses()} == {"cancelled"}
-            )
-        cluster.wait("an empty queue", lambda: cluster.ask("squeue", "--noheader") == "")
+        yield hold
     finally:
-        for node in ("t4-1", "t4-2"):
-            cluster.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
-    assert running.causes() == ["cancelled"]
-    assert running.attempts()[0]["saved_step"] == running.attempts()[0]["last_step"]
-    assert pending.causes() == held.causes() == []
+        hold.unlink(missing_ok=True)
 
 
-def test_scancel_is_no_preemption(lab: Lab) -> None:
-    """A job that its user ends with Slurm's own command stays ended, though it saved what it had."""
+def test_cancel_in_every_state(cluster: Cluster, lab: Lab, seeds: Journals) -> None:
+    """Scenario 15, one command for jobs that are done, running, being requeued, requeued, waiting and held. All that is not done ends
+    cancelled, nothing is left in the queue, and `resume` takes each up where it was.
+    """
+    sweep = lab.submit("cancel", *SEEDS, "cluster.max_parallel=4")
+    done, running, completing, requeued, *_, held = sweep.runs
+    job = sweep.job_of
+    sweep.wait("four at once", lambda: [cluster.state(job(run)) for run in sweep.runs].count("RUNNING") == 4)
+    array = job(done).partition("_")[0]
+    cluster.ask("scontrol", "update", f"JobId={array}", "ArrayTaskThrottle=1")  # nothing more starts
+    cluster.ask("scontrol", "hold", job(held))
+    with ThreadPoolExecutor() as threads:  # each has its moment for a second or so
+        stalls = [
+            threads.submit(sweep.stall, "training", lambda sweep, run=run: sweep.step(run) > 5, run)
+            for run in (running, completing, requeued)
+        ]
+    process = stalls[0].result()
+    cluster.ask("scontrol", "requeue", job(requeued))
+    sweep.wait("one done, one requeued", lambda: done.result.exists() and cluster.state(job(requeued)) == "PENDING")
+    with slow_epilogs(cluster) as hold:
+        hold.touch()
+        cluster.ask("scontrol", "requeue", job(completing))
+        sweep.wait("the end of the process", lambda: sweep.attempts(completing))
+        command, settings = cluster.python(lab.project)
+        words = (*command, "-m", "launcher", "cancel", sweep.name)
+        cancel = cluster.start_as_user(*words, cwd=lab.project, **settings)
+        sweep.wait("the order", lambda: all(run.cancel_request.exists() for run in sweep.runs[1:]))
+        assert cluster.state(job(completing)) == "COMPLETING"  # still, after `cancel` looked
+        os.kill(process, signal.SIGCONT)
+        hold.unlink()
+        _, error = cancel.communicate(timeout=END_DEADLINE_SECONDS)
+    assert cancel.returncode == 0, error
+    assert not done.cancel_request.exists()
+    sweep.wait("cancelled", lambda: [s.state.value for s in sweep.statuses()] == ["done", *["cancelled"] * 5])
+    cluster.wait("an empty queue", lambda: cluster.ask("squeue", "--noheader") == "")
+    assert [sweep.causes(run) for run in sweep.runs] == [["done"], ["cancelled"], ["preempted"], ["preempted"], [], []]
+    ended = [sweep.attempts(run)[0] for run in (running, completing, requeued)]
+    assert all(line["saved_step"] == line["last_step"] > 5 for line in ended)
+    lab.run("resume", sweep.name)
+    sweep.wait_until_done()
+    assert [sweep.causes(run)[-1] for run in sweep.runs] == ["done"] * 6
+    assert {run.id: run.journal.read_bytes() for run in sweep.runs} == seeds
+    assert "Nothing to cancel" in lab.run("cancel", sweep.name)
+
+
+def test_scancel_is_no_preemption(lab: Lab, pair: Journals) -> None:
+    """A job that its user ends with Slurm's own command stays ended, though it saved what it had; until `resume`."""
     sweep = lab.submit("scancel")
-    sweep.wait_for_step(20)
+    sweep.stall_beyond(20)
     lab.cluster.ask("scancel", sweep.job)
     sweep.wait_for_attempts(1)
     sweep.wait("the end", lambda: lab.cluster.state(sweep.job) == "CANCELLED")
-    assert sweep.causes() == ["cancelled"]
+    assert [sweep.causes(run) for run in sweep.runs] == [["cancelled"]] * 2
     assert {status.state.value for status in sweep.statuses()} == {"cancelled"}
+    lab.run("resume", sweep.name)
+    sweep.assert_as_if_undisturbed(pair, "cancelled", "done")
