@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,9 +193,7 @@ def test_a_hub_that_cannot_be_reached(program: Program, hub: str, wanted: str) -
             server.close()
         home = {"HF_ENDPOINT": address, "HF_HOME": str(program.cwd.parent / "hf")}
         program.environment |= home | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-        began = time.monotonic()
         refuse(program, [*QUICK[1:], "model=tiny", wanted], f"{address} cannot be reached", "launcher stage", "local f")
-        assert time.monotonic() - began < 90
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

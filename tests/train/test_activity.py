@@ -59,16 +59,22 @@ def test_the_way_to_the_first_step_is_told_once_and_whole(tmp_path: Path) -> Non
     loop.run()
     (line,) = said
     assert line.startswith("first step done ")
-    assert all(part in line for part in ("importing 5.", "evaluating ", "saving ", "first step "))
+    assert all(part in line for part in ("importing ", "evaluating ", "saving ", "first step "))
+    assert float(line.partition("importing ")[2].partition(" s")[0]) >= 5.0
     told = float(line.removeprefix("first step done ").partition(" s")[0])
     assert 5.0 <= told <= 5.1 + time.monotonic() - began
 
 
 def test_the_age_of_a_process_counts_from_its_start() -> None:
-    age = process_age()
-    assert 0.5 < age < 24 * 3600
-    time.sleep(0.1)
-    assert process_age() - age == pytest.approx(0.1, abs=0.09)
+    clocks, ages = [time.monotonic()], []
+    for _ in range(2):
+        ages.append(process_age())
+        clocks.append(time.monotonic())
+        time.sleep(0.1)
+        clocks.append(time.monotonic())
+    assert 0.1 < ages[0] < 24 * 3600
+    passed = ages[1] - ages[0]
+    assert clocks[2] - clocks[1] - 0.05 <= passed <= clocks[3] - clocks[0] + 0.05, "it runs as fast as any clock"
 
 
 def test_a_bulletin_follows_changes_is_silent_otherwise_and_goes(
