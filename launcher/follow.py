@@ -18,7 +18,10 @@ from train.rundir import PackDir, RunDir, SweepDir
 from train.storage import last_line
 
 TICK_SECONDS = 0.5
-SILENT_ENDS = {None: "its job ended before it began", "node_fail": "its process was killed (out of memory?)"}
+SILENT_ENDS = {
+    None: "its job ended before it began",
+    "node_fail": "its process was killed (out of memory?); the same command goes on from its checkpoint",
+}
 EXPLAINED_BY_STDERR = {None, "crash", "out_of_memory"}  # the other causes come with a sentence of their own
 
 

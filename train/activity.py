@@ -99,7 +99,7 @@ def read_bulletin(pack: PackDir) -> Record | None:
     """What a job of the pack last said, None where there is nothing."""
     try:
         note: Record | None = read_json(pack.activity)
-    except ValueError:  # it is not flushed, so a power cut can leave an empty file
+    except StorageError:  # it is not flushed, so a power cut can leave an empty file
         return None
     return note
 

@@ -63,8 +63,8 @@ class PackedLinear(nn.Module):
         self.slot: Slot | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, in] -> [1, T, out]: as a decoder that knows nothing of packs calls it."""
-        return linears(x[0], [self], None)[0].unsqueeze(0)
+        """[1, T, in] -> [1, T, out], or without the first dimension: as a decoder that knows nothing of packs calls it."""
+        return linears(x.reshape(-1, x.shape[-1]), [self], None)[0].view(*x.shape[:-1], -1)
 
 
 def linears(x: torch.Tensor, layers: Sequence[PackedLinear], residual: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from typing import Any
 from train.errors import BadInput, StorageError
 
 Record = dict[str, Any]
+
+TOLD_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries tell the system's errors
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -125,21 +128,38 @@ def _whole_lines(handle: int, tail_bytes: int = 1 << 16) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON document at `path`, or None where there is none."""
+    """The JSON document at `path`, or None where there is none.
+
+    Raises:
+        StorageError: it is damaged; we write whole files only, so somebody else did it (a copy to a full disk, say).
+    """
     try:
-        return json.loads(path.read_bytes())
+        return _parsed(path.read_bytes(), path)
     except FileNotFoundError:
         return None
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Every whole line of a growing JSON-lines file; a torn last line and a missing file count as nothing."""
+    """Every whole line of a growing JSON-lines file; a torn last line and a missing file count as nothing.
+
+    Raises:
+        StorageError: a line before is damaged.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
     whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    return [_parsed(line, path) for line in whole.splitlines()]
+
+
+def _parsed(content: bytes, path: Path) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as exc:
+        raise StorageError(
+            f"{path} is damaged: it holds no whole JSON ({exc}). Restore it, or remove it and run the same command again."
+        ) from exc
 
 
 def read_first_line(path: Path) -> Record | None:
@@ -235,6 +255,8 @@ def readable(path: Path) -> Iterator[None]:
 def storage_errors(path: Path) -> Iterator[None]:
     """Translate the operating system's refusals to write at `path`.
 
+    safetensors and tokenizers tell them as text, in types of their own.
+
     Raises:
         StorageError: saying what, where and what to do next.
     """
@@ -251,10 +273,12 @@ def storage_errors(path: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as exc:
-        if exc.errno not in advice:
+    except Exception as exc:
+        told = TOLD_ERROR.search(str(exc))
+        code = exc.errno if isinstance(exc, OSError) else int(told[1]) if told else None
+        if code not in advice:
             raise
-        raise StorageError(f"{path} could not be written: {advice[exc.errno]}.") from exc
+        raise StorageError(f"{path} could not be written: {advice[code]}.") from exc
 
 
 def sync_folder(path: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -37,6 +39,9 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+OPT_SHAPE: dict[str, Any] = {
+    name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+} | {"word_embed_proj_dim": 64, "ffn_dim": 128, "max_position_embeddings": 128, "dropout": 0.0}
 
 
 def random_model(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -59,8 +64,19 @@ def random_model(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
             random_model(StableLmForCausalLM, StableLmConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"})),
             False,
         ),
+        (
+            random_model(OPTForCausalLM, OPTConfig(**OPT_SHAPE)),
+            False,
+        ),
     ],
-    ids=["llama", "llama with biases", "qwen2", "qwen3", "stablelm, which rotates a part of each head"],
+    ids=[
+        "llama",
+        "llama with biases",
+        "qwen2",
+        "qwen3",
+        "stablelm, which rotates a part of each head",
+        "opt, without batch",
+    ],
 )
 def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: bool) -> None:
     """Whichever decoder was chosen, against the model as transformers computes it, sequence by sequence."""

@@ -182,14 +182,21 @@ def test_data_that_changed_since_the_plan_are_refused(make_pack: MakePack, tmp_p
     assert causes(pack) == [["bad_input"], ["bad_input"]]
 
 
-def test_a_full_disk_ends_the_run_that_met_it_and_no_other(make_pack: MakePack) -> None:
-    """/dev/full answers every write as a full disk does."""
+@pytest.mark.parametrize("file", ["a log", "a checkpoint"])
+def test_a_full_disk_ends_the_run_that_met_it_and_no_other(make_pack: MakePack, file: str) -> None:
+    """/dev/full answers every write as a full disk does; a disk of one page is full when a checkpoint comes."""
     pack = make_pack()
     first, second = runs_of(pack)
-    os.symlink("/dev/full", first.pace)
-    out, _ = run_job(pack)
-    assert "ends: storage" in out
-    assert "the disk is full" in out
+    command = [sys.executable, "-m", "train.job", str(pack)]
+    if file == "a log":
+        os.symlink("/dev/full", first.pace)
+    else:
+        mount = 'mount -t tmpfs -o size=4k,mode=700 none "$0" && "$@"'
+        folder = str(make_folder(first.checkpoints))
+        command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, folder, *command]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "ends: storage" in job.stdout
+    assert "the disk is full" in job.stdout
     assert causes(pack) == [["storage"], ["done"]]
     assert not first.result.exists()
     assert second.result.exists()

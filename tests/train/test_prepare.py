@@ -68,7 +68,10 @@ def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenising(
     data = data_config(write_rows(tmp_path / "rows.jsonl", *["yes"] * 30), eval_rows=10)
     answer, _ = ask(document(tmp_path / "cache", data, target="c_attn"))
     assert (answer["error"], answer["exit_code"]) == ("BadInput", 2)
-    assert "'c_attn', which the model does not have; it has down_proj" in answer["message"]
+    assert (
+        "'c_attn', which the model does not have among the layers that an adapter can sit on: down_proj"
+        in answer["message"]
+    )
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["models"]
 
 

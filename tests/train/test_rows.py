@@ -48,6 +48,17 @@ def test_every_kind_of_file_gives_the_same_text(name: str, tmp_path: Path) -> No
     assert read_rows(path, "auto") == [AlpacaRow(f"Say {i}", "", answer) for i, answer in enumerate(answers)]
 
 
+def test_a_conversation_in_a_csv_is_json_text(tmp_path: Path) -> None:
+    def cell(messages: str) -> str:
+        return '"' + messages.replace('"', '""') + '"'
+
+    path = write(tmp_path / "rows.csv", f"id,messages\n1,{cell(json.dumps(CHAT['messages']))}\n")
+    assert read_rows(path, "auto") == read_rows(jsonl(tmp_path, CHAT), "auto")
+    path = write(tmp_path / "rows.csv", f"id,messages\n1,{cell(json.dumps(CHAT['messages']))}\n2,hello\n")
+    with pytest.raises(BadInput, match=r"rows\.csv:3: messages is no JSON .* as text"):
+        read_rows(path, "auto")
+
+
 def test_chat_rows_and_rows_without_input_are_told_by_their_columns(tmp_path: Path) -> None:
     rows = read_rows(jsonl(tmp_path, CHAT, {"instruction": "Hi", "output": "Hello"}, GOOD | {"input": None}), "auto")
     assert [type(row) for row in rows] == [ChatRow, AlpacaRow, AlpacaRow]

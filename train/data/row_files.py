@@ -117,9 +117,22 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 fields, rows_end = list(values.values()), reader.line_num
                 if None in values or None in fields:
                     raise BadInput(f"{path}:{rows_end}: the row has not as many fields as the header; quote commas.")
-                yield f"{path}:{rows_end - sum(field.count(chr(10)) for field in fields)}", values
+                where = f"{path}:{rows_end - sum(field.count(chr(10)) for field in fields)}"
+                yield where, _with_conversation(values, where)
         except csv.Error as exc:  # an open quote swallows the lines behind it, so the row's first line is named
             raise BadInput(f"{path}:{rows_end + 1}: this is no CSV ({exc}); correct it.") from exc
+
+
+def _with_conversation(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of a CSV, whose column ``messages`` holds a conversation as JSON text."""
+    if "messages" not in values:
+        return values
+    try:
+        return values | {"messages": json.loads(values["messages"])}
+    except (ValueError, RecursionError) as exc:
+        raise BadInput(
+            f"{where}: messages is no JSON ({_reason(exc)}); in a CSV it has to be a JSON list of {{role, content}} as text."
+        ) from exc
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -63,22 +63,28 @@ class Tokeniser:
         """The table of `rows`; `stop` is polled and `advance` told the count between batches.
 
         Raises:
-            BadInput: nothing is left to learn, see `data.max_length`.
+            BadInput: nothing is left to learn, see `data.max_length`, or the chat template refuses a row (naming it).
         """
         kept: list[tuple[np.ndarray, np.ndarray]] = []
         for start in range(0, len(rows), BATCH_ROWS):
             stop()
             batch = rows[start : start + BATCH_ROWS]
-            kept += [row for row in map(self._cut, *self._encode(batch)) if row is not None]
+            kept += [row for row in map(self._cut, *self._encode(batch, start + 1)) if row is not None]
             advance(len(batch))
         if not kept:
             raise self._nothing_left(len(rows))
         offsets = np.cumsum([0, *(len(tokens) for tokens, _ in kept)], dtype=np.int64)
         return TokenTable(np.concatenate([t for t, _ in kept]), np.concatenate([label for _, label in kept]), offsets)
 
-    def _encode(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Tokens and labels of each row, in full length."""
-        rendered = [render(row, self.tokenizer, mark_answers=self.data.response_only) for row in rows]
+    def _rendered(self, row: Row, number: int) -> Rendered:
+        try:
+            return render(row, self.tokenizer, mark_answers=self.data.response_only)
+        except BadInput as exc:
+            raise BadInput(f"row {number:,}: {exc}") from exc
+
+    def _encode(self, rows: Sequence[Row], first: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Tokens and labels of each row, in full length; `first` is the number of the first row."""
+        rendered = [self._rendered(row, number) for number, row in enumerate(rows, first)]
         encoding = self.tokenizer(
             [row.text for row in rendered],
             add_special_tokens=not self.tokenizer.chat_template,  # a chat template writes them itself

@@ -27,7 +27,6 @@ from train.errors import StorageError
 from train.model.folder import weight_files
 from train.model.locking import locked
 from train.model.quantised import QuantisedBase, load_model, quantised_tensors
-from train.model.saving import told_errors
 from train.rundir import BaseDir, CacheDir
 from train.storage import Record, make_folder, storage_errors, write_folder, write_json
 
@@ -165,7 +164,7 @@ def write_base(folder: BaseDir, about: Record, tensors: dict[str, torch.Tensor])
         )
     with write_folder(folder.path) as beside:
         files = BaseDir(beside)
-        with told_errors(files.weights):
+        with storage_errors(files.weights):
             save_file(tensors, files.weights)
         write_json(files.about, about)
 
