@@ -42,7 +42,7 @@ class Terminal:
         self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # with what it started: W&B's dashboard is a child of its command
+            os.killpg(self.process.pid, signal.SIGKILL)  # W&B's dashboard is a child of its command
         self.process.wait()
         os.close(self._screen)
 

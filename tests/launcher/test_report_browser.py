@@ -14,7 +14,7 @@ from chromium import Opened, open_browser, open_page
 from launcher.report.html_page import page_document, render_page
 from launcher.report.writer import build_report
 from synthetic_sweeps import QUESTIONS, SyntheticSweep
-from train.storage import append_lines
+from train.storage import append_lines, read_json, write_json
 
 OPENS_WITHIN_SECONDS = 2
 LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3
@@ -198,6 +198,45 @@ def test_a_sweep_with_nothing_to_compare_opens_too(browser: Any, tmp_path: Path,
     file.write_text(render_page(build_report(sweep.dir)), "utf-8")
     with open_page(browser, file) as opened:
         assert opened.page.locator("[data-run]").count() > 0
+        assert opened.complaints == []
+
+
+def test_what_limits_the_ranking_stands_beside_it(browser: Any, tmp_path: Path) -> None:
+    """One seed, runs without a result and why, means of steps that are said to be means, and the price where there is one."""
+    sweep = SyntheticSweep(tmp_path / "young").grid({"lora.r": [4, 8]})
+    diverged = sweep.add({"lora.r": 16}, finished=False)
+    end = {
+        "attempt": 1,
+        "cause": "diverged",
+        "detail": "the loss is nan",
+        "first_step": 0,
+        "last_step": 30,
+        "ended": 9.0,
+    }
+    append_lines(diverged.attempts, [end | {"node": "n1", "job": "1", "seconds": 9.0, "started": 0.0, "device": "cpu"}])
+    for run in (run for run in sweep.dir.runs() if run.result.exists()):
+        write_json(run.result, read_json(run.result) | {"gpu_hours": 0.5})
+    sweep.accept("python -m launcher sweep=rank", gpu_hours=1.0, usd=3.0)
+    file = tmp_path / "report.html"
+    file.write_text(render_page(build_report(sweep.dir)), "utf-8")
+    with open_page(browser, file) as opened:
+        verdict, tiles = opened.page.locator("#verdict").inner_text(), opened.page.locator("#tiles").inner_text()
+        for words in (
+            "one seed",
+            "of 64 rows",
+            "nobody can tell",
+            "1 of 3 runs has no result and is not compared: 1 failed.",
+        ):
+            assert words in verdict
+        assert "2 of 3" in tiles
+        assert "$3.00" in tiles
+        assert "failed" in opened.page.locator("#unfinished").inner_text()
+        assert "diverged at step 30: the loss is nan" in opened.page.locator("#unfinished").inner_text()
+        assert opened.page.locator("#curve-plot path.unfinished").count() == 2, "its training and its evaluations"
+        caption = opened.page.locator("#curve-caption")
+        assert "the mean of up to 7 steps" in caption.inner_text()
+        opened.page.get_by_role("button", name="Every step").click()
+        assert "one optimizer step" in caption.inner_text()
         assert opened.complaints == []
 
 
