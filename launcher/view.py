@@ -50,10 +50,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def at_once(lanes: Lanes, jobs: int) -> str:
     """How many of a plan's jobs run side by side, and because of what."""
-    limit, taken = "cluster.max_parallel", sum(lanes for _, lanes in lanes.taken)
+    limit, taken = "cluster.max_parallel", sum(count for _, count in lanes.taken)
     if lanes.waits:
         whose = f"job{'s' * (len(lanes.after) > 1)} {', '.join(lanes.after)} of this sweep"
-        return f"At most {lanes.count} jobs at once ({limit}), and {whose} may take {taken}: these wait until those have ended."
+        return f"{limit} is {lanes.count}, and {whose} may take {taken}: these wait until those have ended."
     beside = f", beside {taken} that are in the queue" if taken else ""
     return f"At most {min(lanes.count, jobs)} of these jobs at once ({limit}){beside}."
 

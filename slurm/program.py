@@ -20,7 +20,7 @@ CANNOT_INSTALL = 3
 
 def main(words: list[str]) -> int:
     """Run one command; 0 if it worked, 3 if this machine cannot have a cluster, 1 if anything else failed."""
-    options = vars(_parser().parse_args(words))
+    options = vars(arguments_of(words))
     verb, folder = options.pop("verb"), Folder(Path(options.pop("folder")).absolute())
     try:
         if verb == "up":
@@ -37,7 +37,8 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments_of(words: list[str]) -> argparse.Namespace:
+    """The verb, its settings and the run folder."""
     parser = argparse.ArgumentParser(prog="slurm/cluster", description="A real small Slurm on this machine.")
     _add_folder(parser, os.environ.get("SLURM_BOX", DEFAULT_FOLDER))
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("restart", help="start one daemon again").add_argument("daemon")
     for verb in verbs.choices.values():
         _add_folder(verb, argparse.SUPPRESS)  # where it is not given, what stands before the verb holds
-    return parser
+    return parser.parse_args(words)
 
 
 def _add_folder(parser: argparse.ArgumentParser, default: str) -> None:

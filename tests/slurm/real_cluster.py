@@ -225,7 +225,7 @@ def box(folder: Folder, *words: str, check: bool = True) -> subprocess.Completed
     Raises:
         NoCluster: Slurm cannot be installed here.
     """
-    command = [sys.executable, str(REPOSITORY / "slurm" / "cluster"), "--folder", str(folder.path), *words]
+    command = [sys.executable, str(REPOSITORY / "slurm" / "cluster"), *words, "--folder", str(folder.path)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if answer.returncode == CANNOT_INSTALL:
         raise NoCluster(answer.stderr)

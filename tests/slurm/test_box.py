@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import time
 
+import pytest
+
 from real_cluster import Cluster, box, cluster_folder
 from slurm.daemons import processes_of
+from slurm.program import arguments_of
 from slurm.settings import Folder
 
 
@@ -31,6 +34,13 @@ def test_comes_up_twice_in_a_row_and_leaves_no_process(cluster: Cluster) -> None
         assert box(folder, "status", check=False).returncode == 1
     shutil.rmtree(folder.path)
     assert cluster.ask("sinfo", "--noheader", "--format=%P %a") == "t4* up\na100 up\nurgent up"
+
+
+@pytest.mark.parametrize(
+    "words", [["--folder", "/a", "restart", "slurmd-t4-1"], ["restart", "slurmd-t4-1", "--folder", "/a"]]
+)
+def test_the_folder_is_named_before_the_verb_or_after_it(words: list[str]) -> None:
+    assert vars(arguments_of(words)) == {"folder": "/a", "verb": "restart", "daemon": "slurmd-t4-1"}
 
 
 def _stubborn_job(folder: Folder) -> subprocess.CompletedProcess[str]:

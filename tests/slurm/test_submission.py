@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -181,8 +182,11 @@ def test_the_same_sweep_submitted_twice_at_once(lab: Lab, pair: Journals) -> Non
 
 
 def test_more_tasks_than_an_array_may_have_and_a_full_queue(cluster: Cluster, lab: Lab, seeds: Journals) -> None:
-    """Scenario 14. Arrays are cut; what the queue does not take now goes in with the next command, and so does the report's job."""
-    words = ("train.seed=range(0,4)", *SEEDS[1:])
+    """Scenario 14. Arrays are cut; what the queue does not take now goes in with the next command, and so does the report's job.
+
+    All the while no two jobs run at once, though they are in three arrays of two commands.
+    """
+    words = ("train.seed=range(0,4)", *SEEDS[1:], "cluster.max_parallel=1")
     cluster.set(max_array_size=2, submit_limit=3)
     with drained(cluster):  # no job ends and makes room before all are submitted
         sweep = lab.submit("many", *words)
@@ -191,10 +195,14 @@ def test_more_tasks_than_an_array_may_have_and_a_full_queue(cluster: Cluster, la
         assert len(trained_packs(sweep)) == 3
         assert sorted(len(read_json(path)["packs"]) for path in sweep.folder.arrays.glob("*/array.json")) == [1, 2]
         cluster.set(max_array_size=2)
-        assert "1 job in the queue" in lab.run(*words, *SLURM, f"sweep.name={sweep.name}")
+        said = lab.run(*words, *SLURM, f"sweep.name={sweep.name}")
+        assert "1 job in the queue" in said
+        assert "these wait until those have ended" in said
     submitted = trained_packs(sweep)
     assert len(submitted) == len(set(submitted)) == 4
     sweep.assert_as_if_undisturbed({run.id: seeds[run.id] for run in sweep.runs}, "done")
+    times = sorted((line["started"], line["ended"]) for run in sweep.runs for line in sweep.attempts(run))
+    assert all(ended <= started for (_, ended), (started, _) in pairwise(times))
     sweep.wait("the report", sweep.folder.report.exists)
 
 
