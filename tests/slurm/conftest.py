@@ -13,8 +13,10 @@ from sweeps import PAIR, SEEDS, Lab
 from real_cluster import Cluster, NoCluster, cluster_folder
 
 CLUSTER_TEST_SECONDS = 600
+ONE_HALF = {"test_preemption", "test_box"}  # they take about as long as the others
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers of pytest-xdist (``--dist loadgroup``) have a cluster each, whose settings their tests change.
 
@@ -22,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
-            half = "preemption" if "test_preemption" in item.nodeid else "everything else"
-            item.add_marker(pytest.mark.xdist_group(f"slurm: {half}"))
+            half = "one" if item.path.stem in ONE_HALF else "other"
+            item.add_marker(pytest.mark.xdist_group(f"slurm: {half} half"))
             item.add_marker(pytest.mark.timeout(CLUSTER_TEST_SECONDS))
     items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
 

@@ -182,7 +182,7 @@ def test_what_ran_out_of_memory_is_not_tried_as_it_was(lab: Lab) -> None:
     """Scenario 17. A limit on the job's address space makes the allocator fail as it does on a full node; one run alone fits."""
     large = ("train.batch_size=512", "train.micro_batch_tokens=200000")
     words = ("lora.r=4,8", "model=tiny", "train.max_steps=3", "train.sample_prompts=0", *large)
-    journals = lab.undisturbed("undisturbed-alone", *words, "cluster.max_runs_per_pack=1")
+    journals = lab.undisturbed("undisturbed-alone", *words, "cluster.max_runs_per_pack=1", "cluster.max_parallel=2")
     sweep = lab.submit("memory", *words, f"cluster.setup=[ulimit -v {imported_kib(lab) + ONE_FITS_KIB}]")
     sweep.wait_for_attempts(1)
     assert [sweep.causes(run) for run in sweep.runs] == [["out_of_memory"]] * 2
