@@ -23,11 +23,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     They go first: they wait most of the time, and the other tests fill the gaps.
     """
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
+        if _on_cluster(item):
             half = "one" if item.path.stem in ONE_HALF else "other"
             item.add_marker(pytest.mark.xdist_group(f"slurm: {half} half"))
             item.add_marker(pytest.mark.timeout(CLUSTER_TEST_SECONDS))
-    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: not _on_cluster(item))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest 9.2 hides the groups from pytest-xdist 3.8, and then every worker would start a cluster without a word."""
+    parted = hasattr(session.config, "workerinput")
+    if parted and any(_on_cluster(item) and "@slurm" not in item.nodeid for item in session.items):
+        raise pytest.UsageError("the tests on Slurm are not kept together; run them with --dist loadgroup")
+
+
+def _on_cluster(item: pytest.Item) -> bool:
+    return "running_cluster" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
