@@ -100,8 +100,8 @@ def _refuse_unknown_targets(lora: LoraConfig, linear_names: Sequence[str]) -> No
     for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear_names):
             raise BadInput(
-                f"lora.target_modules names {target!r}, which the model does not have among the layers that an "
-                f"adapter can sit on: {_kinds(linear_names)}."
+                f"lora.target_modules names {target!r}, which is no linear layer of the model's that an adapter can "
+                f"sit on; it has {_kinds(linear_names)}."
             )
     return None
 

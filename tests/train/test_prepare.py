@@ -69,7 +69,7 @@ def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenising(
     answer, _ = ask(document(tmp_path / "cache", data, target="c_attn"))
     assert (answer["error"], answer["exit_code"]) == ("BadInput", 2)
     assert (
-        "'c_attn', which the model does not have among the layers that an adapter can sit on: down_proj"
+        "'c_attn', which is no linear layer of the model's that an adapter can sit on; it has down_proj"
         in answer["message"]
     )
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["models"]
