@@ -217,6 +217,7 @@ class RunStatus:
     """What is known of a run now. Speeds in tokens per second of this run alone; `seconds_left` by its latest pace.
 
     `reason` is why it waits, is held, or is unknown. `doing` is what its job does just now besides steps: ``evaluating 12/64``.
+    `gone` says that Slurm has no job for it any more, where how that ended is unknown.
     """
 
     id: str
@@ -233,3 +234,9 @@ class RunStatus:
     node: str | None
     reason: str | None = None
     doing: str | None = None
+    gone: bool = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it trains, waits, or may do so as far as anybody knows."""
+        return self.state in {State.PENDING, State.RUNNING, State.UNKNOWN} and not self.gone

@@ -125,6 +125,11 @@ def cancel(request: Request) -> int:
         print("Nothing to cancel: no run there is in training or waiting.")
         return 0
     print_statuses(statuses, "asked to stop", _console())
+    slow = sorted({status.job for status in statuses if status.under_way and status.job is not None})
+    if slow:
+        print(
+            f"Not stopped yet: {', '.join(slow)}. They save first; 'scancel' ends a job that hangs, at its last checkpoint."
+        )
     return 0
 
 

@@ -7,14 +7,12 @@ import time
 from rich.console import Console
 
 from launcher.progress import open_progress
-from launcher.records import State
 from launcher.stopping import Interrupts
 from launcher.track.tracker import track
 from train.rundir import SweepDir
 
 TICK_SECONDS = 0.5
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 3.0, 30.0  # between questions to a controller that serves many users
-UNDER_WAY = {State.PENDING, State.RUNNING, State.UNKNOWN}
 
 
 def watch(sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
@@ -24,7 +22,7 @@ def watch(sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
         while not interrupts.count:
             statuses = track(sweep)
             progress.show(statuses)
-            if not any(status.state in UNDER_WAY for status in statuses):
+            if not any(status.under_way for status in statuses):
                 return
             wake_at = time.monotonic() + pause
             while time.monotonic() < wake_at and not interrupts.count:

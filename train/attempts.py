@@ -2,7 +2,7 @@
 
 Causes: ``done preempted timeout node_fail out_of_memory diverged bad_input storage crash cancelled``. A process that was killed or
 lost its node cannot write its line; the next attempt finds the dead lease and writes it: with the cause that the dead one noted when
-it was asked to stop (`train.witness`), else ``node_fail``. Light on purpose.
+it was asked to stop (`train.witness`), that of Slurm's books where it was killed for its memory, else ``node_fail``. Light on purpose.
 
 When to give up (`why_held`). A run is tried again as long as it gets anywhere, however often it is preempted. An attempt is
 fruitless if the next one has to begin where it began (`saved_step` did not grow). Two fruitless attempts in a row that computed steps
@@ -22,7 +22,7 @@ from train.errors import BadInput, LorapackError, PeerLost, StorageError
 from train.lease import Lease, acquire, read_lease
 from train.rundir import RunDir
 from train.signals import Stopped
-from train.slurm import this_job
+from train.slurm import killed_for_memory, this_job
 from train.storage import Record, append_lines, last_line, read_json, read_lines
 
 LOST_STEPS_PATIENCE = 2
@@ -100,6 +100,11 @@ def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[str, str]:
     note = read_json(run.stop_note)
     if note is not None and note["token"] == dead.token:
         return note["cause"], f"{note['detail']}; killed before it could save"
+    if this_job() is not None and killed_for_memory(dead.job):
+        return (
+            "out_of_memory",
+            f"Slurm killed job {dead.job} for using more memory than it had asked for (cluster.ram_gib)",
+        )
     if dead.alive():
         return "node_fail", f"Slurm started the job again while process {dead.pid} on {dead.host} was still running"
     return "node_fail", f"process {dead.pid} on {dead.host} was killed or its node was lost"

@@ -8,6 +8,7 @@ Light on purpose: it runs before torch is imported. Everything here tolerates a 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -20,7 +21,9 @@ COMMAND_TIMEOUT_SECONDS = 10.0
 MOST_WARNING_SECONDS = 120  # how long before the time limit a job is warned: time to end an evaluation step and to save
 LIVE_STATES = {"RUNNING", "SIGNALING"}
 NEAR_THE_LIMIT_SECONDS = MOST_WARNING_SECONDS + 60  # Slurm's warning comes up to half a minute early or late
+CLOCKS_APART_SECONDS = 5.0  # of controller and node
 REQUEUE_WAITS_SECONDS = (0, 1, 2, 4, 8, 16)  # between tries while the controller is away
+END_WAIT_SECONDS = 600.0  # the longest that a job which could not ask waits to be ended
 
 
 @dataclass(frozen=True)
@@ -86,48 +89,69 @@ def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now
         return "preempted", f"{signal_name}: a job of higher priority takes its place"
     if facts.restarts > job.restarts:
         return "preempted", f"{signal_name}: Slurm puts it back into the queue"
-    if facts.limit_at is not None and facts.limit_at - now < NEAR_THE_LIMIT_SECONDS:
+    ended = facts.state not in LIVE_STATES  # at the limit, or by scancel before it
+    near = CLOCKS_APART_SECONDS if ended else NEAR_THE_LIMIT_SECONDS
+    if facts.limit_at is not None and facts.limit_at - now < near:
         return "timeout", f"{signal_name}: the time limit"
-    if facts.state not in LIVE_STATES:
+    if ended:
         return "cancelled", f"{signal_name}: scancel"
     return "preempted", signal_name
 
 
 def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
-    """See to it that the job is in the queue again, so that it may end now; if that is refused, say what the user can do."""
+    """See to it that the job is in the queue again, so that it may end now; if that is refused, say what the user can do.
+
+    Where nobody can be asked the job waits to be ended: Slurm requeues what it kills for a job of higher priority, and not what
+    ended by itself.
+    """
     facts = job_facts(job)
     if facts is not None and facts.restarts > job.restarts:
         say("Slurm puts this job back into the queue by itself")
         return
-    refused = _ask_for_requeue(job, say)
-    if refused is None:
+    answer = _ask_for_requeue(job, say)
+    if answer is None:
+        say(
+            "nobody could be asked to requeue this job, so it waits to be ended; 'python -m launcher resume' goes on otherwise"
+        )
+        time.sleep(END_WAIT_SECONDS)
+    elif answer.returncode == 0:
         say("put back into the queue")
     else:
+        refused = " ".join(answer.stderr.split())
         say(f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' goes on from the checkpoint")
 
 
-def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> str | None:
-    """Why the job was not requeued, None if it was."""
-    refused = "no answer"
+@functools.cache
+def killed_for_memory(job: str) -> bool:
+    """Whether Slurm's books say that it killed a job for using more memory than it had asked for; no if nobody can tell."""
+    answer = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
+    return answer is not None and answer.returncode == 0 and answer.stdout.startswith("OUT_OF_ME")
+
+
+def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> subprocess.CompletedProcess[str] | None:
+    """The controller's answer, None if there was none."""
     for wait in REQUEUE_WAITS_SECONDS:
         time.sleep(wait)
         answer = _scontrol("requeue", job.id)
-        if answer is not None and answer.returncode == 0:
+        if answer is not None and (answer.returncode == 0 or not re.search("contact|timed out", answer.stderr)):
+            return answer
+        if shutil.which("scontrol") is None:  # in a container, say
             return None
-        refused = "no answer" if answer is None else " ".join(answer.stderr.split())
-        if answer is not None and "contact" not in refused and "timed out" not in refused:
-            return refused
-        say(f"the controller does not answer ({refused}); trying again")
-    return refused
+        say("the controller does not answer; trying again")
+    return None
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
-    """A finished scontrol; None if there is none (in a container, say) or it hangs."""
-    if shutil.which("scontrol") is None:
+    return _ask("scontrol", *words)
+
+
+def _ask(command: str, *words: str) -> subprocess.CompletedProcess[str] | None:
+    """A finished command of Slurm's; None if there is none (in a container, say) or it hangs."""
+    if shutil.which(command) is None:
         return None
     try:
         return subprocess.run(
-            ["scontrol", *words], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False
+            [command, *words], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False
         )
     except (OSError, subprocess.SubprocessError):
         return None

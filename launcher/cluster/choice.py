@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from launcher.cluster.commands import answer_of
+import shutil
+
+from launcher.cluster.commands import CommandRefused, NoAnswer, run_command
+from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
+
+NOT_CONFIGURED = "Could not establish a configuration source"  # Slurm's commands without a cluster
 
 
 def explain_choice(cluster: ClusterConfig, *, slurm: bool) -> str:
@@ -19,5 +24,20 @@ def on_slurm(cluster: ClusterConfig) -> bool:
 
 
 def slurm_answers() -> bool:
-    """Whether a Slurm controller answers ``sinfo`` in time."""
-    return answer_of("sinfo", "--noheader", "--format=%P") is not None
+    """Whether this machine belongs to a Slurm cluster.
+
+    Raises:
+        ClusterError: it does, and the controller is away.
+    """
+    try:
+        run_command("sinfo", "--noheader", "--format=%P")
+    except NoAnswer as exc:
+        if shutil.which("sinfo") is None or NOT_CONFIGURED in str(exc):
+            return False
+        raise ClusterError(
+            f"{exc}. This machine belongs to a Slurm cluster whose controller is away: try again when sinfo answers, or train "
+            "here with cluster=local."
+        ) from exc
+    except CommandRefused:
+        return False
+    return True

@@ -23,6 +23,8 @@ REPORT_MINUTES = 30  # plenty
 
 # Slurm ends a job's shell with it. A shell that waits keeps srun alive, and with it the log of what the job does in its last seconds.
 KEEP_THE_SHELL = "trap '' TERM"
+# From 22.05 on srun no longer takes this from the job, and a step may be bound to one CPU (srun(1), --cpus-per-task).
+STEP_HAS_ALL_CPUS = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
 TASK_ID = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 
 
@@ -157,6 +159,7 @@ def setup_lines(cluster: ClusterConfig, array: ArrayDir) -> list[str]:
     return [
         KEEP_THE_SHELL,
         *_user_setup(cluster),
+        STEP_HAS_ALL_CPUS,
         f"[ -e {pickle} ] || ln -s {shlex.quote(array.callable.name)} {pickle}",
     ]
 

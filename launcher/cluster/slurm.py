@@ -34,7 +34,8 @@ SCANCEL_SECONDS = 60.0
 JOBS_PER_CALL = 200  # a command line has an end
 RETRY_WAITS_SECONDS = (2, 5, 10, 20)
 # The user may have no more jobs now. The rest goes in with the next command.
-QUEUE_IS_FULL = ("MaxSubmit", "submit limit", "MaxJobCount", "job count limit")
+# Not "submit limit": the line that follows, the same for limits that no waiting mends, names all of them.
+QUEUE_IS_FULL = ("MaxSubmit", "MaxJobCount")
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,24 @@ def _submit_once(
                 raise
             say(f"{exc}; looking whether {request.name} is in the queue")
             time.sleep(wait)
-            numbers = find_array(request.name, len(request.packs))
+            numbers = _look_for(request)
             if numbers:
                 break
     _write_record(request, array, array_number(numbers[0]))
     return numbers
+
+
+def _look_for(request: ArrayRequest) -> list[str]:
+    """`find_array` for a controller that comes back soon: before it has said no, nothing may be sent again.
+
+    Raises:
+        NoAnswer: it does not.
+    """
+    for wait in RETRY_WAITS_SECONDS:
+        with contextlib.suppress(NoAnswer):
+            return find_array(request.name, len(request.packs))
+        time.sleep(wait)
+    return find_array(request.name, len(request.packs))
 
 
 def array_number(job: str) -> str:
@@ -210,7 +224,8 @@ def _sbatch(
     executor.update_parameters(**parameters)
     jobs: list[Any] = []
     try:
-        with _private_files(), _deadline(SBATCH_SECONDS), contextlib.redirect_stderr(io.StringIO()), executor.batch():
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with _private_files(), _outside_of_jobs(), _deadline(SBATCH_SECONDS), quiet, executor.batch():
             jobs += [executor.submit(task) for task in tasks]
     except FailedJobError as exc:
         raise refusal("sbatch", str(exc)) from exc
@@ -253,6 +268,17 @@ def _private_files() -> Iterator[None]:
         yield
     finally:
         os.umask(umask)
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Inside of an interactive job: without what its allocation says, which would contradict the new job's own requests."""
+    names = [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]
+    taken = {name: os.environ.pop(name) for name in names if "SLURM_JOB_ID" in names}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def cancel_jobs(numbers: Sequence[str]) -> None:

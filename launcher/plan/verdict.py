@@ -51,12 +51,13 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
             raise ClusterError(_CANNOT_TELL.format(name=run.path.name))
         if job.alive:
             return Judgement(Verdict.RUNNING, _in_the_queue(job))
-    failure = _failure(attempts) or (_killed_for_memory(lease, attempts, job) if lease is not None else None)
+    killed = _killed_for_memory(lease, attempts, job) if lease is not None else None
+    failure = killed or _failure(attempts)
     if failure is None:
         return _unfinished(run, attempts)
     if retry_failed:
         again = _unfinished(run, attempts)
-        out_of_memory = attempts and attempts[-1]["cause"] == "out_of_memory"
+        out_of_memory = killed or (attempts and attempts[-1]["cause"] == "out_of_memory")
         most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
         return Judgement(again.verdict, f"tried again: {failure}", again.step, most_runs)
     return Judgement(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")

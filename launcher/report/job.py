@@ -18,8 +18,6 @@ from launcher.submit.freeze import freeze_code
 from train.rundir import SweepDir
 from train.storage import read_json, write_json
 
-UNDER_WAY = {State.PENDING, State.RUNNING, State.UNKNOWN}
-
 
 @dataclass(frozen=True)
 class ReportJob:
@@ -68,14 +66,14 @@ def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
     """What to do for a report that will not come by itself, None if one comes, is there, or makes no sense yet."""
     if not _records(sweep):
         return None
-    states = {status.state for status in statuses}
+    listed = list(statuses)
     write = f"'python -m launcher report {sweep.path.name}'"
-    if states & UNDER_WAY:
+    if any(status.under_way for status in listed):
         again = "the command that started this sweep submits one"
         return (
             f"No job waits to write the report: {again}, and {write} writes it at once." if _uncovered(sweep) else None
         )
-    if State.DONE not in states or _is_current(sweep) or _report_job_is_queued(sweep):
+    if all(status.state is not State.DONE for status in listed) or _is_current(sweep) or _report_job_is_queued(sweep):
         return None
     return f"There is no report of all that is done: {write} writes it."
 

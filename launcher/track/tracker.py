@@ -90,6 +90,7 @@ def _status(run: RunDir, result: Record | None, job: JobRecord | None, note: Rec
         node=lease.host if lease else attempts[-1]["node"] if attempts else job.host if job else None,
         reason=_reason(run, state, lease, attempts, job),
         doing=doing(note, lease) if running else None,
+        gone=_gone(state, job),
     )
 
 

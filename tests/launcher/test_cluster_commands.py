@@ -8,6 +8,7 @@ import pytest
 from launcher.cluster.choice import explain_choice, on_slurm
 from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
 from launcher.cluster.states import SLURM_STATES, slurm_state
+from launcher.errors import ClusterError
 from launcher.records import ClusterConfig, State
 from stand_in import put_command
 
@@ -62,6 +63,11 @@ def test_the_choice_of_cluster_is_explained(tmp_path: Path, monkeypatch: pytest.
     assert not on_slurm(auto)
     put_command(tmp_path, "sinfo", "exit 1", monkeypatch)
     assert not on_slurm(auto)
+    put_command(tmp_path, "sinfo", "echo 'Could not establish a configuration source' >&2; exit 1", monkeypatch)
+    assert not on_slurm(auto)
+    put_command(tmp_path, "sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1", monkeypatch)
+    with pytest.raises(ClusterError, match="cluster=local"):
+        on_slurm(auto)
     assert "no Slurm here" in explain_choice(auto, slurm=False)
     put_command(tmp_path, "sinfo", "echo gpu", monkeypatch)
     assert on_slurm(auto)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cluster.commands import NoAnswer
 from launcher.cluster.names import JobNames, job_names
-from launcher.cluster.slurm import find_array
+from launcher.cluster.requests import ArrayRequest
+from launcher.cluster.slurm import QUEUE_IS_FULL, _look_for, find_array
 from launcher.errors import ClusterError
 from launcher.jobs import jobs_of, look_up
 from launcher.plan.verdict import judge
@@ -19,10 +21,11 @@ from launcher.records import RunStatus, State, Verdict
 from launcher.report.job import report_note
 from launcher.track.tracker import track
 from stand_in import put_command
-from train.attempts import attempt_line
+from train.attempts import attempt_line, open_attempt
 from train.lease import acquire
 from train.rundir import RunDir, SweepDir
-from train.storage import append_lines, make_folder, write_json, write_text
+from train.slurm import killed_for_memory
+from train.storage import append_lines, make_folder, read_lines, write_json, write_text
 
 NO_CONTACT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 
@@ -165,9 +168,45 @@ def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monke
     slurm_says(tmp_path, monkeypatch, "exit 0", "echo 'rank.1a|12|OUT_OF_MEMORY|2026-11-24T10:00:00|t4-1'")
     assert (status(run).state, status(run).cause) == (State.FAILED, "out_of_memory")
     assert verdict(run) is Verdict.FAILED
+    (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
+    assert judge(run, retry_failed=True, job=job).most_runs == 1
     slurm_says(tmp_path, monkeypatch, "exit 0")
     assert status(run).state is State.UNKNOWN  # neither in the queue nor in books that nobody can open
+    assert not status(run).under_way  # so nobody waits for it
     assert verdict(run) is Verdict.NEW  # but what is not in the queue may be submitted again
+
+
+def test_the_next_attempt_writes_down_that_slurm_killed_the_one_before_for_its_memory(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_lease(run, heartbeat_age=1000)
+    slurm_says(tmp_path, monkeypatch, "exit 0", "echo OUT_OF_MEMORY")
+    monkeypatch.delenv("SUBMITIT_LOCAL_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    killed_for_memory.cache_clear()
+    open_attempt(run)
+    (line,) = read_lines(run.attempts)
+    assert (line["cause"], line["job"]) == ("out_of_memory", "12")
+    assert "cluster.ram_gib" in line["detail"]
+
+
+def test_only_a_limit_that_waiting_mends_is_a_full_queue() -> None:
+    last = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    assert any(words in f"AssocMaxSubmitJobLimit {last}" for words in QUEUE_IS_FULL)
+    assert not any(words in f"QOSMaxWallDurationPerJobLimit {last}" for words in QUEUE_IS_FULL)
+
+
+def test_an_order_whose_answer_got_lost_is_looked_for_until_the_controller_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.cluster.slurm.RETRY_WAITS_SECONDS", (0, 0))
+    request = ArrayRequest("1a", "rank.1a", "t4", "gpu:t4:1", ("p1",), 10, 1)
+    away = f"[ -e {tmp_path}/twice ] && echo 'rank.1a|12|PENDING|Resources|' && exit 0; [ -e {tmp_path}/once ] && : > {tmp_path}/twice"
+    slurm_says(tmp_path, monkeypatch, f"{away}; : > {tmp_path}/once; {NO_CONTACT}")
+    assert _look_for(request) == ["12"]
+    slurm_says(tmp_path, monkeypatch, NO_CONTACT)
+    with pytest.raises(NoAnswer):
+        _look_for(request)
 
 
 def test_a_pack_that_ran_out_of_memory_is_halved(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,19 @@
 """Why Slurm asks a job to stop, from what ``scontrol show job`` said in each case on a real 22.05."""
 
 import time
+from pathlib import Path
 
 import pytest
 
-from train.slurm import SlurmJob, cause_of_signal, parse_job, this_job, warning_seconds
+from train.slurm import (
+    END_WAIT_SECONDS,
+    SlurmJob,
+    cause_of_signal,
+    parse_job,
+    requeue,
+    this_job,
+    warning_seconds,
+)
 
 JOB = SlurmJob("12_3", restarts=0)
 STARTED = time.mktime(time.strptime("2026-11-24T23:43:56", "%Y-%m-%dT%H:%M:%S"))
@@ -31,6 +40,10 @@ def cause(
         ({"signal": "SIGUSR2", "after": 7200 - 100, "state": "SIGNALING"}, "timeout"),
         ({"signal": "SIGTERM", "after": 7200, "state": "COMPLETING"}, "timeout"),  # the limit itself
         ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING"}, "cancelled"),  # scancel
+        (
+            {"signal": "SIGTERM", "after": 7200 - 100, "state": "COMPLETING"},
+            "cancelled",
+        ),  # scancel shortly before the limit
         ({"signal": "SIGTERM", "after": 60, "limit": "UNLIMITED"}, "preempted"),  # somebody's kill
     ],
 )
@@ -42,6 +55,27 @@ def test_without_an_answer_the_signal_decides() -> None:
     assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
     assert cause_of_signal("SIGUSR2", JOB, None, 0.0)[0] == "timeout"
     assert cause_of_signal("SIGTERM", JOB, None, 0.0)[0] == "preempted"
+
+
+def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the grace time of a preemption Slurm requeues what it kills, and not what ended by itself."""
+    said: list[str] = []
+    waits: list[float] = []
+    monkeypatch.setattr("train.slurm.time.sleep", waits.append)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    requeue(JOB, said.append)
+    assert waits[-1] == END_WAIT_SECONDS
+    assert "waits to be ended" in said[-1]
+    for answer, told in [
+        ("echo Requested operation is disabled >&2; exit 1", "does not requeue"),
+        ("exit 0", "put back"),
+    ]:
+        waits.clear()
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        requeue(JOB, said.append)
+        assert told in said[-1]
+        assert END_WAIT_SECONDS not in waits
 
 
 def test_limits_are_read_in_days_too() -> None:
