@@ -1,5 +1,8 @@
 """The whole product on this machine: a sweep that is killed without warning in the middle, resumed, and reported.
 
+Then the same sweep once more under another name, whose job finds the quantised base in the cache. Says how long each job took from the
+start of its process to its first step.
+
     PYTHONPATH=.:tests python -m bench.product --work /tmp/product
 
 Ends with exit code 0 only if every run has every step exactly once.
@@ -20,16 +23,16 @@ from pathlib import Path
 from train.rundir import RunDir, SweepDir
 from train.storage import read_lines
 
-SWEEP = "product"
+SWEEP, WARM_SWEEP = "product", "product-warm"
 KILL_AFTER = 10  # steps
 TRAIN_SECONDS = 400.0
 
 
-def overrides(model: Path, work: Path, steps: int) -> list[str]:
+def overrides(name: str, model: Path, work: Path, steps: int) -> list[str]:
     """The command line of a short `sweep=rank` over `model`."""
     return [
         "sweep=rank",
-        f"sweep.name={SWEEP}",
+        f"sweep.name={name}",
         "cluster=local",
         f"model.source={model}",
         "tracking=off",
@@ -47,6 +50,17 @@ def overrides(model: Path, work: Path, steps: int) -> list[str]:
 def steps_of(run: RunDir) -> list[int]:
     """The steps in a run's journal, as they stand there."""
     return [line["step"] for line in read_lines(run.journal) if "loss" in line]
+
+
+def starts_of(sweep: SweepDir) -> list[str]:
+    """What each attempt at a sweep's runs took from the start of its process to its first step, in words."""
+    paces = [read_lines(RunDir(journal.parent).pace) for journal in sorted(sweep.path.glob("*/journal.jsonl"))]
+    starts = {line["attempt"]: line for pace in paces for line in pace if "seconds_to_first_step" in line}
+    return [
+        f"{line['seconds_to_first_step']:.1f} s to the first step: "
+        + ", ".join(f"{what.replace('_', ' ')} {seconds:.1f}" for what, seconds in line["start_seconds"].items())
+        for line in starts.values()
+    ]
 
 
 def kill_the_job(sweep: SweepDir, launcher: subprocess.Popen[bytes]) -> int:
@@ -86,10 +100,12 @@ def main(given: list[str] | None = None) -> None:
     shape, steps = ("tiny", 200) if arguments.quick else ("llama2_7b", 24)  # time enough to kill it in the middle
     make = [sys.executable, "-m", "bench.shapes", shape, str(arguments.models.resolve())]  # apart: it needs torch
     model = Path(subprocess.check_output(make, text=True).splitlines()[-1])
-    asked, sweep = overrides(model, work, steps), SweepDir(work / "runs" / SWEEP)
-    reached = kill_the_job(sweep, subprocess.Popen([sys.executable, "-m", "launcher", *asked]))
+    sweep, root = SweepDir(work / "runs" / SWEEP), f"root={work / 'runs'}"
+    reached = kill_the_job(
+        sweep, subprocess.Popen([sys.executable, "-m", "launcher", *overrides(SWEEP, model, work, steps)])
+    )
     print(f"killed at step {reached} of {steps}", flush=True)
-    codes = [launch("resume", SWEEP, f"root={work / 'runs'}"), launch("report", SWEEP, f"root={work / 'runs'}")]
+    codes = [launch("resume", SWEEP, root), launch("report", SWEEP, root)]
     runs = [RunDir(journal.parent) for journal in sorted(sweep.path.glob("*/journal.jsonl"))]
     for run in runs:
         causes = [line["cause"] for line in read_lines(run.attempts)]
@@ -97,7 +113,13 @@ def main(given: list[str] | None = None) -> None:
     whole = all(steps_of(run) == list(range(1, steps + 1)) and run.result.exists() for run in runs)
     if not (whole and runs and codes == [0, 0]):
         raise SystemExit("NOT WHOLE: see above")
-    print(f"{len(runs)} runs, every step of each journalled exactly once")
+    print(f"{len(runs)} runs, every step of each journalled exactly once", flush=True)
+    if launch(*overrides(WARM_SWEEP, model, work, steps=6)) != 0:
+        raise SystemExit("the same sweep with a warm cache failed: see above")
+    for kind, start in zip(
+        ("cold", "resumed", "warm"), starts_of(sweep) + starts_of(SweepDir(work / "runs" / WARM_SWEEP)), strict=True
+    ):
+        print(f"{kind}: {start}")
 
 
 if __name__ == "__main__":
