@@ -20,6 +20,7 @@ from train.rundir import SweepDir
 
 PARALLEL = 4  # runs at once: W&B throttles clients that ask for more
 Answer = dict[str, Any]
+UNSAID: Answer = {"rows": 0, "url": None, "outcome": "failed", "detail": "the upload ended before it came to this run"}
 
 
 def sync(sweep: SweepDir, console: Console) -> list[Answer]:
@@ -38,8 +39,8 @@ def sync(sweep: SweepDir, console: Console) -> list[Answer]:
         task = progress.add_task("to W&B", total=len(runs))
         answers = {answer["run"]: answer for answer in _advancing(lines, progress, task) if "run" in answer}
     if not answers:
-        raise LorapackError(f"The upload of {sweep.path.name} ended without a word; --debug shows what it printed.")
-    return [answers[run] for run in runs if run in answers]
+        raise LorapackError(f"{sweep.path.name}: the upload ended before it came to any run; what it printed says why.")
+    return [answers.get(run, {"run": run} | UNSAID) for run in runs]
 
 
 def sync_json(sweep: SweepDir, answers: list[Answer]) -> Answer:

@@ -112,6 +112,10 @@ class WrittenPack:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
+    def end_worker(self) -> None:
+        """Kill the process that talks to W&B, and leave its supervisor."""
+        next(process for process in self.mirror_processes() if "work" in _command_of(process)).kill()
+
     def mirror_processes(self) -> list[psutil.Process]:
         """The processes that this one started for the mirror (it has others: multiprocessing's tracker and fork server)."""
         mirrors = [child for child in psutil.Process().children() if "train.mirror" in child.cmdline()]
@@ -187,6 +191,14 @@ def use_server(server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("WANDB_API_KEY", key)
     else:
         monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    """Its command line, nothing of one that ends as we look."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _started() -> int:

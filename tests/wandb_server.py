@@ -56,11 +56,13 @@ class WandbServer:
     """The server; a context manager that listens while it is open.
 
     `requests` counts the queries by name; `most_at_once` is the most runs that were opened and had not ended at the same time.
+    Runs in `refused` cannot be opened, as one that its user deleted.
     """
 
     def __init__(self) -> None:
         self.mode: Mode = "good"
         self.runs: dict[str, StoredRun] = {}
+        self.refused: set[str] = set()
         self.uploads: list[str] = []
         self.requests: Counter[str] = Counter()
         self.views: list[dict[str, Any]] = []
@@ -242,8 +244,11 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                 return
             if self.path == "/graphql":
                 request = json.loads(body)
-                data = server.graphql(request.get("query") or "", request.get("variables") or {})
-                self._answer(200, {"data": data})
+                query, variables = request.get("query") or "", request.get("variables") or {}
+                if "upsertBucket" in query and variables.get("name") in server.refused:
+                    self._answer(403, {"errors": [{"message": "as the test wants it"}]})
+                else:
+                    self._answer(200, {"data": server.graphql(query, variables)})
             elif self.path.endswith("/file_stream"):
                 server.stream(self.path.split("/")[-2], json.loads(body))
                 self._answer(200, {"exitcode": None, "limits": {}})

@@ -1,12 +1,11 @@
 """``launcher sync`` as a user types it, with the real client behind it: idempotent, bounded, beside a job, and discreet."""
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.sync import PARALLEL
@@ -45,9 +44,19 @@ def test_sixty_four_runs_and_then_nothing_new(server: WandbServer, tmp_path: Pat
     assert sum(server.requests.values()) == requests + 1, "one look whether the server is there"
 
 
-def test_what_w_and_b_knows_of_a_run(server: WandbServer, tmp_path: Path) -> None:
+def test_what_w_and_b_knows_of_a_run(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another program that uses W&B, of which this one is a child, has left in the environment."""
     pack = trained(tmp_path, 2)
-    launcher(tmp_path, "sync", f"root={tmp_path}")
+    for name, value in {
+        "RUN_ID": "abc",
+        "SWEEP_ID": "def",
+        "SERVICE": "3-1-tcp-localhost-1",
+        "RESUME": "never",
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    done = launcher(tmp_path, "sync", f"root={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_arrived(server, pack)
     stored = server.runs[pack.runs[1].id]
     assert stored.fields["groupName"] == "ranks"
     assert stored.fields["jobType"] == "train"
@@ -74,12 +83,15 @@ def test_beside_a_job_that_mirrors(server: WandbServer, tmp_path: Path) -> None:
 
 
 def test_one_that_was_killed_is_completed_by_the_next(server: WandbServer, tmp_path: Path) -> None:
-    """And who looks on sees how far it is."""
+    """It says what it did not come to, and who looks on sees how far it is."""
     pack = trained(tmp_path, 16)
     command = (sys.executable, "-m", "launcher", "sync", f"root={tmp_path}")
     with Terminal(*command, cwd=tmp_path) as first:
-        wait_until(lambda: len(server.runs) > 3)
-        os.killpg(first.process.pid, signal.SIGKILL)
+        wait_until(lambda: any(stored.ends for stored in server.runs.values()))
+        for process in psutil.Process(first.process.pid).children(recursive=True):
+            process.kill()
+        first.see("the upload ended before it came to")
+        assert first.end() == 1
     assert len(server.runs) < 16
     with Terminal(*command, cwd=tmp_path) as second:
         second.see("to W&B", "16/16")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
@@ -55,21 +54,12 @@ def test_at_random_moments(server: WandbServer, tmp_path: Path) -> None:
     assert [stored.ends for stored in server.runs.values()] == [[0]] * 3
 
 
-def command_of(process: psutil.Process) -> list[str]:
-    """Its command line, nothing of one that ends as we look."""
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
 def test_the_worker_alone_is_replaced(server: WandbServer, tmp_path: Path) -> None:
     pack = WrittenPack(tmp_path, 2, max_steps=20)
     with pack.job(cause="done") as said:
         pack.train(5)
         wait_until(lambda: [len(stored.rows) for stored in server.runs.values()] == [6, 6])
-        worker = next(process for process in pack.mirror_processes() if "work" in command_of(process))
-        worker.kill()
+        pack.end_worker()
         pack.train(20)
     assert said == []
     assert_arrived(server, pack)

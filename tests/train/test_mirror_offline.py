@@ -109,6 +109,9 @@ def test_our_sync_beside_a_job_that_is_offline(
         assert done.returncode == 0, done.stderr
         assert_arrived(server, pack)
         assert [stored.ends for stored in server.runs.values()] == [[], []], "they are still running"
+        assert all(stored.preempting for stored in server.runs.values()), (
+            "nor has one crashed that nobody hears of for long"
+        )
         pack.train(40)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     wandb_command(tmp_path, "sync", *map(str, pack.sweep.wandb.glob("offline-run-*")))

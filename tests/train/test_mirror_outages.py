@@ -1,5 +1,6 @@
 """Whatever W&B's server does, the job ends in time and ``launcher sync`` completes what is missing later."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
+from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until, without_pace
 from train.mirror.child import PATIENCE_SECONDS
 from wandb_server import WandbServer
 
@@ -127,3 +128,27 @@ def test_an_online_run_waits_for_its_server(tmp_path: Path, monkeypatch: pytest.
             wait_until(lambda: bool(server.runs))
         assert_arrived(server, pack)
         assert not pack.sweep.wandb.exists()
+
+
+def test_a_run_that_cannot_be_sent_keeps_no_other_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of the pack is refused by W&B, and another's folder goes while its worker is replaced."""
+    with WandbServer() as server:
+        use_server(server, tmp_path, monkeypatch)
+        pack = WrittenPack(tmp_path, 3, max_steps=20)
+        refused, gone, good = pack.runs
+        server.refused.add(refused.id)
+        with pack.job(cause="done") as said:
+            pack.train(5)
+            wait_until(lambda: good.id in server.runs and server.runs[good.id].steps == list(range(6)))
+            shutil.rmtree(gone.path)
+            pack.runs = [refused, good]
+            pack.end_worker()
+            pack.train(12)
+            wait_until(lambda: server.runs[good.id].steps == list(range(13)))
+            pack.train(20)
+        assert said == ["W&B lacks the end of these runs; 'python -m launcher sync ranks' sends it"]
+        assert without_pace(server.runs[good.id].history) == pack.expected(good)
+        assert server.runs[good.id].ends == [0]
+        server.refused.clear()
+        assert launcher(tmp_path, "sync", f"root={tmp_path}").returncode == 0
+        assert without_pace(server.runs[refused.id].history) == pack.expected(refused)

@@ -20,6 +20,8 @@ from train.mirror.rows import SAMPLES, Row
 JOB_TYPE = "train"
 SAMPLE_COLUMNS = ("prompt", "expected", "base", "answer")
 INIT_SECONDS = 30.0
+# Which run another program is, or whose client it shares: a W&B sweep's agent and a notebook leave these to their children.
+NOT_OURS = ("RUN_ID", "SWEEP_ID", "SWEEP_PARAM_PATH", "SERVICE", "RESUME", "RESUME_FROM", "FORK_FROM")
 
 
 class Client:
@@ -31,6 +33,8 @@ class Client:
         self._scratch = tempfile.TemporaryDirectory(prefix="lorapack-wandb-", ignore_cleanup_errors=True)
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ[name] = self._scratch.name  # not the home folder, whose quota is small
+        for name in NOT_OURS:
+            os.environ.pop(f"WANDB_{name}", None)
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         if reach is not None and reach.key is not None:
             os.environ["WANDB_API_KEY"] = reach.key

@@ -23,7 +23,7 @@ from train.mirror.memory import (
     remember,
     went_online,
 )
-from train.mirror.request import DONE, EXIT_CODES, PAUSED, RUNNING, MirroredRun, end_of, summary
+from train.mirror.request import DONE, EXIT_CODES, RUNNING, MirroredRun, end_of, summary
 from train.mirror.rows import SAMPLES, Row, RunRows
 from train.rundir import RunDir
 from train.storage import read_lines
@@ -140,7 +140,7 @@ class RunMirror(ABC):
         """Finish the session; a run that will go on is no crash."""
         session, self._session = self._opened, None
         session.summary.update(summary(self.run, self._rows.header, self._rows.diverged))
-        if end == PAUSED:
+        if end not in EXIT_CODES:  # one that is silent from now on would be shown as crashed
             session.mark_preempting()
         session.finish(exit_code=EXIT_CODES.get(end, 1))
 

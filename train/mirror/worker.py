@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,11 +39,15 @@ def follow(pack_file: Path, trainer: int) -> None:
         return
     reach = choose(runs[0])
     mirrors = open_mirrors(runs, reach, trainer)
+    ready = list(mirrors)
     while not trainer_has_ended(LOOK_SECONDS):
-        for mirror in mirrors:
-            unless_held(mirror.advance)
+        ready = [mirror for mirror in ready if goes_on(mirror, reach)]
+        if mirrors and not ready:
+            raise ConnectionError("no run can be opened in W&B")
     with ThreadPoolExecutor(PARALLEL) as pool:
-        list(pool.map(unless_held, [mirror.close for mirror in mirrors]))
+        ready_first = sorted(mirrors, key=lambda mirror: mirror not in ready)
+        for closed in [pool.submit(mirror.close) for mirror in ready_first]:
+            closed.result()  # a run that launcher sync has now is left to the next worker
 
 
 def choose(run: MirroredRun) -> Reach | None:
@@ -76,21 +80,30 @@ def say(text: str) -> None:
 
 
 def open_mirrors(runs: list[MirroredRun], reach: Reach | None, trainer: int) -> list[RunMirror]:
-    """A mirror per run, of the kind that `reach` allows. W&B's client is imported here."""
+    """A mirror per run, of the kind that `reach` allows, but for runs whose folder is gone. W&B's client is imported here."""
     from train.mirror.client import Client
     from train.mirror.run_mirror import OfflineMirror, OnlineMirror
 
     client = Client(reach, finish_seconds=FINISH_SECONDS, trainer=trainer)
     kind = OfflineMirror if reach is None else OnlineMirror
-    return [kind(run, client) for run in runs]
+    return [kind(run, client) for run in runs if run.dir.config.exists()]
 
 
-def unless_held(act: Callable[[], None]) -> None:
-    """Do it, unless ``launcher sync`` is at work on the run: the next look finds it free."""
+def goes_on(mirror: RunMirror, reach: Reach | None) -> bool:
+    """Send what a run has to say. One that cannot be opened is left alone until the end: the others go on without it.
+
+    It may have been deleted in W&B, which takes no run twice, or its folder may be gone. Not so if the server has gone, or the client.
+    """
     try:
-        act()
+        mirror.advance()
     except LeaseHeld:
         print("launcher sync has this run now", flush=True)
+    except Exception:
+        if mirror.opened or (reach is not None and look_for_server(mirror.run.tracking.key_file).trouble is not None):
+            raise
+        traceback.print_exc()
+        return False
+    return True
 
 
 def trainer_has_ended(seconds: float) -> bool:
