@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.cluster.commands import NoAnswer
 from launcher.cluster.queue import JobKey, JobView, read_accounting, read_queue
+from launcher.cluster.states import FAILED, OUT_OF_MEMORY
 from train.lease import process_started, read_lease
 from train.rundir import ArrayDir, PackDir, RunDir, SweepDir
 from train.storage import read_json
@@ -59,16 +60,24 @@ def newest_job_per_run(jobs: Iterable[JobRecord]) -> dict[str, JobRecord]:
 
 
 def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
-    """The same jobs with what Slurm says of them: one squeue for all, and one sacct if some are no longer in the queue."""
+    """The same jobs with what Slurm says of them: one squeue for all, and one sacct if some are no longer in the queue, or failed.
+
+    What the queue calls failed, the books may know to have been killed for its memory.
+    """
     tasks = [job.slurm for job in jobs if job.slurm is not None]
     if not tasks:
         return list(jobs)
     queue = read_queue({task.name for task in tasks})
     views = dict(queue.views)
-    gone = {job.slurm.name: job.submitted for job in jobs if job.slurm is not None and _view_of(job, views) is None}
-    if queue.answered and gone:
-        since = min(gone.values())
-        views = read_accounting(gone, since) | views
+    unclear = {
+        job.slurm.name: job.submitted for job in jobs if job.slurm is not None and _is_unclear(_view_of(job, views))
+    }
+    if queue.answered and unclear:
+        books = read_accounting(unclear, min(unclear.values()))
+        killed = {
+            key: view for key, view in books.items() if view.state == OUT_OF_MEMORY and _is_unclear(views.get(key))
+        }
+        views = books | views | killed
     return [_seen(job, views, queue.answered) for job in jobs]
 
 
@@ -90,6 +99,10 @@ def arrays_in_queue(sweep: SweepDir) -> dict[str, int]:
 def runs_of_pack(pack: PackDir) -> list[RunDir]:
     """The folders of the runs that a pack trains."""
     return [RunDir(pack.path.parent.parent / name) for name in read_json(pack.pack)["runs"]]
+
+
+def _is_unclear(view: JobView | None) -> bool:
+    return view is None or view.state == FAILED
 
 
 def _view_of(job: JobRecord, views: dict[JobKey, JobView]) -> JobView | None:

@@ -124,8 +124,11 @@ def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
 @functools.cache
 def killed_for_memory(job: str) -> bool:
     """Whether Slurm's books say that it killed a job for using more memory than it had asked for; no if nobody can tell."""
-    answer = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
-    return answer is not None and answer.returncode == 0 and answer.stdout.startswith("OUT_OF_ME")
+    answer = _ask("sacct", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
+    if answer is None or answer.returncode != 0:
+        return False
+    whole, *steps = answer.stdout.splitlines() or [""]  # a step that is killed leaves a job that FAILED
+    return whole == "OUT_OF_MEMORY" or (whole == "FAILED" and "OUT_OF_MEMORY" in steps)
 
 
 def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> subprocess.CompletedProcess[str] | None:

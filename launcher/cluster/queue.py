@@ -5,10 +5,10 @@ from __future__ import annotations
 import getpass
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.cluster.commands import answer_of
-from launcher.cluster.states import SlurmState, slurm_state
+from launcher.cluster.states import FAILED, OUT_OF_MEMORY, SlurmState, slurm_state
 
 ACCOUNTING_TIMEOUT_SECONDS = 20.0
 NAMES_PER_CALL = 200  # a command line has an end
@@ -65,7 +65,7 @@ def read_accounting(names: Collection[str], since: float) -> dict[JobKey, JobVie
     if not names:
         return {}
     start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 60))
-    command = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", f"--starttime={start}")
+    command = ("sacct", "--noheader", "--parsable2", "--duplicates", f"--starttime={start}")
     answer = answer_of(
         *command,
         f"--name={','.join(sorted(names))}",
@@ -87,16 +87,28 @@ def parse_squeue(text: str) -> dict[JobKey, JobView]:
 
 
 def parse_sacct(text: str) -> dict[JobKey, JobView]:
-    """The lines of ``sacct --duplicates --parsable2 --format=JobName,JobID,State,Start,NodeList``: a row per attempt."""
+    """The lines of ``sacct --duplicates --parsable2 --format=JobName,JobID,State,Start,NodeList``: a row per attempt, and per step.
+
+    A step that is killed for its memory leaves a job that FAILED, for its script ends with srun's exit code.
+    """
     newest: dict[JobKey, tuple[str, JobView]] = {}
+    killed: dict[str, str] = {}  # when the last step began that was killed for its memory, by job
     for line in text.splitlines():
         name, number, word, started, nodes = (part.strip() for part in line.rsplit("|", 4))
         begun = started if started[:1].isdigit() else ""
+        job, _, step = number.partition(".")
+        if step:
+            if slurm_state(word) == OUT_OF_MEMORY:
+                killed[job] = max(begun, killed.get(job, ""))
+            continue
         node = None if nodes in {"", "None assigned"} else nodes
         for job in _jobs(number):
             if (name, job) not in newest or begun >= newest[name, job][0]:
                 newest[name, job] = begun, JobView(job, slurm_state(word), word, None, node)
-    return {key: view for key, (_, view) in newest.items()}
+    return {
+        key: replace(view, state=OUT_OF_MEMORY) if view.state == FAILED and killed.get(view.id, "") >= begun else view
+        for key, (begun, view) in newest.items()
+    }
 
 
 def _jobs(number: str) -> list[str]:

@@ -25,6 +25,7 @@ class SlurmState:
 
 
 PENDING, RUNNING, UNKNOWN = SlurmState(State.PENDING), SlurmState(State.RUNNING), SlurmState(State.UNKNOWN)
+FAILED, OUT_OF_MEMORY = SlurmState(State.FAILED, "crash"), SlurmState(State.FAILED, "out_of_memory")
 
 SLURM_STATES = {
     "PENDING": PENDING,
@@ -51,8 +52,8 @@ SLURM_STATES = {
     "BOOT_FAIL": SlurmState(State.STOPPED, "node_fail"),
     "LAUNCH_FAILED": SlurmState(State.STOPPED, "node_fail"),
     "RECONFIG_FAIL": SlurmState(State.STOPPED, "node_fail"),
-    "OUT_OF_MEMORY": SlurmState(State.FAILED, "out_of_memory"),
-    "FAILED": SlurmState(State.FAILED, "crash"),
+    "OUT_OF_MEMORY": OUT_OF_MEMORY,
+    "FAILED": FAILED,
 }
 
 

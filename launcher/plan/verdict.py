@@ -43,7 +43,7 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
     if result is not None:
         return Judgement(Verdict.DONE, _done_reason(result))
     lease = read_lease(run)
-    if lease is not None and lease.alive():
+    if lease is not None and lease.alive() and not _is_over(lease, job):
         return Judgement(Verdict.RUNNING, f"process {lease.pid} on {lease.host} trains it (attempt {lease.attempt})")
     attempts = read_lines(run.attempts)
     if job is not None and job.slurm is not None and not _let_go(attempts, job):
@@ -61,6 +61,12 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
         most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
         return Judgement(again.verdict, f"tried again: {failure}", again.step, most_runs)
     return Judgement(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
+
+
+def _is_over(lease: Lease, job: JobRecord | None) -> bool:
+    """Whether Slurm has ended the job that left this lease: a killed process looks alive for as long as a beat may take. If one
+    lives on after all, on a node that was lost, the next job waits for the lease."""
+    return job is not None and job.slurm is not None and job.alive is False and lease.job == job.id
 
 
 def _let_go(attempts: list[Record], job: JobRecord) -> bool:

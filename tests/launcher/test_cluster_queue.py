@@ -37,6 +37,21 @@ def test_the_last_attempt_counts_in_sacct() -> None:
     assert {view.number for view in views.values()} == {12}
 
 
+def test_a_step_tells_that_its_job_was_killed_for_its_memory() -> None:
+    killed = "rank.1a|12_0|FAILED|2026-11-24T10:00:00|t4-1\nsh|12_0.0|OUT_OF_MEMORY|2026-11-24T10:00:00|t4-1\n"
+    views = parse_sacct(
+        f"{killed}rank.1a|12_1|FAILED|2026-11-24T10:00:00|t4-1\nsh|12_1.0|FAILED|2026-11-24T10:00:00|t4-1\n"
+        "rank.1a|12_2|NODE_FAIL|2026-11-24T10:00:00|t4-1\nsh|12_2.0|OUT_OF_MEMORY|2026-11-24T10:00:00|t4-1\n"
+    )
+    assert {place: view.state.cause for (_, place), view in views.items()} == {
+        "12_0": "out_of_memory",
+        "12_1": "crash",
+        "12_2": "node_fail",  # what was killed was not the job
+    }
+    (view,) = parse_sacct(f"{killed}rank.1a|12_0|FAILED|2026-11-24T10:05:00|t4-2\n").values()
+    assert view.state.cause == "crash"  # the attempt before was
+
+
 def test_silence_is_told_from_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_command(tmp_path, "squeue", "exit 0", monkeypatch)
     assert read_queue(["rank.1a"]).answered

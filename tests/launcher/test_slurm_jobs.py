@@ -170,6 +170,15 @@ def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monke
     assert verdict(run) is Verdict.FAILED
     (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
     assert judge(run, retry_failed=True, job=job).most_runs == 1
+    # as a real 22.05 with cgroups said it: the step is killed, and the job's script ends with srun's exit code
+    rows = "rank.1a|12|FAILED|2026-11-24T10:00:00|t4-1\nbatch|12.batch|FAILED|2026-11-24T10:00:00|t4-1\n"
+    killed = f"{rows}sh|12.0|OUT_OF_MEMORY|2026-11-24T10:00:00|t4-1"
+    for queue in ("exit 0", "echo 'rank.1a|12|FAILED|NonZeroExitCode|t4-1'"):
+        slurm_says(tmp_path, monkeypatch, queue, f"echo '{killed}'")
+        assert (status(run).state, status(run).cause) == (State.FAILED, "out_of_memory")
+        assert verdict(run) is Verdict.FAILED
+    slurm_says(tmp_path, monkeypatch, "exit 0", f"echo '{rows.strip()}'")
+    assert (status(run).state, status(run).cause) == (State.FAILED, "crash")
     slurm_says(tmp_path, monkeypatch, "exit 0")
     assert status(run).state is State.UNKNOWN  # neither in the queue nor in books that nobody can open
     assert not status(run).under_way  # so nobody waits for it
@@ -180,7 +189,7 @@ def test_the_next_attempt_writes_down_that_slurm_killed_the_one_before_for_its_m
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_lease(run, heartbeat_age=1000)
-    slurm_says(tmp_path, monkeypatch, "exit 0", "echo OUT_OF_MEMORY")
+    slurm_says(tmp_path, monkeypatch, "exit 0", "printf 'FAILED\nFAILED\nOUT_OF_MEMORY\n'")
     monkeypatch.delenv("SUBMITIT_LOCAL_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     killed_for_memory.cache_clear()
@@ -188,6 +197,18 @@ def test_the_next_attempt_writes_down_that_slurm_killed_the_one_before_for_its_m
     (line,) = read_lines(run.attempts)
     assert (line["cause"], line["job"]) == ("out_of_memory", "12")
     assert "cluster.ram_gib" in line["detail"]
+
+
+def test_what_slurm_has_ended_is_not_in_training(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed on another node it leaves a lease that stays fresh for a while."""
+    leave_lease(run, heartbeat_age=1)
+    slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|RUNNING|None|t4-1'")
+    assert verdict(run) is Verdict.RUNNING
+    slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|FAILED|NonZeroExitCode|t4-1'")
+    assert status(run).state is State.FAILED
+    assert verdict(run) is Verdict.NEW
+    slurm_says(tmp_path, monkeypatch, NO_CONTACT)
+    assert verdict(run) is Verdict.RUNNING  # nobody can tell
 
 
 def test_only_a_limit_that_waiting_mends_is_a_full_queue() -> None:
