@@ -154,7 +154,12 @@ def _ask(command: str, *words: str) -> subprocess.CompletedProcess[str] | None:
         return None
     try:
         return subprocess.run(
-            [command, *words], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False
+            [command, *words],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_SECONDS,
+            check=False,
+            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -8,6 +8,7 @@ ClusterError            launcher/errors.py
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 
@@ -29,6 +30,9 @@ NO_CONTACT = (
     "in standby mode",
     "Could not establish a configuration source",
 )
+
+# Variables with which users shape what these commands ask and show; ours mean what their arguments say.
+HABITS = ("SINFO_", "SQUEUE_", "SACCT_", "SCANCEL_")
 
 
 class CommandRefused(ClusterError):
@@ -54,7 +58,7 @@ def run_command(*command: str, timeout: float = COMMAND_TIMEOUT_SECONDS) -> str:
         raise NoAnswer(f"{command[0]} is not there")
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, env=os.environ | {"LC_ALL": "C"}
+            command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment()
         )
     except subprocess.TimeoutExpired as exc:
         raise NoAnswer(f"{command[0]} did not answer in {timeout:.0f} s") from exc
@@ -63,6 +67,20 @@ def run_command(*command: str, timeout: float = COMMAND_TIMEOUT_SECONDS) -> str:
     if answer.returncode == 0:
         return answer.stdout
     raise refusal(command[0], answer.stderr or answer.stdout)
+
+
+def user_name() -> str:
+    """The name that Slurm has this process's user by. Not that of ``$USER``, which outlives a change of user."""
+    number = os.getuid()
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # as in some containers
+        return str(number)
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(HABITS)}
+    return kept | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
 
 
 def answer_of(*command: str, timeout: float = COMMAND_TIMEOUT_SECONDS) -> str | None:

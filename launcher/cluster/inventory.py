@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import grp
 import os
 from dataclasses import dataclass
 
-from launcher.cluster.commands import answer_of
+from launcher.cluster.commands import answer_of, user_name
 from launcher.cluster.words import (
     Association,
     LivePartition,
@@ -48,7 +47,7 @@ def take_inventory() -> Inventory | None:
     settings = answer_of("scontrol", "show", "config")
     records = settings is None or read_settings(settings).accounting
     manage = ("sacctmgr", "--noheader", "--parsable2", "show")
-    user = getpass.getuser()
+    user = user_name()
     limits = (
         answer_of(*manage, "assoc", f"user={user}", "format=Account,QOS,MaxJobs,MaxSubmitJobs") if records else None
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from launcher.cluster.commands import answer_of
+from launcher.cluster.commands import answer_of, user_name
 from launcher.cluster.states import FAILED, OUT_OF_MEMORY, SlurmState, slurm_state
 
 ACCOUNTING_TIMEOUT_SECONDS = 20.0
@@ -52,7 +51,7 @@ def read_queue(names: Collection[str]) -> Queue:
     listed = sorted(names)
     for start in range(0, len(listed), NAMES_PER_CALL):
         chosen = ",".join(listed[start : start + NAMES_PER_CALL])
-        command = ("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", f"--name={chosen}")
+        command = ("squeue", "--noheader", "--array", "--states=all", f"--user={user_name()}", f"--name={chosen}")
         answer = answer_of(*command, "--format=%j|%i|%T|%r|%N")
         if answer is None:
             return Queue(views, answered=False)

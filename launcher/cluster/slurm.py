@@ -7,7 +7,6 @@ there; and a task finds what to do by that record alone (`train.job.ArrayTask`).
 from __future__ import annotations
 
 import contextlib
-import getpass
 import io
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
+from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command, user_name
 from launcher.cluster.names import job_names
 from launcher.cluster.queue import read_accounting, read_queue
 from launcher.cluster.requests import ArrayRequest, afterwards_parameters, job_python, sbatch_parameters, split
@@ -225,7 +224,7 @@ def _sbatch(
     jobs: list[Any] = []
     try:
         quiet = contextlib.redirect_stderr(io.StringIO())
-        with _private_files(), _outside_of_jobs(), _deadline(SBATCH_SECONDS), quiet, executor.batch():
+        with _private_files(), _plain_environment(cluster), _deadline(SBATCH_SECONDS), quiet, executor.batch():
             jobs += [executor.submit(task) for task in tasks]
     except FailedJobError as exc:
         raise refusal("sbatch", str(exc)) from exc
@@ -271,10 +270,15 @@ def _private_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Inside of an interactive job: without what its allocation says, which would contradict the new job's own requests."""
-    names = [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]
-    taken = {name: os.environ.pop(name) for name in names if "SLURM_JOB_ID" in names}
+def _plain_environment(cluster: ClusterConfig) -> Iterator[None]:
+    """Without the variables that would contradict what a job asks for: the user's own for sbatch, which outweigh what its script
+    says, but for those that `cluster` leaves open; and inside of an interactive job what its allocation says."""
+    said = {"ACCOUNT": cluster.account, "QOS": cluster.qos, "RESERVATION": cluster.reservation}
+    said |= {"CONSTRAINT": cluster.constraint, "WCKEY": None}
+    left_open = {f"SBATCH_{word}" for word, value in said.items() if value is None}
+    overruling = ("SBATCH_", "SLURM_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ("SBATCH_",)
+    names = [name for name in os.environ if name.startswith(overruling) and name not in {"SLURM_CONF", *left_open}]
+    taken = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
@@ -308,4 +312,4 @@ def cancel_named(name: str) -> None:
     Raises:
         ClusterError: Slurm did not take the order.
     """
-    run_command("scancel", f"--user={getpass.getuser()}", f"--name={name}", timeout=SCANCEL_SECONDS)
+    run_command("scancel", f"--user={user_name()}", f"--name={name}", timeout=SCANCEL_SECONDS)

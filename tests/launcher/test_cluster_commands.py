@@ -1,12 +1,15 @@
 """What the cluster's commands say, and what may be concluded from their silence."""
 
+import os
+import pwd
 import time
 from pathlib import Path
 
 import pytest
 
 from launcher.cluster.choice import explain_choice, on_slurm
-from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command
+from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command, user_name
+from launcher.cluster.slurm import _plain_environment
 from launcher.cluster.states import SLURM_STATES, slurm_state
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig, State
@@ -23,6 +26,36 @@ def test_a_refusal_is_told_from_silence(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CommandRefused, match="squeue refused: Invalid user: nobody"):
         run_command("squeue")
     assert answer_of("squeue") is None
+
+
+def test_what_is_asked_does_not_depend_on_what_the_user_is_used_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")  # jobs elsewhere would seem gone, and be submitted again
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    monkeypatch.setenv("LOGNAME", "somebody-else")  # as after 'runuser -u'
+    monkeypatch.setenv("USER", "somebody-else")
+    put_command(tmp_path, "squeue", 'echo "$SQUEUE_PARTITION,$SLURM_TIME_FORMAT"', monkeypatch)
+    assert run_command("squeue") == ",standard\n"
+    assert user_name() == pwd.getpwuid(os.getuid()).pw_name
+
+
+def test_what_a_job_asks_for_is_not_overruled_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+
+    def left(cluster: ClusterConfig) -> set[str]:
+        with _plain_environment(cluster):
+            return {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_"))}
+
+    names = {"SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_CLUSTERS"}
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert left(ClusterConfig(kind="slurm")) == {"SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_CLUSTERS"}
+    assert left(ClusterConfig(kind="slurm", account="lab")) == {"SLURM_CONF", "SLURM_CLUSTERS"}
+    monkeypatch.setenv("SLURM_JOB_ID", "12")  # inside of salloc
+    assert left(ClusterConfig(kind="slurm")) == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert names <= set(os.environ)
 
 
 def test_a_command_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 from slurm.daemons import client, end, environment, start_time, wait_until
 from slurm.nodes import PARTITIONS, URGENT
@@ -85,11 +87,12 @@ class Cluster:
     @contextmanager
     def commands(self) -> Iterator[None]:
         """Let the launcher's own functions, called in the test's process, ask this cluster as its user."""
-        changed = environment(self.folder) | {"LOGNAME": self.user, "USER": self.user}
+        changed = environment(self.folder)
         before = {name: os.environ.get(name) for name in changed}
         os.environ.update(changed)
         try:
-            yield
+            with mock.patch("os.getuid", return_value=pwd.getpwnam(self.user).pw_uid):
+                yield
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)

@@ -27,6 +27,7 @@ Journals = dict[str, bytes]
 
 RATES = "train.learning_rate=1e-4,1e-3"
 SMALL, LARGE, EIGHT = "lora.r=2,4,8", "lora.r=2048", "lora.r=2,4,8,2048"
+HABITS = {"SBATCH_PARTITION": "urgent", "SBATCH_OUTPUT": "/dev/null", "SQUEUE_PARTITION": "urgent", "LOGNAME": "root"}
 BRIEF = ("model=tiny", "train.max_steps=3", "lora.target_modules=all-linear")
 
 
@@ -106,10 +107,11 @@ def eight(lab: Lab) -> tuple[tuple[str, ...], Journals]:
 def test_eight_runs_over_two_partitions(lab: Lab, eight: tuple[tuple[str, ...], Journals]) -> None:
     """Scenarios 1 and 18. One array per partition, the report at the end, and nothing that others can read under umask 022."""
     words, journals = eight
-    sweep = lab.submit("eight", *words)
+    sweep = lab.submit("eight", *words, **HABITS)
     arrays = [read_json(path) for path in sweep.folder.arrays.glob("*/array.json")]
     assert sorted(array["partition"] for array in arrays) == ["a100", "t4"]
     assert sum(len(array["packs"]) for array in arrays) == 4
+    assert sorted({lab.cluster.field(job, "Partition") for job in sweep.jobs}) == ["a100", "t4"]
     sweep.assert_as_if_undisturbed(journals, "done")
     sweep.wait("the report", sweep.folder.report.exists)
     for path in sweep.folder.path.rglob("*"):
