@@ -1,8 +1,10 @@
-"""What torch reads from the environment once, when it is first imported. Light: a job calls it before that."""
+"""What Python and torch read once, when torch is first imported. Light: a job calls it before that."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 
@@ -15,3 +17,25 @@ def prepare_torch(compiled: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not _has_bytecode("torch"):
+        _keep_bytecode(compiled / "python")
+
+
+def _has_bytecode(package: str) -> bool:
+    """Whether Python finds `package` compiled, or may leave it so for the next process."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None or found.cached is None:
+        return True
+    may_write = not sys.dont_write_bytecode and os.access(Path(found.origin).parent, os.W_OK)
+    return may_write or Path(found.cached).exists()
+
+
+def _keep_bytecode(folder: Path) -> None:
+    """Keep what Python compiles below `folder`, for this process, those it starts, and later jobs.
+
+    Containers often come without bytecode, to be small, and are read-only or ask Python to write none: then every start compiles the
+    thousands of files of torch and transformers anew.
+    """
+    sys.pycache_prefix, sys.dont_write_bytecode = str(folder), False
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -82,7 +82,8 @@ def kill_the_job(sweep: SweepDir, launcher: subprocess.Popen[bytes]) -> int:
 
 
 def launch(*arguments: str) -> int:
-    """Run a verb to its end, with its output here; the exit code."""
+    """Run a verb to its end, with its output here; the exit code. It does not wait for the disk to take what others wrote."""
+    os.sync()
     began = time.monotonic()
     code = subprocess.call([sys.executable, "-m", "launcher", *arguments])
     print(f"launcher {arguments[0]}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
