@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from launcher.report.axis_charts import AxisChart, axis_charts
-from launcher.report.comparison import Axis, Curve, Report
+from launcher.report.comparison import Axis, Curve, Report, Row
 from launcher.report.differences import SEED, axes_label
 
 PIXELS_PER_INCH = 160
@@ -39,11 +39,20 @@ def _loss_curves(report: Report) -> bytes:
         label = _plain(axes_label(run.axes)) if index < LEGEND_ROWS else None
         training.plot(curve.steps, curve.losses, color=color, lw=1.3, label=label)
         evaluation.plot(curve.eval_steps, curve.eval_losses, color=color, lw=1.6, marker="o", ms=3)
+    ranked = [curve for run, curve in drawn if isinstance(run, Row)]
+    _cut_above(training, [loss for curve in ranked for loss in curve.losses])
+    _cut_above(evaluation, [loss for curve in ranked for loss in curve.eval_losses])
     _name_axes(training, _training_title(report.curves, len(drawn)), "optimizer step", "training loss")
     _name_axes(evaluation, "Evaluation", "optimizer step", "eval loss")
     if drawn:
         training.legend(frameon=False, fontsize=8)
     return _png(figure)
+
+
+def _cut_above(plot: Axes, losses: list[float]) -> None:
+    """End the plot at twice the highest of `losses`, those of runs with a result: one that diverges would press them into one line."""
+    if losses and 0 < 2 * max(losses) < plot.get_ylim()[1]:
+        plot.set_ylim(top=2 * max(losses))
 
 
 def _eval_loss(report: Report, chart: AxisChart) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from playwright.sync_api import expect
 
 from chromium import Opened, open_browser, open_page
 from launcher.report.html_page import page_document, render_page
-from launcher.report.writer import build_report
+from launcher.report.writer import build_report, write_report
 from synthetic_sweeps import QUESTIONS, SyntheticSweep
 from train.storage import append_lines, read_json, write_json
 
@@ -98,7 +99,10 @@ def fifty(browser: Any, report_file: Callable[[int], Path]) -> Iterator[Opened]:
 
 
 def no_sideways_scroll(opened: Opened) -> bool:
-    return bool(opened.page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+    """Whether all of the page is as wide as the screen; `innerWidth` would not do, since a phone zooms out to what is wider."""
+    screen = opened.page.viewport_size
+    assert screen is not None
+    return bool(opened.page.evaluate("document.documentElement.scrollWidth") <= screen["width"])
 
 
 def column(opened: Opened, title: str) -> list[str]:
@@ -237,6 +241,30 @@ def test_what_limits_the_ranking_stands_beside_it(browser: Any, tmp_path: Path) 
         assert "the mean of up to 7 steps" in caption.inner_text()
         opened.page.get_by_role("button", name="Every step").click()
         assert "one optimizer step" in caption.inner_text()
+        assert opened.complaints == []
+
+
+def test_runs_that_diverge_and_long_values_leave_it_readable(browser: Any, tmp_path: Path) -> None:
+    """On a phone: the curves of the other runs keep most of the chart, its ticks apart, and no sentence leaves the screen."""
+    every_module = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    sweep = SyntheticSweep(tmp_path / "wild").grid({"lora.target_modules": [every_module, every_module[:-1]]})
+    diverged = sweep.add({"train.learning_rate": 1.0}, finished=False)
+    append_lines(diverged.journal, [{"step": 30 + step, "loss": 10.0**step} for step in range(1, 13)])
+    write_report(sweep.dir)
+    with open_page(browser, sweep.dir.report, **PHONE) as opened:
+        assert no_sideways_scroll(opened)
+        tall = opened.page.locator("#curve-plot .marks path.evaluation:not(.unfinished)").first.bounding_box()
+        assert tall is not None
+        assert tall["height"] > 200, "of a chart of 380 pixels"
+        assert "run along its top" in opened.page.locator("#curve-caption").inner_text()
+        for run in sweep.dir.runs():
+            if run.id != diverged.id:
+                opened.page.locator(f'#legend button[data-run="{run.id}"]').tap()
+        boxes = opened.page.locator("#curve-plot text[text-anchor=end]").evaluate_all(
+            "texts => texts.map((text) => text.getBoundingClientRect()).map((box) => [box.top, box.bottom])"
+        )
+        assert len(boxes) > 2, "alone it is shown whole, over twelve decades"
+        assert all(above[1] <= below[0] for above, below in pairwise(sorted(boxes)))
         assert opened.complaints == []
 
 

@@ -5,6 +5,8 @@ const curveBox = byId("curve-plot");
 const WIDE_RANGE = 2.5;
 const FEW_CURVES = 8;  // training curves of more runs are a carpet; their evaluations are not
 const SMOOTH_FROM = 30;  // points of a training curve, whose batches make more noise than its runs differ
+const CUT_ABOVE = 2;  // times the highest loss of a run with a result: what diverges would press all others into one line
+const MOST_TICKS = 9;
 const FEW_POINTS = 12;  // so many evaluations are marked, lest the line between two of them pass for measured
 const curveView = { kind: firstKind(), smooth: true, logarithmic: isWide(doc.curves.runs.flatMap((curve) => curve.eval_losses)) };
 let curveLines = [];  // what is drawn: {run, kind, steps, losses, note}
@@ -49,7 +51,7 @@ function drawCurves() {
   curveLines = doc.curves.runs.filter(({ run }) => state.on.has(run) && state.passing.has(run)).flatMap(linesOf);
   cursor = null;
   const level = curveView.logarithmic ? Math.log10 : (value) => value;
-  const losses = curveLines.flatMap((line) => line.losses.filter((loss) => loss > 0 || !curveView.logarithmic));
+  const losses = shownLosses().filter((loss) => loss > 0 || !curveView.logarithmic);
   const domain = extent(losses.map(level), 0.04);
   const steps = [0, curveLines.reduce((most, line) => Math.max(most, line.steps[line.steps.length - 1]), 1)];
   const { plot, marks, above, x, y } = frame(curveBox, {
@@ -57,19 +59,30 @@ function drawCurves() {
     label: `Loss over steps of ${new Set(curveLines.map((line) => line.run.id)).size} runs. Arrow keys left and right go along a curve, up and down to another run.`,
     yTicks: lossTicks(domain), xTicks: niceTicks(...steps, 8).map((step) => [step, tickText(step)]),
   });
-  curveFrame = { plot, marks, above, x, y: (loss) => y(level(loss)) };
+  curveFrame = { plot, marks, above, x, y: (loss) => Math.max(PADDING.top, y(level(loss))) };
   marks.append(...curveLines.map(drawLine), ...curveLines.flatMap(drawEvaluations));
   markCurves();
+}
+
+/** The losses that the chart has room for: all of runs with a result, and of the others what is not far above them. */
+function shownLosses() {
+  const all = curveLines.flatMap((line) => line.losses);
+  const ranked = curveLines.filter((line) => isRanked(line.run)).flatMap((line) => line.losses);
+  const top = ranked.length ? CUT_ABOVE * extent(ranked, 0)[1] : Infinity;
+  return all.filter((loss) => loss <= top);
 }
 
 /** Round losses; on the logarithmic scale the places are logarithms and the texts are losses. */
 function lossTicks(domain) {
   if (!curveView.logarithmic) return niceTicks(...domain, 6).map((value) => [value, tickText(value)]);
   const [low, high] = domain.map((value) => 10 ** value);
-  const decades = Array.from({ length: 13 }, (_, index) => 10 ** (index - 6));
-  const round = decades.flatMap((decade) => [1, 1.5, 2, 3, 5, 7].map((factor) => Number((factor * decade).toPrecision(2))));
-  const inside = round.filter((loss) => loss >= low && loss <= high);
-  return (inside.length > 2 ? inside : niceTicks(low, high, 5)).map((loss) => [Math.log10(loss), tickText(loss)]);
+  const first = Math.floor(domain[0]), count = Math.ceil(domain[1]) - first + 1;
+  const decades = Array.from({ length: count }, (_, index) => first + index);
+  const inside = (factors, every = 1) => decades.filter((decade) => decade % every === 0)
+    .flatMap((decade) => factors.map((factor) => Number(`${factor}e${decade}`))).filter((loss) => loss >= low && loss <= high);
+  const round = [inside([1, 1.5, 2, 3, 5, 7]), inside([1, 3]), inside([1]), inside([1], Math.ceil(count / MOST_TICKS))]
+    .find((losses) => losses.length <= MOST_TICKS);
+  return (round.length > 2 ? round : niceTicks(low, high, 5)).map((loss) => [Math.log10(loss), tickText(loss)]);
 }
 
 function drawLine(line) {
@@ -169,6 +182,7 @@ function drawLegend() {
     curveView.kind === "evaluation" ? "Loss on held-out rows." : trainingCaption(),
     curveView.kind === "both" ? "Thin: training; thick: evaluation on held-out rows." : "",
     doc.unfinished.length ? "Dashed: without a result." : "",
+    shownLosses().length < curveLines.flatMap((line) => line.losses).length ? "Losses above the chart run along its top." : "",
     runs.length > MANY_CURVES ? `${state.on.size} of ${runs.length} runs are on; the boxes in the table switch more on.` : "",
   ].filter(Boolean).join(" ");
 }
