@@ -103,14 +103,23 @@ def sbatch_parameters(
 
 
 def afterwards_parameters(
-    names: JobNames, cluster: ClusterConfig, partition: str, allowed_minutes: int | None, jobs: Sequence[str]
+    names: JobNames,
+    cluster: ClusterConfig,
+    partition: str,
+    allowed_minutes: int | None,
+    jobs: Sequence[str],
+    gres: str | None = None,
 ) -> dict[str, Any]:
-    """What submitit's executor is told for the job that runs when `jobs` have ended. The partition allows `allowed_minutes`."""
+    """What submitit's executor is told for the job that runs when `jobs` have ended. The partition allows `allowed_minutes`.
+
+    gres: what it asks for although it needs none, where nothing else is let in.
+    """
     return _for_submitit(
         _common(cluster)
         | {
             "job_name": names.report,
             "partition": partition,
+            "gres": gres or None,
             "time": min(REPORT_MINUTES, allowed_minutes or REPORT_MINUTES),
             "cpus_per_task": 1,
             "setup": [KEEP_THE_SHELL, *_user_setup(cluster)],

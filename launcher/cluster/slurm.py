@@ -48,10 +48,10 @@ class Submitted:
 
 
 def max_array_size() -> int:
-    """How many tasks an array may have here."""
+    """How many tasks an array may have here; a cluster without arrays (MaxArraySize=0) has plain jobs, which are arrays of one."""
     settings = answer_of("scontrol", "show", "config") or ""
     values = (line.partition("=")[2].strip() for line in settings.splitlines() if line.startswith("MaxArraySize"))
-    return next((int(value) for value in values if value.isdigit()), USUAL_MAX_ARRAY_SIZE)
+    return next((max(1, int(value)) for value in values if value.isdigit()), USUAL_MAX_ARRAY_SIZE)
 
 
 def submit_arrays(
@@ -164,6 +164,7 @@ def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> No
     record = {
         "name": request.name,
         "partition": request.partition,
+        "gres": request.gres,
         "minutes": request.minutes,
         "parallel": request.parallel,
         "packs": [str(sweep.pack(pack).pack) for pack in request.packs],
@@ -181,17 +182,29 @@ def submit_afterwards(
     cluster: ClusterConfig,
     partition: str,
     allowed_minutes: int | None,
+    gres: str | None,
 ) -> str:
     """Submit a small job that runs `task` from `code` once all arrays with these numbers have ended, however they did; its id.
 
     allowed_minutes: a time limit that the partition is known to allow, None if it has none.
+    gres: one of the partition's GPUs, asked for where the job is refused without one: some clusters keep their GPUs so from others.
 
     Raises:
         CommandRefused, NoAnswer: see `commands`.
     """
-    parameters = afterwards_parameters(job_names(sweep), cluster, partition, allowed_minutes, numbers)
-    (number,) = _sbatch([task], make_folder(sweep.report_job), code, cluster, parameters)
-    return number
+    names, folder = job_names(sweep), make_folder(sweep.report_job)
+
+    def send(wanted: str | None) -> str:
+        parameters = afterwards_parameters(names, cluster, partition, allowed_minutes, numbers, wanted)
+        (number,) = _sbatch([task], folder, code, cluster, parameters)
+        return number
+
+    try:
+        return send(None)
+    except CommandRefused:
+        if not gres:
+            raise
+        return send(gres)
 
 
 def _send(

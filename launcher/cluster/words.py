@@ -91,7 +91,7 @@ def read_settings(text: str) -> Settings:
         preempt_type=config.get("PreemptType", "preempt/none").removeprefix("preempt/"),
         preempt_mode=config.get("PreemptMode", "OFF").upper(),
         kill_wait=_number(config.get("KillWait", "")) or 30,
-        max_array_size=_number(config.get("MaxArraySize", "")) or 1001,
+        max_array_size=_number(config.get("MaxArraySize", "1001")) or 0,  # 0: no arrays
         accounting=config.get("AccountingStorageType", "").endswith("slurmdbd"),
         user_signal="send_user_signal" in signals,
     )

@@ -110,11 +110,16 @@ def _settings(settings: Settings) -> Iterator[Advice]:
     )
     if not settings.requeue:
         yield Advice("note", "Jobs are not queued again unless they ask for it (JobRequeue=0); these do ask.")
-    yield Advice(
-        "note", f"A sweep of more than {settings.max_array_size - 1:,} jobs is cut into several arrays (MaxArraySize)."
-    )
+    yield Advice("note", _arrays(settings.max_array_size))
     if not settings.accounting:
         yield Advice("note", "There is no accounting: how jobs ended is read from the run folders alone.")
+
+
+def _arrays(most: int) -> str:
+    """What becomes of a large sweep. Slurm's setting is the first index that is too large, so it is also the number of tasks."""
+    if most < 2:
+        return f"There are no job arrays here (MaxArraySize={most}): every job is submitted by itself."
+    return f"A sweep of more than {most:,} jobs is cut into several arrays (MaxArraySize)."
 
 
 def _limits(inventory: Inventory) -> Iterator[Advice]:

@@ -47,7 +47,7 @@ def submit_report(plan: Plan, submitted: Submitted, say: Callable[[str], None]) 
     pack = next(pack for pack in plan.packs if pack.id in submitted.jobs)
     earlier = plan.lanes.earlier if plan.lanes is not None else ()
     arrays = [*earlier, *map(array_number, submitted.jobs.values())]
-    _submit(plan.sweep, arrays, submitted.code, pack.partition, pack.minutes, say)
+    _submit(plan.sweep, arrays, submitted.code, _Place(pack.partition, pack.minutes, pack.gres), say)
 
 
 def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
@@ -59,7 +59,8 @@ def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
         if arrays:
             newest = max((read_json(path) for path in _records(sweep.dir)), key=lambda record: record["submitted"])
             code = freeze_code(sweep.dir)
-            _submit(sweep, list(arrays), code, newest["partition"], newest.get("minutes"), say)
+            place = _Place(newest["partition"], newest.get("minutes"), newest.get("gres"))
+            _submit(sweep, list(arrays), code, place, say)
 
 
 def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
@@ -73,20 +74,34 @@ def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
         return (
             f"No job waits to write the report: {again}, and {write} writes it at once." if _uncovered(sweep) else None
         )
-    if all(status.state is not State.DONE for status in listed) or _is_current(sweep) or _report_job_is_queued(sweep):
+    if all(status.state is not State.DONE for status in listed) or _is_current(sweep):
         return None
+    queue = read_queue([job_names(sweep).report])
+    jobs = [view for view in queue.views.values() if not view.state.over]
+    if not queue.answered or any(view.reason in {None, "Dependency"} for view in jobs):
+        return None  # nobody knows, or it is about to be written
+    if jobs:
+        return f"The job that writes the report waits ({jobs[0].reason}): {write} writes it at once."
     return f"There is no report of all that is done: {write} writes it."
 
 
-def _submit(
-    sweep: Sweep, arrays: Sequence[str], code: Path, partition: str, minutes: int | None, say: Callable[[str], None]
-) -> None:
+@dataclass(frozen=True)
+class _Place:
+    """Where an array of the sweep went: a partition, a time limit that it allows, and what a job asks for there."""
+
+    partition: str
+    minutes: int | None
+    gres: str | None
+
+
+def _submit(sweep: Sweep, arrays: Sequence[str], code: Path, place: _Place, say: Callable[[str], None]) -> None:
     """Submit the job, and note which arrays it waits for."""
     covered = [path.parent.name for path in _records(sweep.dir)]
     numbers = sorted(set(arrays))
     try:
+        task = ReportJob(str(sweep.dir.path))
         job = submit_afterwards(
-            ReportJob(str(sweep.dir.path)), sweep.dir, code, numbers, sweep.cluster, partition, minutes
+            task, sweep.dir, code, numbers, sweep.cluster, place.partition, place.minutes, place.gres
         )
     except ClusterError as exc:
         write = f"'python -m launcher report {sweep.name}'"
@@ -110,9 +125,3 @@ def _is_current(sweep: SweepDir) -> bool:
     """Whether the report is younger than every result."""
     results = [run.result.stat().st_mtime for run in sweep.runs() if run.result.exists()]
     return sweep.report.exists() and sweep.report.stat().st_mtime >= max(results)
-
-
-def _report_job_is_queued(sweep: SweepDir) -> bool:
-    """Whether such a job waits or runs, as far as Slurm answers."""
-    queue = read_queue([job_names(sweep).report])
-    return not queue.answered or any(not view.state.over for view in queue.views.values())

@@ -77,7 +77,8 @@ def test_a_user_without_account_is_told() -> None:
         ({"accounting": False}, "no accounting"),
         ({"user_signal": True}, "send_user_signal"),
         ({"preempt_type": "none"}, "No job is pushed out"),
-        ({"max_array_size": 1001}, "more than 1,000 jobs"),
+        ({"max_array_size": 1001}, "more than 1,001 jobs"),
+        ({"max_array_size": 0}, "no job arrays here"),
     ],
 )
 def test_every_setting_has_its_sentence(change: dict[str, object], words: str) -> None:

@@ -6,18 +6,19 @@ import json
 import os
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from launcher.cluster.commands import NoAnswer
+from launcher.cluster.commands import CommandRefused, NoAnswer
 from launcher.cluster.names import JobNames, job_names
 from launcher.cluster.requests import ArrayRequest
-from launcher.cluster.slurm import QUEUE_IS_FULL, _look_for, find_array
+from launcher.cluster.slurm import QUEUE_IS_FULL, _look_for, find_array, max_array_size, submit_afterwards
 from launcher.errors import ClusterError
 from launcher.jobs import jobs_of, look_up
 from launcher.plan.verdict import judge
-from launcher.records import RunStatus, State, Verdict
+from launcher.records import ClusterConfig, RunStatus, State, Verdict
 from launcher.report.job import report_note
 from launcher.track.tracker import track
 from stand_in import put_command
@@ -211,6 +212,12 @@ def test_what_slurm_has_ended_is_not_in_training(run: RunDir, tmp_path: Path, mo
     assert verdict(run) is Verdict.RUNNING  # nobody can tell
 
 
+def test_a_cluster_without_arrays_takes_its_jobs_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, most in (("MaxArraySize = 501", 501), ("MaxArraySize = 0", 1), ("", 1001)):
+        put_command(tmp_path, "scontrol", f"echo '{said}'", monkeypatch)
+        assert max_array_size() == most
+
+
 def test_only_a_limit_that_waiting_mends_is_a_full_queue() -> None:
     last = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
     assert any(words in f"AssocMaxSubmitJobLimit {last}" for words in QUEUE_IS_FULL)
@@ -258,12 +265,35 @@ def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypat
     write_json(run.result, {"steps": 5, "train_loss": 0.5, "tokens_per_second": 1.0})
     report_job = job_names(sweep).report
     assert note(f"echo '{report_job}|13|PENDING|Dependency|'") is None
+    assert note(f"echo '{report_job}|13|RUNNING|None|t4-1'") is None
+    assert "waits (QOSMinGRES)" in (note(f"echo '{report_job}|13|PENDING|QOSMinGRES|'") or "")  # and would for ever
     assert note(NO_CONTACT) is None  # nobody knows
     assert "'python -m launcher report rank' writes it" in (note("exit 0") or "")
     write_text(sweep.report, "")
     assert note("exit 0") is None
     os.utime(sweep.report, (time.time() - 60,) * 2)
     assert "no report of all that is done" in (note("exit 0") or "")
+
+
+def test_the_report_asks_for_a_gpu_where_no_job_is_let_in_without(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = SweepDir(run.path.parent)
+    put_command(tmp_path, "srun", "exit 1", monkeypatch)
+    needs = (
+        "grep -q gres=gpu:t4:1 $1 && echo Submitted batch job 14 && exit; echo 'sbatch: error: QOSMinGRES' >&2; exit 1"
+    )
+    put_command(tmp_path, "sbatch", needs, monkeypatch)
+
+    def submit(gres: str | None) -> str:
+        cluster = ClusterConfig(kind="slurm")
+        return submit_afterwards(partial(str, "done"), sweep, tmp_path, ["12"], cluster, "t4", None, gres)
+
+    assert submit("gpu:t4:1") == "14"
+    with pytest.raises(CommandRefused, match="QOSMinGRES"):
+        submit(None)
+    put_command(tmp_path, "sbatch", "grep -q gres= $1 && exit 1; echo Submitted batch job 15", monkeypatch)
+    assert submit("gpu:t4:1") == "15"  # where it is let in it takes nobody's GPU
 
 
 def test_one_squeue_and_one_sacct_for_a_thousand_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
