@@ -134,7 +134,7 @@ def read_json(path: Path) -> Any:
         StorageError: it is damaged; we write whole files only, so somebody else did it (a copy to a full disk, say).
     """
     try:
-        return _parsed(path.read_bytes(), path)
+        return parsed(path.read_bytes(), path)
     except FileNotFoundError:
         return None
 
@@ -150,10 +150,15 @@ def read_lines(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     whole = content[: content.rfind(b"\n") + 1]
-    return [_parsed(line, path) for line in whole.splitlines()]
+    return [parsed(line, path) for line in whole.splitlines()]
 
 
-def _parsed(content: bytes, path: Path) -> Any:
+def parsed(content: bytes, path: Path) -> Any:
+    """The JSON document `content`, which was read from `path`.
+
+    Raises:
+        StorageError: it is none.
+    """
     try:
         return json.loads(content)
     except ValueError as exc:
@@ -169,7 +174,7 @@ def read_first_line(path: Path) -> Record | None:
             line = file.readline()
     except FileNotFoundError:
         return None
-    record: Record | None = json.loads(line) if line.endswith(b"\n") else None
+    record: Record | None = parsed(line, path) if line.endswith(b"\n") else None
     return record
 
 
@@ -184,7 +189,7 @@ def tail_lines(path: Path, tail_bytes: int = 4096) -> list[Record]:
         return []
     if start > 0:
         whole = whole.partition(b"\n")[2] if b"\n" in whole else b""
-    return [json.loads(line) for line in whole.splitlines()]
+    return [parsed(line, path) for line in whole.splitlines()]
 
 
 def last_line(path: Path) -> Record | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.report.comparison import Curve
 from train.rundir import RunDir
-from train.storage import Record
+from train.storage import Record, parsed
 
 MAX_POINTS = 400
 Series = list[tuple[int, float]]
@@ -38,11 +37,15 @@ def thin(series: Sequence[tuple[int, float]]) -> tuple[tuple[float, ...], tuple[
 
 
 def _read_journal(path: Path) -> list[Record]:
-    """`storage.read_lines` as one JSON document: twice as fast, which counts at 500 runs of 1,000 steps."""
+    """`storage.read_lines` as one JSON document: twice as fast, which counts at 500 runs of 1,000 steps.
+
+    Raises:
+        StorageError: a line is damaged.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
     whole = content[: content.rfind(b"\n") + 1].splitlines()
-    lines: list[Record] = json.loads(b"[" + b",".join(whole) + b"]")
+    lines: list[Record] = parsed(b"[" + b",".join(whole) + b"]", path)
     return lines

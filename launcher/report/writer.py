@@ -17,6 +17,7 @@ from launcher.report.html_page import render_page
 from launcher.report.noise import group_by_seed, judge_noise
 from launcher.report.table import print_report
 from launcher.track.tracker import track
+from train.errors import StorageError
 from train.mirror.request import cost_usd
 from train.rundir import RunDir, SweepDir
 from train.storage import Record, make_folder, read_first_line, read_json, write_bytes, write_text
@@ -56,8 +57,20 @@ def build_report(sweep_dir: SweepDir) -> Report:
 
 
 def read_configs(runs: list[RunDir]) -> dict[str, Values]:
-    """The flat configuration of every run, by id."""
-    return {run.id: flat(yaml.load(run.config.read_bytes(), YAML_LOADER)) for run in runs}
+    """The flat configuration of every run, by id.
+
+    Raises:
+        StorageError: one is damaged.
+    """
+    return {run.id: flat(_config(run.config)) for run in runs}
+
+
+def _config(path: Path) -> dict[str, Values]:
+    try:
+        config: dict[str, Values] = yaml.load(path.read_bytes(), YAML_LOADER)
+    except yaml.YAMLError as exc:
+        raise StorageError(f"{path} is damaged: it holds no YAML ({exc}). Restore it, or remove its folder.") from exc
+    return config
 
 
 def write_report(sweep_dir: SweepDir) -> Report:

@@ -16,6 +16,7 @@ from launcher.report.noise import T_95, more_seeds_command, t_95
 from launcher.report.table import GPU_ONLY, MEASURES
 from launcher.report.writer import build_report, print_report, report_json, write_report
 from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
+from train.errors import StorageError
 from train.storage import append_lines, write_json
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -337,3 +338,13 @@ def test_importing_the_report_loads_no_plotting_and_no_training_library():
     code = f"import sys, launcher.report.writer; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "samples.jsonl", "config.yaml", "result.json"])
+def test_a_damaged_file_is_named(sweep: SyntheticSweep, name: str) -> None:
+    """Zeros at the start are what a power cut can leave."""
+    sweep.grid({"lora.r": [4, 8]})
+    file = sweep.dir.runs()[0].path / name
+    file.write_bytes(b"\0" * 8 + b"\n" + file.read_bytes())
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        build_report(sweep.dir)

@@ -6,6 +6,7 @@ import pytest
 
 from mirrored import EVAL_STEPS, WrittenPack, without_pace
 from train.config import read_run_config
+from train.errors import StorageError
 from train.mirror.rows import RunRows
 from train.storage import append_lines, read_lines
 
@@ -96,3 +97,10 @@ def test_nothing_but_numbers_reaches_a_row(pack: WrittenPack) -> None:
     assert "train/grad_norm" not in row.values
     assert rows.diverged == "nan"
     assert len(read_lines(pack.runs[0].journal)) == 6
+
+
+def test_a_damaged_journal_is_named(pack: WrittenPack) -> None:
+    append_lines(pack.runs[0].pace, [pack.pace(1)])
+    pack.runs[0].journal.write_bytes(b"\0\n" + pack.runs[0].journal.read_bytes())
+    with pytest.raises(StorageError, match=r"journal\.jsonl is damaged"):
+        steps(rows_of(pack))

@@ -6,15 +6,15 @@ stays right, and reading anew only skips it.
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
 from train.config import TrainConfig
+from train.errors import StorageError
 from train.rundir import RunDir
-from train.storage import Record
+from train.storage import Record, parsed
 
 # The journal's names -> W&B's, where a slash makes a section. transformers' Trainer calls them so too.
 JOURNAL_NAMES = {
@@ -53,7 +53,11 @@ class GrowingFile:
         self._inode = self._read_bytes = 0
 
     def new_lines(self) -> tuple[bool, list[Record]]:
-        """Whether the file is read from its start again, and the lines since the last call."""
+        """Whether the file is read from its start again, and the lines since the last call.
+
+        Raises:
+            StorageError: a line is damaged.
+        """
         try:
             with self._path.open("rb") as file:
                 known = os.fstat(file.fileno())
@@ -64,8 +68,8 @@ class GrowingFile:
             return False, []
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
+            lines = [parsed(line, self._path) for line in whole.splitlines()]
+        except StorageError:
             if again:
                 raise
             self._inode = 0  # cut back and grown past our place between two looks, to other bytes
