@@ -220,6 +220,15 @@ class TrackingConfig(Section):
     entity: str | None = None
     key_file: str | None = None
 
+    @field_validator("project")
+    @classmethod
+    def _w_and_b_takes_the_project(cls, project: str | None) -> str | None:
+        if project is not None and (len(project) > 128 or set(project) & set("/\\#?%:")):
+            raise ValueError(
+                f"{project!r} is no name of a W&B project: it has at most 128 characters, and none of / \\ # ? % :"
+            )
+        return project
+
 
 def parse_run_config(values: dict[str, Any]) -> RunConfig:
     """Check plain nested `values` and return the typed configuration.

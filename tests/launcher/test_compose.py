@@ -212,6 +212,7 @@ MISTAKES = {
     "sweep.name=..": ["sweep.name", ".."],
     "model.name=a b": ["model.name", "a b"],
     "data.name=a\x1b[2J": ["control character"],
+    "tracking.project=team/mine": ["tracking.project", "'team/mine'", "W&B project"],
     "root=/tmp": ["/tmp", "written by others"],
     "root=[a]": ["root=['a']", "string"],
     "root=": ["root= is empty"],

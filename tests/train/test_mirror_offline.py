@@ -11,6 +11,7 @@ import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wandb_command, without_pace
 from terminal import Terminal
+from train.mirror.memory import Online, remember
 from train.storage import Record, read_json
 from wandb_server import KEY, WandbServer
 
@@ -132,3 +133,16 @@ def test_folders_are_not_needed(server: WandbServer, tmp_path: Path, monkeypatch
     assert launcher(tmp_path, "sync", f"root={tmp_path}").returncode == 0
     assert time.monotonic() - began < 60
     assert_arrived(server, pack)
+
+
+def test_after_an_attempt_online_plain_wandb_sync_is_not_recommended(
+    server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It passes over the folders of a run that a server has in part."""
+    pack = WrittenPack(tmp_path, 2, max_steps=20, mode="auto")
+    remember(pack.runs[1], Online(f"{server.url}/students/lorapack", 3))
+    with pack.job(cause="preempted"):
+        pack.train(5)
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "W&B" in line]
+    assert "launcher sync ranks" in line
+    assert "wandb sync" not in line

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import LeaseHeld
+from train.mirror.memory import recall_online
 from train.mirror.reach import Reach, client_trouble, look_for_server
 from train.mirror.request import MirroredRun, runs_of_pack
 
@@ -37,7 +38,7 @@ def follow(pack_file: Path, trainer: int) -> None:
             f"W&B: nothing is sent: {trouble}; 'python -m launcher sync {runs[0].sweep.path.name}' sends everything later"
         )
         return
-    reach = choose(runs[0])
+    reach = choose(runs)
     mirrors = open_mirrors(runs, reach, trainer)
     ready = list(mirrors)
     while not trainer_has_ended(LOOK_SECONDS):
@@ -50,26 +51,27 @@ def follow(pack_file: Path, trainer: int) -> None:
             closed.result()  # a run that launcher sync has now is left to the next worker
 
 
-def choose(run: MirroredRun) -> Reach | None:
+def choose(runs: list[MirroredRun]) -> Reach | None:
     """The server, or None for offline folders; said in one line, after which standard output is the log's.
 
     Raises:
         ConnectionError: the user wants a server and there is none now.
     """
-    tracking, sweep = run.tracking, run.sweep.path
+    first = runs[0]
+    tracking, sweep = first.tracking, first.sweep.path
     mode = {"dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE", ""))
     wanted = mode if tracking.mode == "auto" and mode in ("online", "offline") else tracking.mode
     reach = look_for_server(tracking.key_file) if wanted != "offline" else None
     if reach is not None and reach.trouble is None:
-        say(f"W&B: online at {reach.server}, project {run.project}")
+        say(f"W&B: online at {reach.server}, project {first.project}")
         return reach
     why = "" if reach is None else f" ({reach.trouble})"
     if wanted == "online":
         say(f"W&B: waiting for the server{why}; 'python -m launcher sync {sweep.name}' can send everything later")
         raise ConnectionError(why)
-    say(
-        f"W&B: offline{why}; 'python -m launcher sync {sweep.name}' or 'wandb sync {sweep}/wandb/offline-*' sends it later"
-    )
+    begun = any(recall_online(run.dir) for run in runs)  # what a server has in part, ``wandb sync`` would send twice
+    ways = f"'python -m launcher sync {sweep.name}'" + ("" if begun else f" or 'wandb sync {sweep}/wandb/offline-*'")
+    say(f"W&B: offline{why}; {ways} sends it later")
     return None
 
 
