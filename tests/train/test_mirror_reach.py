@@ -37,6 +37,8 @@ def test_the_key_is_found_in_three_places(server: WandbServer, tmp_path: Path, m
     write_netrc(tmp_path, "from-netrc")
     assert find_key(server.url, None) == "from-netrc"
     assert find_key("https://elsewhere.org", None) is None
+    (tmp_path / "netrc").write_bytes(b"machine \xff")
+    assert find_key(server.url, None) is None, "what cannot be read holds no key"
     file = tmp_path / "key"
     file.touch(0o600)
     file.write_text("from-file\n")
@@ -63,13 +65,17 @@ def test_the_server_is_the_one_that_wandb_would_take(tmp_path: Path, monkeypatch
     assert server_url() == "https://wandb.uni.example"
 
 
-def test_what_the_probe_finds(server: WandbServer, tmp_path: Path) -> None:
+def test_what_the_probe_finds(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_netrc(tmp_path, KEY)
     found = look_for_server(None, 30)
     assert (found.trouble, found.entity) == (None, ENTITY)
     assert KEY not in repr(found)
     server.mode = "401"
     assert "refuses the key" in str(look_for_server(None, 30).trouble)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://no host")
+    assert "https://no host cannot be reached" in str(look_for_server(None, 30).trouble)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
     server.mode = "silent"
     began = time.monotonic()
     trouble = str(look_for_server(None).trouble)

@@ -20,6 +20,9 @@ from train.mirror.rows import SAMPLES, Row
 JOB_TYPE = "train"
 SAMPLE_COLUMNS = ("prompt", "expected", "base", "answer")
 INIT_SECONDS = 30.0
+FLUSH_SECONDS = (
+    1.0  # of offline folders; ``wandb sync`` sends nothing at all if one of its folders was killed before its first
+)
 # Which run another program is, or whose client it shares: a W&B sweep's agent and a notebook leave these to their children.
 NOT_OURS = ("RUN_ID", "SWEEP_ID", "SWEEP_PARAM_PATH", "SERVICE", "RESUME", "RESUME_FROM", "FORK_FROM")
 
@@ -36,6 +39,7 @@ class Client:
         for name in NOT_OURS:
             os.environ.pop(f"WANDB_{name}", None)
         os.environ["WANDB_ERROR_REPORTING"] = "false"
+        os.environ["WANDB_SILENT"] = "true"
         if reach is not None and reach.key is not None:
             os.environ["WANDB_API_KEY"] = reach.key
             os.environ["WANDB_BASE_URL"] = reach.server
@@ -97,6 +101,7 @@ class Client:
             x_stats_pid=self._trainer or os.getpid(),
             x_stats_gpu_device_ids=_own_gpus(),
             x_skip_transaction_log=self.online,
+            x_transaction_log_flush_interval=FLUSH_SECONDS,
             x_update_finish_state=tells_end,
             init_timeout=INIT_SECONDS,
             finish_timeout=self._finish_seconds,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import http.client
 import importlib.util
 import json
 import netrc
@@ -102,7 +103,7 @@ def find_key(server: str, key_file: str | None) -> str | None:
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
         entry = netrc.netrc(path).authenticators(urllib.parse.urlsplit(server).hostname or "")
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return None
     return entry[2] if entry else None
 
@@ -134,7 +135,7 @@ def _ask(server: str, key: str, seconds: float) -> Reach:
         return Reach(
             server, f"{server} {'refuses the key' if refused else 'answers with an error'} ({exc.code})", key=key
         )
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as exc:
         return Reach(server, f"{server} cannot be reached ({getattr(exc, 'reason', exc)})", key=key)
     if viewer is None:
         return Reach(server, f"{server} does not know the key", key=key)
