@@ -6,6 +6,7 @@ import time
 
 from launcher.cluster.names import job_names
 from launcher.cluster.slurm import cancel_jobs, cancel_named, warn_jobs
+from launcher.errors import ClusterError
 from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
 from launcher.track.tracker import track
@@ -14,6 +15,10 @@ from train.storage import write_json
 
 STOPPABLE = {State.PENDING, State.RUNNING, State.UNKNOWN}
 POLL_SECONDS, SLURM_POLL_SECONDS = 0.5, 2.0
+_ASKED_ALL_THE_SAME = (
+    "What trains is asked through its folder, and saves and ends by itself; what waits would end as soon as it starts. Run this again "
+    "when Slurm answers, and it leaves the queue."
+)
 
 
 def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatus]:
@@ -31,6 +36,14 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     asked = [run for run in runs if states[run.id] in STOPPABLE]
     for run in asked:
         write_json(run.cancel_request, {"time": time.time()})
+    try:
+        return _stop(sweep, asked, wait_seconds)
+    except ClusterError as exc:
+        raise ClusterError(f"{exc}. {_ASKED_ALL_THE_SAME}") from exc
+
+
+def _stop(sweep: SweepDir, asked: list[RunDir], wait_seconds: float) -> list[RunStatus]:
+    """Tell Slurm, and wait."""
     jobs = _slurm_jobs(sweep, asked)
     running = [job.id for job in _without_work(sweep, jobs) if job.id is not None and _is_running(job)]
     warn_jobs(running)

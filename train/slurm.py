@@ -22,8 +22,8 @@ MOST_WARNING_SECONDS = 120  # how long before the time limit a job is warned: ti
 LIVE_STATES = {"RUNNING", "SIGNALING"}
 NEAR_THE_LIMIT_SECONDS = MOST_WARNING_SECONDS + 60  # Slurm's warning comes up to half a minute early or late
 CLOCKS_APART_SECONDS = 5.0  # of controller and node
-REQUEUE_WAITS_SECONDS = (0, 1, 2, 4, 8, 16)  # between tries while the controller is away
-END_WAIT_SECONDS = 600.0  # the longest that a job which could not ask waits to be ended
+LONGEST_PAUSE_SECONDS = 16.0  # between tries to reach a controller that is away
+END_WAIT_SECONDS = 600.0  # the longest that a job which nobody answers waits to be ended
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now
 def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
     """See to it that the job is in the queue again, so that it may end now; if that is refused, say what the user can do.
 
-    Where nobody can be asked the job waits to be ended: Slurm requeues what it kills for a job of higher priority, and not what
+    While nobody can be asked the job waits to be ended: Slurm requeues what it kills for a job of higher priority, and not what
     ended by itself.
     """
     facts = job_facts(job)
@@ -110,10 +110,7 @@ def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
         return
     answer = _ask_for_requeue(job, say)
     if answer is None:
-        say(
-            "nobody could be asked to requeue this job, so it waits to be ended; 'python -m launcher resume' goes on otherwise"
-        )
-        time.sleep(END_WAIT_SECONDS)
+        say("nobody could be asked to requeue this job; 'python -m launcher resume' goes on from the checkpoint")
     elif answer.returncode == 0:
         say("put back into the queue")
     else:
@@ -132,16 +129,18 @@ def killed_for_memory(job: str) -> bool:
 
 
 def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> subprocess.CompletedProcess[str] | None:
-    """The controller's answer, None if there was none."""
-    for wait in REQUEUE_WAITS_SECONDS:
-        time.sleep(wait)
-        answer = _scontrol("requeue", job.id)
+    """The controller's answer, None if there was none for as long as it was waited for."""
+    waited, pause = 0.0, 1.0
+    while True:
+        answer = _scontrol("requeue", job.id)  # there is none in a container, say
         if answer is not None and (answer.returncode == 0 or not re.search("contact|timed out", answer.stderr)):
             return answer
-        if shutil.which("scontrol") is None:  # in a container, say
+        if waited >= END_WAIT_SECONDS:
             return None
-        say("the controller does not answer; trying again")
-    return None
+        if not waited:
+            say("no answer from the controller yet, so this job asks on, and waits to be ended")
+        time.sleep(pause)
+        waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.cluster.lanes import deal
 from launcher.cluster.names import JobNames
 from launcher.records import ClusterConfig, Lanes, Pack
+from train.errors import BadInput
 from train.rundir import ArrayDir
 from train.slurm import warning_seconds
 
@@ -58,6 +59,20 @@ def array_requests(names: JobNames, packs: Sequence[Pack], lanes: Lanes, largest
     for place in range(lanes.count, len(requests)):
         requests[place] = replace(requests[place], follows=(requests[place - lanes.count].token,))
     return requests
+
+
+def refuse_pattern(folder: Path) -> None:
+    """Refuse a sweep's folder in whose name Slurm would see a pattern: logs would go to another one, or nowhere.
+
+    Raises:
+        BadInput: naming the character.
+    """
+    for character in "%\\":
+        if character in str(folder):
+            raise BadInput(
+                f"root={folder.parent}: Slurm takes a {character} in the path of a log for a pattern (sbatch --output); choose a root "
+                "without one."
+            )
 
 
 def split(requests: Sequence[ArrayRequest], names: JobNames) -> list[ArrayRequest]:

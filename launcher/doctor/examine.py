@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.cluster.choice import slurm_answers
 from launcher.cluster.inventory import Inventory, take_inventory
 from launcher.cluster.words import LivePartition
 from launcher.doctor.advice import Advice, cluster_advice
 from launcher.doctor.machine import LITTLE_SPACE_GIB, NODE_LOCAL, Disk, Machine, look_at_machine
+from launcher.errors import ClusterError
 from launcher.estimate.gpus import known_gpu
 from launcher.units import MISSING, number
 from train.mirror.reach import Reach, look_for_server
@@ -35,7 +37,7 @@ class Examination:
 def examine(root: Path, cache: Path) -> Examination:
     """Look at everything; every question to the cluster has a time-out."""
     inventory, machine, wandb = take_inventory(), look_at_machine(root, cache), look_for_server(None)
-    about_cluster = [Advice("note", NO_SLURM)] if inventory is None else cluster_advice(inventory)
+    about_cluster = _about_silence() if inventory is None else cluster_advice(inventory)
     about_machine = _about_machine(machine, slurm=inventory is not None)
     return Examination(inventory, machine, wandb, [*about_cluster, *about_machine, _about_wandb(wandb)])
 
@@ -63,6 +65,15 @@ def print_examination(found: Examination, console: Console) -> None:
     for advice in found.advice:
         table.add_row(MARKS[advice.level], escape(advice.text))
     console.print(table)
+
+
+def _about_silence() -> list[Advice]:
+    """Why there is no inventory: what a sweep would be told."""
+    try:
+        slurm_answers()
+    except ClusterError as exc:
+        return [Advice("warning", str(exc))]
+    return [Advice("note", NO_SLURM)]
 
 
 def _about_wandb(wandb: Reach) -> Advice:

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.cluster.lanes import lanes_for
 from launcher.cluster.partitions import partitions_for
+from launcher.cluster.requests import refuse_pattern
 from launcher.estimate.facts import Facts
 from launcher.estimate.partition import LOCAL_PARTITION
 from launcher.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
@@ -26,7 +27,8 @@ def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
     """Judge every run by its folder and pack those that are to train; `retry_failed` takes failed ones up again.
 
     Raises:
-        BadInput: a model cannot be trained, an adapter targets what it does not have, or a run fits no partition.
+        BadInput: a model cannot be trained, an adapter targets what it does not have, a run fits no partition, or Slurm cannot
+            write to the root.
         ClusterError: Slurm is asked for and does not answer.
     """
     judged = _judge_runs(sweep, retry_failed)
@@ -94,6 +96,7 @@ def _lanes(sweep: Sweep, packs: list[Pack]) -> Lanes | None:
     """How many of the packs may train at once on Slurm, beside what the sweep has in the queue."""
     if not packs or packs[0].partition == LOCAL_PARTITION:
         return None
+    refuse_pattern(sweep.dir.path)
     return lanes_for(len(packs), sweep.cluster.jobs_at_once(slurm=True), arrays_in_queue(sweep.dir))
 
 

@@ -14,11 +14,13 @@ from launcher.cluster.requests import (
     afterwards_parameters,
     array_requests,
     job_python,
+    refuse_pattern,
     sbatch_parameters,
     split,
 )
 from launcher.records import ClusterConfig, Forecast, Lanes, Pack
 from stand_in import put_command
+from train.errors import BadInput
 from train.rundir import ArrayDir
 
 SLURM = ClusterConfig(kind="slurm")
@@ -150,3 +152,11 @@ def test_the_report_asks_for_no_longer_limit_than_the_partition_allows(allowed: 
 def test_the_key_of_weights_and_biases_is_in_no_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "canary" * 8)
     assert "canary" not in script(SLURM, tmp_path, monkeypatch)
+
+
+def test_a_root_that_slurm_would_read_as_a_pattern_is_refused(tmp_path: Path) -> None:
+    """A real 22.05 wrote the logs of ``50%j`` to ``503_0``. Of spaces, quotes, ``#``, ``$`` and the like it makes nothing."""
+    refuse_pattern(tmp_path / 'it\'s #1 $x (a) "b" `c`; &' / "rank")
+    for odd in ("50%j", "back\\slash"):
+        with pytest.raises(BadInput, match="root="):
+            refuse_pattern(tmp_path / odd / "rank")

@@ -13,9 +13,11 @@ import yaml
 from launcher.cluster.inventory import Inventory
 from launcher.cluster.words import LivePartition, Qos, Settings, read_associations
 from launcher.doctor.advice import cluster_advice
+from launcher.doctor.examine import NO_SLURM, examine
 from launcher.doctor.machine import look_at_disk
 from launcher.doctor.site import site_text, write_site
 from launcher.records import ClusterConfig
+from stand_in import put_command
 from train.config import parse_section
 from train.errors import BadInput
 
@@ -160,3 +162,13 @@ def test_an_unknown_word_is_refused() -> None:
     command = [sys.executable, "-m", "launcher", "doctor", "wirte=site"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (refused.returncode, "wirte=site" in refused.stderr) == (2, True)
+
+
+def test_the_doctor_says_of_a_silent_controller_what_a_sweep_would_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_command(tmp_path, "sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1", monkeypatch)
+    found = [advice for advice in examine(tmp_path, tmp_path).advice if "controller" in advice.text]
+    assert [advice.level for advice in found] == ["warning"]
+    put_command(tmp_path, "sinfo", "echo 'Could not establish a configuration source' >&2; exit 1", monkeypatch)
+    assert any(advice.text == NO_SLURM for advice in examine(tmp_path, tmp_path).advice)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cancel import cancel_runs
 from launcher.cluster.commands import CommandRefused, NoAnswer
 from launcher.cluster.names import JobNames, job_names
 from launcher.cluster.requests import ArrayRequest
@@ -273,6 +274,16 @@ def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypat
     assert note("exit 0") is None
     os.utime(sweep.report, (time.time() - 60,) * 2)
     assert "no report of all that is done" in (note("exit 0") or "")
+
+
+def test_a_cancel_that_slurm_does_not_hear_says_what_becomes_of_it(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm_says(tmp_path, monkeypatch, NO_CONTACT)
+    put_command(tmp_path, "scancel", NO_CONTACT, monkeypatch)
+    with pytest.raises(ClusterError, match=r"saves and ends by itself.*Run this again"):
+        cancel_runs([run], wait_seconds=0)
+    assert run.cancel_request.exists()
 
 
 def test_the_report_asks_for_a_gpu_where_no_job_is_let_in_without(
