@@ -25,6 +25,22 @@ CLOCKS_APART_SECONDS = 5.0  # of controller and node
 LONGEST_PAUSE_SECONDS = 16.0  # between tries to reach a controller that is away
 END_WAIT_SECONDS = 600.0  # the longest that a job which nobody answers waits to be ended
 
+# What Slurm's clients write where the answer got lost or the controller is away; an order may have been carried out all the same.
+NO_CONTACT = (
+    "Socket timed out",
+    "Unable to contact slurm controller",
+    "Zero Bytes were transmitted",
+    "Transport endpoint is not connected",
+    "Connection refused",
+    "Connection reset",
+    "Connection timed out",
+    "Communication connection failure",
+    "Problem talking to the database",
+    "in standby mode",
+    "Could not establish a configuration source",
+    "Unexpected message received",  # scontrol requeue of a controller that is dead
+)
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -133,7 +149,7 @@ def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> subprocess.Co
     waited, pause = 0.0, 1.0
     while True:
         answer = _scontrol("requeue", job.id)  # there is none in a container, say
-        if answer is not None and (answer.returncode == 0 or not re.search("contact|timed out", answer.stderr)):
+        if answer is not None and (answer.returncode == 0 or not any(words in answer.stderr for words in NO_CONTACT)):
             return answer
         if waited >= END_WAIT_SECONDS:
             return None

@@ -13,23 +13,9 @@ import shutil
 import subprocess
 
 from launcher.errors import ClusterError
+from train.slurm import NO_CONTACT
 
 COMMAND_TIMEOUT_SECONDS = 10.0
-
-# What Slurm's clients write where the answer got lost or the controller is away; an order may have been carried out all the same.
-NO_CONTACT = (
-    "Socket timed out",
-    "Unable to contact slurm controller",
-    "Zero Bytes were transmitted",
-    "Transport endpoint is not connected",
-    "Connection refused",
-    "Connection reset",
-    "Connection timed out",
-    "Communication connection failure",
-    "Problem talking to the database",
-    "in standby mode",
-    "Could not establish a configuration source",
-)
 
 # Variables with which users shape what these commands ask and show; ours mean what their arguments say.
 HABITS = ("SINFO_", "SQUEUE_", "SACCT_", "SCANCEL_")

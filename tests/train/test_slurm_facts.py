@@ -71,7 +71,7 @@ def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, mon
         ("echo Requested operation is disabled >&2; exit 1", "does not requeue"),
         ("exit 0", "put back"),
         (
-            f"[ -e {tmp_path}/back ] && exit 0; : > {tmp_path}/back; echo Unable to contact slurm controller >&2; exit 1",
+            f"[ -e {tmp_path}/back ] && exit 0; : > {tmp_path}/back; echo Unexpected message received for job 12_3 >&2; exit 1",
             "put back",
         ),
     ]:
