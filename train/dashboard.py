@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 SEED = "train.seed"
 LOGARITHMIC = ("log2", "log10")
 MOST_CURVES = 100
+SAVE_SECONDS = 60
 NEEDED = "the dashboard needs one package more; run pip install 'lorapack[dashboard]' (that is wandb-workspaces), then again."
 
 
@@ -150,6 +154,7 @@ def _costs() -> list[Any]:
 
 def _hand_over(reach: Reach) -> None:
     """Let W&B's client, which reads the environment, talk to the server that answered."""
+    os.environ.pop("WANDB_SERVICE", None)  # another program's client, of which we may be a child
     os.environ |= {"WANDB_BASE_URL": reach.server, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
     if reach.key is not None:
         os.environ["WANDB_API_KEY"] = reach.key
@@ -161,11 +166,37 @@ def _save(workspace: ws.Workspace, sweep: SweepDir, server: str) -> str:
     before = read_json(sweep.dashboard) or {}
     if all(before.get(key) == value for key, value in place.items()):
         workspace._internal_name, workspace._internal_id = before["name"], before["id"]
-    workspace.save()
+    with _answered(server):
+        workspace.save()
     address: str = workspace.url
     names = {"name": workspace._internal_name, "id": workspace._internal_id, "address": address}
     write_json(sweep.dashboard, place | names)
     return address
+
+
+@contextmanager
+def _answered(server: str) -> Iterator[None]:
+    """Give up after `SAVE_SECONDS`, which W&B's client by itself never does, and say what it says in one paragraph.
+
+    Raises:
+        LorapackError: the server refuses, or does not answer.
+    """
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"no answer within {SAVE_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SAVE_SECONDS)
+    try:
+        yield
+    except Exception as exc:  # the client raises of all kinds
+        why = " ".join(f"{type(exc).__name__}: {exc}".split())
+        raise LorapackError(
+            f"The dashboard could not be saved at {server} ({why}); try again, or look at report.html."
+        ) from exc
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from synthetic_sweeps import SyntheticSweep
-from train.dashboard import SweptAxis, build
+from train.dashboard import SweptAxis, _answered, build
+from train.errors import LorapackError
 from train.storage import read_json
 from wandb_server import ENTITY, KEY, WandbServer
 
@@ -133,6 +135,30 @@ def test_it_is_saved_and_its_address_printed_and_again_it_is_the_same(
         "config:lora.value.r"
     }
     assert KEY not in "".join(file.read_text() for file in sweep.path.rglob("*") if file.is_file())
+
+
+def test_a_server_that_refuses_it_is_quoted_in_one_paragraph(
+    sweep: SyntheticSweep, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes wrong after the key was looked at."""
+    answer = server.graphql
+
+    def once(query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        server.mode = "401"
+        return answer(query, variables)
+
+    monkeypatch.setattr(server, "graphql", once)
+    found = dashboard(sweep, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY, WANDB_SERVICE="3-1-tcp-localhost-1")
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "could not be saved" in found.stderr
+    assert "401" in found.stderr, "not the client of another program, which is not there"
+    assert "Traceback" not in found.stderr
+
+
+def test_silence_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.dashboard.SAVE_SECONDS", 1)
+    with pytest.raises(LorapackError, match="no answer within 1 s"), _answered("https://wandb.example"):
+        time.sleep(30)
 
 
 def test_without_a_key_one_paragraph_says_what_to_do(sweep: SyntheticSweep, server: WandbServer) -> None:
