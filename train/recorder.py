@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,18 +35,22 @@ class StepRecord:
 class StepRecorder:
     """Holds the steps that no journal has yet. Only `flush` waits for the device.
 
-    `began` says whether anything was written yet; the first time `activity` learns that a step is done.
+    `began` says whether anything was written yet; the first time `activity` learns that a step is done. Speeds count the tokens of
+    every step between two writings, of the one that is held back too: it was computed in that time.
     """
 
     def __init__(self, device: torch.device, with_loss_scale: bool, activity: Activity) -> None:
         self._device, self._with_loss_scale, self._activity = device, with_loss_scale, activity
         self.began = False
         self._pending: list[tuple[StepRecord, _Fetched]] = []
-        self._started = self._flushed = time.monotonic()
+        self._started = self._flushed = self._paced = time.monotonic()
+        self._computed: Counter[int] = Counter()  # tokens since the last pace, by row
+        self._speeds: dict[int, float] = {}  # tokens per second at the last pace, by row
 
     def add(self, record: StepRecord) -> None:
         """Remember a step."""
         self._pending.append((record, _Fetched(record)))
+        self._computed.update(record.tokens)
 
     @property
     def seconds_since_flush(self) -> float:
@@ -62,6 +67,8 @@ class StepRecorder:
                 self._write(session, pending, numbers)
             self._note_pace(sessions, pending)
         self._flushed = time.monotonic()
+        if not self._computed:  # nothing waits to be measured: the next pace counts from here
+            self._paced = self._flushed
 
     def _write(self, session: RunSession, pending: list[StepRecord], numbers: list[_HostNumbers]) -> None:
         row = session.row
@@ -90,20 +97,26 @@ class StepRecorder:
 
     def _note_pace(self, sessions: Sequence[RunSession], pending: list[StepRecord]) -> None:
         now = time.monotonic()
-        elapsed = max(now - self._flushed, 1e-9)
-        pack_tokens = sum(sum(record.tokens.values()) for record in pending)
+        self._measure_speeds(now)
         shared: Record = {
             "time": time.time(),
             "seconds": now - self._started,
-            "pack_tokens_per_second": pack_tokens / elapsed,
+            "pack_tokens_per_second": sum(self._speeds.values()),
             "peak_memory_gib": peak_memory_gib(self._device),
         }
         if not self.began:
             self.began = True
             shared |= self._activity.first_step()
         for session in sessions:
-            tokens = sum(record.tokens[session.row] for record in pending)
-            session.note_pace({"step": pending[-1].steps[session.row], "tokens_per_second": tokens / elapsed, **shared})
+            speed = {"tokens_per_second": self._speeds[session.row]}
+            session.note_pace({"step": pending[-1].steps[session.row], **speed, **shared})
+
+    def _measure_speeds(self, now: float) -> None:
+        """Tokens per second since the last time; where only the step that was held back then is written, what was measured then."""
+        if self._computed:
+            elapsed = max(now - self._paced, 1e-9)
+            self._speeds = {row: tokens / elapsed for row, tokens in self._computed.items()}
+            self._computed.clear()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""What the journals say of speed: no more than was computed in the time, wherever steps are held back or written at once."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import packs
+from train.storage import read_lines
+
+STEP_SECONDS = 0.05
+
+
+def test_no_speed_is_above_that_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.loop.FLUSH_SECONDS", 0.0)  # every step is written but the newest, as on a slow CPU
+    config = packs.run_config(train={"max_steps": 8, "save_steps": 3, "eval_steps": 4})
+    loop = packs.make_loop(tmp_path, packs.tiny_base(), [config, config])
+    compute = loop.gradients.add
+
+    def slowly(*arguments: Any) -> torch.Tensor:
+        time.sleep(STEP_SECONDS)
+        return compute(*arguments)
+
+    monkeypatch.setattr(loop.gradients, "add", slowly)
+    runs = [session.dir for session in loop.sessions]
+    loop.run()
+    for run in runs:
+        tokens = [line["tokens"] for line in read_lines(run.journal) if "tokens" in line]
+        paces = read_lines(run.pace)
+        assert [line["step"] for line in paces] == list(range(1, 9))
+        assert max(line["tokens_per_second"] for line in paces) <= max(tokens) / STEP_SECONDS
+        assert all(line["pack_tokens_per_second"] == pytest.approx(2 * line["tokens_per_second"]) for line in paces)
