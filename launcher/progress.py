@@ -11,10 +11,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from launcher.records import RunStatus, State
 from launcher.units import number
-from launcher.view import STATE_STYLE, left, state_text, steps, tally
+from launcher.view import STATE_STYLE, left, steps, tally
 
 LINE_SECONDS = 10.0
 JUSTIFIED: tuple[JustifyMethod, ...] = ("right", "right", "left", "right", "right")  # the columns after the bar
@@ -77,7 +78,10 @@ def open_progress(console: Console) -> Progress:
 
 
 def progress_table(statuses: list[RunStatus]) -> RenderableType:
-    """A row per run that is not waiting, and a line that counts them all."""
+    """A row per run that is not waiting, and a line that counts them all.
+
+    Coloured words are `Text`: a line that is printed without markup meanwhile draws the table again, and without markup too.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(min_width=10, max_width=30)
@@ -87,7 +91,7 @@ def progress_table(statuses: list[RunStatus]) -> RenderableType:
     started = [status for status in statuses if status.state is not State.PENDING or len(statuses) == 1]
     for status in sorted(started, key=lambda status: order.get(status.state, 2)):
         table.add_row(*_cells(status))
-    return Group(table, tally(statuses))
+    return Group(table, Text.from_markup(tally(statuses)))
 
 
 def progress_line(status: RunStatus) -> str:
@@ -103,8 +107,5 @@ def _cells(status: RunStatus) -> list[RenderableType]:
     bar = ProgressBar(total=status.max_steps or 1, completed=status.step, width=None)
     loss, speed = f"loss {number(status.loss, 4)}", f"{number(status.tokens_per_second, 0)} tok/s"
     # What a narrow window cuts off comes last.
-    return [escape(status.name), bar, steps(status), loss, _state_cell(status), left(status), speed]
-
-
-def _state_cell(status: RunStatus) -> str:
-    return state_text(status.state) if status.doing is None else f"[{STATE_STYLE[status.state]}]{status.doing}[/]"
+    state = Text(status.doing or str(status.state), style=STATE_STYLE[status.state])
+    return [Text(status.name), bar, steps(status), loss, state, left(status), speed]

@@ -129,3 +129,13 @@ def test_without_a_terminal_lines_come_now_and_then_and_once_at_the_end() -> Non
         "r8  running  1/60  loss 1.5000  1,234 tokens/s  2 min 05 s left",
         "r8  done  60/60  loss 1.5000",
     ]
+
+
+def test_a_line_printed_beside_the_bars_leaves_their_colours_alone() -> None:
+    """Rich draws the bars again below the line, with the line's own options."""
+    shown = console(terminal=True)
+    with open_progress(shown) as progress:
+        progress.show([status(name="r8-[x]"), status("r16", State.DONE)])
+        shown.print("a job's word", style="dim", markup=False)
+    assert "r8-[x]" in text_of(shown)
+    assert "[/]" not in text_of(shown)
