@@ -75,10 +75,10 @@ class PackJob:
         if all(run.cancel_request.exists() for run in todo):
             say("cancel was asked for; nothing to train")
             return "cancelled"
-        leases, superseded = _take([run for run in todo if not _is_held(run)], stop)
+        job, wanted = this_job(), [run for run in todo if not _is_held(run)]
+        leases, superseded = _take(wanted, stop)
         if not leases:
-            return "nothing to train"
-        job = this_job()
+            return _end_empty_handed(job, wanted, stop)
         with mirrored(Path(self.pack_file), pack, say) as mirror:
             why, activity = functools.partial(_why_stopped, job), Activity(say)
             with Heartbeat(leases), Witness(leases, why) as witness, Bulletin(folder, activity, leases[0][1]):
@@ -86,8 +86,7 @@ class PackJob:
                 fence = _fence(stop) if superseded else _no_fence
                 cause = _train(leases, folder, Path(pack["cache"]), stop, place, fence, activity)
             mirror.finish()
-            if job and cause in STOPS and any(_goes_on(run) for run, _ in leases):
-                requeue(job, say)
+            _go_on_later(job, cause, [run for run, _ in leases])
         return cause
 
 
@@ -132,7 +131,7 @@ def _take(runs: list[RunDir], stop: StopFlag) -> tuple[Leases, bool]:
     On Slurm a job waits for leases from other nodes: what a lost node held grows stale in `STALE_SECONDS`.
     """
     taken: Leases = []
-    job, superseded = this_job(), False
+    job, superseded, told = this_job(), False, set[str]()
     give_up_at = time.monotonic() + (STALE_SECONDS + 10 if job else 0)
     while runs:
         busy = []
@@ -142,15 +141,32 @@ def _take(runs: list[RunDir], stop: StopFlag) -> tuple[Leases, bool]:
                 taken.append((run, open_attempt(run)))
                 superseded |= before is not None and before.alive()
             except LeaseHeld as exc:
-                say(str(exc))
+                if str(exc) not in told:
+                    say(str(exc))
+                told.add(str(exc))
                 busy.append(run)
             except StorageError as exc:  # its folder is gone or full: the others train without it
                 say(str(exc))
         if taken or time.monotonic() > give_up_at or stop.signal_name:
             break
         runs = busy
-        time.sleep(5)
+        time.sleep(1)
     return taken, superseded
+
+
+def _end_empty_handed(job: SlurmJob | None, runs: list[RunDir], stop: StopFlag) -> str:
+    """The end of a job that came to no run; one that was stopped while it waited for them goes on later like any other."""
+    if stop.signal_name is None:
+        return "nothing to train"
+    cause, _ = _why_stopped(job, stop.signal_name)
+    _go_on_later(job, cause, runs)
+    return cause
+
+
+def _go_on_later(job: SlurmJob | None, cause: str, runs: list[RunDir]) -> None:
+    """On Slurm: have a job that was stopped queued again, if any of its runs is to go on."""
+    if job and cause in STOPS and any(map(_goes_on, runs)):
+        requeue(job, say)
 
 
 def _no_fence() -> None:

@@ -247,3 +247,34 @@ def test_two_processes_end_together_whatever_ends_one(make_pack: MakePack, tmp_p
     assert "ended: bad_input" in out
     assert other.startswith("bad_input")
     assert causes(pack) == [["bad_input"], ["bad_input"]]
+
+
+def test_a_job_that_slurm_stops_while_it_waits_for_a_run_is_queued_again(
+    make_pack: MakePack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost node leaves leases that look alive for a while. What ends while it is preempted, Slurm does not queue again."""
+    pack = make_pack()
+    for name in read_json(pack)["runs"]:
+        lease = {
+            "token": "t",
+            "host": "lost",
+            "pid": 1,
+            "pid_started": 1,
+            "job": "12",
+            "attempt": 1,
+            "started": time.time(),
+        }
+        write_json(RunDir(tmp_path / "sweep" / name).lease, lease)
+    scontrol = make_folder(tmp_path / "bin") / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    for variable in ("SUBMITIT_LOCAL_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    job = start(pack)
+    assert job.stdout is not None
+    assert "trained by process 1 on lost" in job.stdout.readline()
+    job.send_signal(signal.SIGTERM)
+    assert "put back into the queue" in job.communicate(timeout=60)[0]
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 13"
