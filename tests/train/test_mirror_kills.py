@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
+from train.storage import make_folder
 from wandb_server import WandbServer
 
 
@@ -19,8 +20,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSer
         yield running
 
 
-def test_signals_to_every_process_of_the_step(server: WandbServer, tmp_path: Path) -> None:
-    """wandb-core dies of SIGTERM; the mirror does not, and starts another that tells the server what has happened."""
+def test_signals_to_every_process_of_the_step(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb-core dies of SIGTERM; the mirror does not, and starts another that tells the server what has happened. Nor does
+    it leave anything in the node's temporary folder."""
+    scratch = make_folder(tmp_path / "scratch")
+    monkeypatch.setenv("TMPDIR", str(scratch))
     pack = WrittenPack(tmp_path, 2, max_steps=40)
     with pack.job(cause="preempted") as said:
         pack.train(9)
@@ -30,6 +36,7 @@ def test_signals_to_every_process_of_the_step(server: WandbServer, tmp_path: Pat
             pack.kill_mirror(number)
             pack.train(pack.step + 5)
     assert said == []
+    assert list(scratch.iterdir()) == []
     assert_arrived(server, pack)
     assert all(stored.preempting for stored in server.runs.values())
     assert [stored.ends for stored in server.runs.values()] == [[], []]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 from train.mirror.worker import trainer_has_ended
@@ -20,11 +21,19 @@ LAST_TRIES = 3
 
 
 def supervise(pack_file: str) -> int:
-    """Run workers until one ends well, or the trainer has been gone for `END_SECONDS`; the exit code."""
-    trainer, pause = os.getppid(), FIRST_PAUSE_SECONDS
-    deadline, tries = None, 0
+    """Run workers until one ends well, or the trainer has been gone for `END_SECONDS`; the exit code.
+
+    Their temporary files are removed here: W&B's processes leave folders and sockets wherever they are killed.
+    """
+    work = [sys.executable, "-m", "train.mirror", "work", pack_file, str(os.getppid())]
+    with tempfile.TemporaryDirectory(prefix="lorapack-", ignore_cleanup_errors=True) as scratch:
+        return _supervise(work, os.environ | {"TMPDIR": scratch})
+
+
+def _supervise(work: list[str], environment: dict[str, str]) -> int:
+    pause, deadline, tries = FIRST_PAUSE_SECONDS, None, 0
     while tries < LAST_TRIES:
-        worker = subprocess.Popen([sys.executable, "-m", "train.mirror", "work", pack_file, str(trainer)])
+        worker = subprocess.Popen(work, env=environment)
         deadline = _wait(worker, deadline)
         if worker.returncode == 0:
             return 0
