@@ -130,7 +130,9 @@ def test_an_online_run_waits_for_its_server(tmp_path: Path, monkeypatch: pytest.
         assert not pack.sweep.wandb.exists()
 
 
-def test_a_run_that_cannot_be_sent_keeps_no_other_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_sent_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """One run of the pack is refused by W&B, and another's folder goes while its worker is replaced."""
     with WandbServer() as server:
         use_server(server, tmp_path, monkeypatch)
@@ -147,6 +149,7 @@ def test_a_run_that_cannot_be_sent_keeps_no_other_from_it(tmp_path: Path, monkey
             wait_until(lambda: server.runs[good.id].steps == list(range(13)))
             pack.train(20)
         assert said == ["W&B lacks the end of these runs; 'python -m launcher sync ranks' sends it"]
+        assert capfd.readouterr().out.count("W&B: online") == 1, "however many workers there were"
         assert without_pace(server.runs[good.id].history) == pack.expected(good)
         assert server.runs[good.id].ends == [0]
         server.refused.clear()

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,8 +77,12 @@ def choose(runs: list[MirroredRun]) -> Reach | None:
 
 
 def say(text: str) -> None:
-    """A line for the job's log; what comes later belongs to ours, so that nobody waits for the job's."""
-    print(text, flush=True)
+    """A line for the job's log, unless the worker before said so too; what comes later belongs to ours, so that nobody waits for
+    the job's."""
+    said = Path(tempfile.gettempdir()) / "said"  # a supervisor's workers share this folder
+    if not said.exists() or said.read_text() != text:
+        print(text, flush=True)
+        said.write_text(text)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
