@@ -64,9 +64,13 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
 
 
 def _is_over(lease: Lease, job: JobRecord | None) -> bool:
-    """Whether Slurm has ended the job that left this lease: a killed process looks alive for as long as a beat may take. If one
-    lives on after all, on a node that was lost, the next job waits for the lease."""
-    return job is not None and job.slurm is not None and job.alive is False and lease.job == job.id
+    """Whether Slurm says that the job which left this lease has ended: a killed process looks alive for as long as a beat may take.
+
+    If one lives on after all, on a node that was lost, the next job waits for the lease. A Slurm that knows nothing of the job may
+    be another cluster's.
+    """
+    view = job.slurm.view if job is not None and job.slurm is not None else None
+    return view is not None and view.state.over and lease.job == view.id
 
 
 def _let_go(attempts: list[Record], job: JobRecord) -> bool:
