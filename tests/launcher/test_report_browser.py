@@ -219,7 +219,7 @@ def test_what_limits_the_ranking_stands_beside_it(browser: Any, tmp_path: Path) 
     }
     append_lines(diverged.attempts, [end | {"node": "n1", "job": "1", "seconds": 9.0, "started": 0.0, "device": "cpu"}])
     for run in (run for run in sweep.dir.runs() if run.result.exists()):
-        write_json(run.result, read_json(run.result) | {"gpu_hours": 0.5})
+        write_json(run.result, read_json(run.result) | {"gpu_hours": 0.5, "eval_exact_match": 0.0})
     sweep.accept("python -m launcher sweep=rank", gpu_hours=1.0, usd=3.0)
     file = tmp_path / "report.html"
     file.write_text(render_page(build_report(sweep.dir)), "utf-8")
@@ -234,6 +234,7 @@ def test_what_limits_the_ranking_stands_beside_it(browser: Any, tmp_path: Path) 
             assert words in verdict
         assert "2 of 3" in tiles
         assert "$3.00" in tiles
+        assert column(opened, "exact match") == ["0.0 %", "0.0 %"], "nothing right is a result, too"
         assert "failed" in opened.page.locator("#unfinished").inner_text()
         assert "diverged at step 30: the loss is nan" in opened.page.locator("#unfinished").inner_text()
         assert opened.page.locator("#curve-plot path.unfinished").count() == 2, "its training and its evaluations"

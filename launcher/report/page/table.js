@@ -1,4 +1,5 @@
 // The table of runs: sorts by any column, filters by words, switches curves on and off.
+const FREE_AT_ZERO = new Set(["gpu_hours", "cost_usd"]);  // on a CPU; any other zero was measured
 const COLUMNS = [
   { key: "rank", title: "#", text: String, ascending: true },
   { key: "name", title: "run", ascending: true },
@@ -25,7 +26,7 @@ let tableRows = [];
 function tellsSomething({ key, axis, onlyIfDiffers, unlike }) {
   if (axis || key === "name") return true;
   if (unlike) return doc.rows.some((row) => row[key] !== row[unlike]);
-  return onlyIfDiffers ? differs(key) : doc.rows.some((row) => row[key]);
+  return onlyIfDiffers ? differs(key) : doc.rows.some((row) => (FREE_AT_ZERO.has(key) ? row[key] : has(row[key])));
 }
 
 const sortValue = (row, { key, axis }) => (axis ? axis.labels.indexOf(valueLabel(row, key)) : row[key]);
