@@ -212,6 +212,16 @@ def test_where_nothing_is_left_the_lengths_that_would_do_are_named() -> None:
         tokenise(tokenizer, *rows, max_length=least - 1)
 
 
+def test_held_out_rows_that_leave_nothing_are_told_from_those_to_learn(
+    tmp_path: Path, model_dir: Path, cache: CacheDir
+) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"instruction": "word " * 100, "output": "yes"}) + "\n")
+    data = data_config(write_rows(tmp_path / "rows.jsonl", 20), eval_source=str(long), max_length=64, eval_rows=1)
+    with pytest.raises(BadInput, match="off each of the 1 held-out rows"):
+        load_tokenised(data, MODEL, model_dir, cache)
+
+
 def test_the_cache_gives_the_same_and_is_not_made_twice(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 50), eval_rows=10)
     assert read_facts(data, MODEL, cache) is None

@@ -178,6 +178,13 @@ def test_what_no_tokenizer_could_take_is_refused_with_its_line(line: str, said: 
         read_rows(write(tmp_path / "rows.jsonl", json.dumps(GOOD) + "\n" + line + "\n"), "auto")
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_of_other_separators_is_told_so(tmp_path: Path, mark: str) -> None:
+    path = write(tmp_path / "rows.csv", f"\ufeffinstruction{mark}output\r\nSay yes.{mark}yes\r\n")
+    with pytest.raises(BadInput, match=r"rows\.csv:1: .* with commas between the fields"):
+        read_rows(path, "auto")
+
+
 def test_a_csv_may_hold_long_answers(tmp_path: Path) -> None:
     long = "word " * 50_000
     (row,) = read_rows(write(tmp_path / "rows.csv", f"instruction,output\na,{long}\n"), "auto")

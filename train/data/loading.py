@@ -66,8 +66,8 @@ def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callab
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"tokenising {data.name}", total=len(train_rows) + len(eval_rows))
         train, held_out = (
-            tokeniser.tokenise(rows, stop, lambda count: progress.advance(bar, count))
-            for rows in (train_rows, eval_rows)
+            tokeniser.tokenise(rows, stop, lambda count: progress.advance(bar, count), called)
+            for rows, called in ((train_rows, "rows"), (eval_rows, "held-out rows"))
         )
     _refuse_foreign_tokens(model_dir, train, held_out)
     facts = {

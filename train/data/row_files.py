@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         reader = csv.DictReader(file, strict=True)
         rows_end = 1  # the header
         try:
+            _refuse_other_separators(reader.fieldnames or [], path)
             for values in reader:
                 fields, rows_end = list(values.values()), reader.line_num
                 if None in values or None in fields:
@@ -121,6 +122,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, _with_conversation(values, where)
         except csv.Error as exc:  # an open quote swallows the lines behind it, so the row's first line is named
             raise BadInput(f"{path}:{rows_end + 1}: this is no CSV ({exc}); correct it.") from exc
+
+
+def _refuse_other_separators(header: Sequence[str], path: Path) -> None:
+    """Many a spreadsheet writes semicolons or tabs and calls that CSV."""
+    if len(header) == 1 and re.search("[;\t]", header[0]):
+        raise BadInput(
+            f"{path}:1: the header is one field, {header[0]!r}; save the file with commas between the fields."
+        )
 
 
 def _with_conversation(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class Tokeniser:
                 "tokenizer), so prompts cannot be masked; choose a model with a tokenizer.json."
             )
 
-    def tokenise(self, rows: Sequence[Row], stop: Callable[[], None], advance: Advance) -> TokenTable:
-        """The table of `rows`; `stop` is polled and `advance` told the count between batches.
+    def tokenise(
+        self, rows: Sequence[Row], stop: Callable[[], None], advance: Advance, called: str = "rows"
+    ) -> TokenTable:
+        """The table of `rows`, which are `called` so in messages; `stop` is polled and `advance` told the count between batches.
 
         Raises:
             BadInput: nothing is left to learn, see `data.max_length`, or the chat template refuses a row (naming it).
@@ -72,7 +74,7 @@ class Tokeniser:
             kept += [row for row in map(self._cut, *self._encode(batch, start + 1)) if row is not None]
             advance(len(batch))
         if not kept:
-            raise self._nothing_left(len(rows))
+            raise self._nothing_left(f"{len(rows):,} {called}")
         offsets = np.cumsum([0, *(len(tokens) for tokens, _ in kept)], dtype=np.int64)
         return TokenTable(np.concatenate([t for t, _ in kept]), np.concatenate([label for _, label in kept]), offsets)
 
@@ -139,12 +141,12 @@ class Tokeniser:
         self.tally.cut += len(tokens) > limit
         return tokens[:limit], labels[:limit]
 
-    def _nothing_left(self, rows: int) -> BadInput:
+    def _nothing_left(self, rows: str) -> BadInput:
         tally, limit = self.tally, self.data.max_length
         if not tally.least_lengths:
-            return BadInput(f"none of the {rows:,} rows has a token to learn; check the answers in {self.data.source}.")
+            return BadInput(f"none of the {rows} has a token to learn; check the answers in {self.data.source}.")
         return BadInput(
-            f"data.max_length={limit} cuts the whole answer off each of the {rows:,} rows, so there is nothing to learn; "
+            f"data.max_length={limit} cuts the whole answer off each of the {rows}, so there is nothing to learn; "
             f"data.max_length={max(tally.whole_lengths)} would keep every row whole, "
             f"{min(tally.least_lengths)} is the least that leaves anything."
         )
