@@ -22,6 +22,7 @@ from launcher.view import print_plan, print_statuses
 from launcher.watch import watch
 from train.errors import LeaseHeld
 from train.mirror.reach import refuse_missing_key
+from train.ownership import refuse_unwritable
 from train.rundir import SweepDir
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -115,6 +116,7 @@ def ready_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
     missing = unprepared((planned.run.config for planned in plan.runs if planned.pack is not None), sweep.cache)
     if not missing:
         return plan
+    refuse_unwritable(sweep.dir.path)
     prepare(missing, sweep.cache)
     return make_plan(sweep, retry_failed=retry_failed)
 

@@ -41,6 +41,17 @@ def refuse_shared(sweep: SweepDir) -> None:
             _refuse_shared_folder(folder)
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that the user may not write or make, before hours go into fetching what its runs need.
+
+    Raises:
+        BadInput: naming the nearest folder that is there.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{there} is not writable for you, so nothing can be kept in {folder}; choose another root=.")
+
+
 def _refuse_shared_folder(folder: Path) -> None:
     info = folder.stat()
     if not stat.S_ISDIR(info.st_mode):

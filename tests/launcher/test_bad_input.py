@@ -224,10 +224,13 @@ def without_privileges() -> None:
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
-def refuse_without_privileges(program: Program, closed: Path, *arguments: str) -> None:
-    closed.chmod(0)
+def run_without_privileges(
+    program: Program, closed: Path, mode: int, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """The program while the folder or file `closed` has the permissions `mode`."""
+    closed.chmod(mode)
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "launcher", *arguments],
             cwd=program.cwd,
             env=program.environment,
@@ -238,6 +241,10 @@ def refuse_without_privileges(program: Program, closed: Path, *arguments: str) -
         )
     finally:
         closed.chmod(0o700)
+
+
+def refuse_without_privileges(program: Program, closed: Path, *arguments: str) -> None:
+    done = run_without_privileges(program, closed, 0, *arguments)
     assert done.returncode == 2, done.stderr
     assert "cannot be read: Permission denied" in " ".join(done.stderr.split())
     assert not (program.cwd / "runs").exists()
@@ -255,6 +262,15 @@ def test_files_that_the_user_may_not_read(program: Program, folder: Path, closed
 def test_folders_into_which_the_user_may_not_look(program: Program, words: list[str]) -> None:
     (program.cwd / "shut").mkdir()
     refuse_without_privileges(program, program.cwd / "shut", *words)
+
+
+def test_a_root_that_the_user_may_not_write_is_refused_before_anything_is_fetched(program: Program) -> None:
+    (program.cwd / "shut").mkdir()
+    words = [*QUICK, "data.source=good.jsonl", "data.max_length=77", "root=shut/runs"]  # in no cache yet
+    done = run_without_privileges(program, program.cwd / "shut", 0o500, *words)
+    assert done.returncode == 2, done.stderr
+    assert "shut is not writable for you" in " ".join(done.stderr.split())
+    assert "rows to learn" not in done.stderr
 
 
 def shared_by_acl(folder: Path) -> None:
