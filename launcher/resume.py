@@ -15,7 +15,7 @@ from train.storage import read_json
 
 
 def frozen_sweep(sweep: SweepDir) -> Sweep:
-    """Every run of the folder, with the cache and cluster settings of its newest plan.
+    """Every run of the folder in the order of its plans, with the cache and cluster settings of its newest plan.
 
     Raises:
         BadInput: no plan was ever accepted there, or others can write there.
@@ -24,11 +24,13 @@ def frozen_sweep(sweep: SweepDir) -> Sweep:
     plans = _accepted_plans(sweep)
     newest = plans[-1]
     axes = {run["id"]: run["overrides"] for plan in plans for run in plan["runs"]}
+    places = {run_id: place for place, run_id in enumerate(axes)}
+    runs = sorted(sweep.runs(), key=lambda run: places.get(run.id, len(places)))
     return Sweep(
         name=sweep.path.name,
         root=sweep.path.parent,
         cache=Path(newest["cache"]),
-        runs=tuple(_frozen_run(run, axes) for run in sweep.runs()),
+        runs=tuple(_frozen_run(run, axes) for run in runs),
         cluster=parse_section(ClusterConfig, newest["cluster"], "cluster"),
         tracking=parse_section(TrackingConfig, newest["tracking"], "tracking"),
         command=newest["command"],
