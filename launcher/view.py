@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from launcher.records import Lanes, Plan, RunStatus, State, Verdict
 from launcher.units import MISSING, count, number, seconds
@@ -35,7 +36,8 @@ STATE_STYLE = {
 
 def print_plan(plan: Plan, console: Console) -> None:
     """A line per run with its verdict, a line per pack with its forecast."""
-    table = _table("run", "verdict", "pack", "reason", title=f"{plan.sweep.name} in {plan.sweep.root}")
+    _print_title(f"{plan.sweep.name} in {plan.sweep.root}", console)
+    table = _table("run", "verdict", "pack", "reason")
     for planned in plan.runs[:MOST_ROWS]:
         style = VERDICT_STYLE[planned.verdict]
         verdict = f"[{style}]{planned.verdict}[/]"
@@ -63,7 +65,8 @@ def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> N
     columns = ("run", "state", "doing", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
     rows = [_status_cells(*pair) for pair in zip(statuses[:MOST_ROWS], labels(statuses), strict=False)]
     told = [i for i in range(len(columns)) if any(row[i] != MISSING for row in rows)]
-    table = _table(*(columns[i] for i in told), title=title)
+    _print_title(title, console)
+    table = _table(*(columns[i] for i in told))
     for row in rows:
         table.add_row(*(row[i] for i in told))
     console.print(table)
@@ -89,7 +92,8 @@ def _status_cells(status: RunStatus, label: str) -> list[str]:
 
 def print_sweeps(rows: list[dict[str, Any]], root: str, console: Console) -> None:
     """A line per sweep: how far it is, when it was last submitted, how much disk it takes."""
-    table = _table("sweep", "runs", "done", "last submitted", "size", title=f"sweeps in {root}")
+    _print_title(f"sweeps in {root}", console)
+    table = _table("sweep", "runs", "done", "last submitted", "size")
     for row in rows:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"]))
         table.add_row(escape(row["name"]), str(row["runs"]), str(row["done"]), when, f"{row['bytes'] / 1e6:,.1f} MB")
@@ -132,14 +136,13 @@ def _pack_table(plan: Plan) -> Table:
     return table
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(
-        title=None if title is None else escape(title),
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-        box=None,
-    )
+def _print_title(title: str, console: Console) -> None:
+    """A line above a table; a table's own title would be broken at the table's width, in the middle of a path."""
+    console.print(Text(title), style="bold", soft_wrap=True, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(header_style="dim", box=None)
     numbers = {
         "step",
         "loss",

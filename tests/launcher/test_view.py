@@ -86,9 +86,10 @@ def test_long_tables_are_cut_and_say_so() -> None:
     assert "and 5 more" in text_of(shown)
 
 
-def test_sweeps_are_listed() -> None:
-    shown = console()
-    print_sweeps([{"name": "mine", "runs": 4, "done": 3, "submitted": 0.0, "bytes": 2_500_000}], "runs", shown)
+def test_sweeps_are_listed_below_a_root_that_can_be_copied() -> None:
+    shown, root = console(), f"/home/ada/my thesis/{'sweeps ' * 12}runs"
+    print_sweeps([{"name": "mine", "runs": 4, "done": 3, "submitted": 0.0, "bytes": 2_500_000}], root, shown)
+    assert f"sweeps in {root}\n" in text_of(shown)
     assert "mine" in text_of(shown)
     assert "2.5 MB" in text_of(shown)
 
