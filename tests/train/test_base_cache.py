@@ -17,6 +17,7 @@ from train.base import DenseWeight, NF4Weight, PackedBase, Residency, load_base,
 from train.config import ModelConfig, QuantConfig
 from train.model import base_cache
 from train.model.base_cache import BaseCache, WantedBase
+from train.model.quantised import QuantisedBase, hollow_model
 from train.rundir import CacheDir
 from train.signals import StopFlag, Stopped
 from train.storage import make_folder, read_json
@@ -120,9 +121,10 @@ def test_of_two_jobs_that_start_at_once_one_quantises(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads stand for processes: the lock belongs to an open file, so it keeps them apart alike."""
-    made, bases = [], list[PackedBase]()
+    made, opened = [], list[QuantisedBase]()
     both_began = threading.Barrier(2, timeout=30)
     quantised_tensors = base_cache.quantised_tensors
+    wanted = WantedBase(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
 
     def counted(*arguments: object) -> object:
         made.append(arguments)
@@ -130,7 +132,9 @@ def test_of_two_jobs_that_start_at_once_one_quantises(
 
     def work() -> None:
         both_began.wait()
-        bases.append(load(plain, Cache(tmp_path / "cache")))
+        opened.append(
+            Cache(tmp_path / "cache").open(wanted)
+        )  # no model: accelerate's empty weights are for one thread at a time
 
     monkeypatch.setattr(base_cache, "quantised_tensors", counted)
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -139,7 +143,13 @@ def test_of_two_jobs_that_start_at_once_one_quantises(
     for thread in threads:
         thread.join()
     assert len(made) == 1
-    assert_same(*bases)
+    hollow = [hollow_model(plain, MODEL, torch.float32, quantised) for quantised in opened]
+    assert_same(
+        *(
+            pack_model(model, packs.NF4, packs.CPU, "nf4", 64, quantised=quantised)
+            for model, quantised in zip(hollow, opened, strict=True)
+        )
+    )
 
 
 def test_a_job_that_waits_for_another_can_be_stopped(plain: Path, tmp_path: Path) -> None:
