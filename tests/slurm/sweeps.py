@@ -147,7 +147,8 @@ class Sweep:
         return self.stall(f"beyond step {step}", lambda sweep: sweep.step() > step)
 
     def wait_for_attempts(self, count: int) -> None:
-        self.wait(f"{count} ended attempts", lambda: len(self.attempts()) >= count)
+        """Wait for so many ended attempts at every run: they are written one after the other."""
+        self.wait(f"{count} ended attempts", lambda: all(len(self.attempts(run)) >= count for run in self.runs))
 
     def wait_until_done(self) -> None:
         self.wait("every run done", lambda: all(run.result.exists() for run in self.runs), END_DEADLINE_SECONDS)
