@@ -22,7 +22,9 @@ def prepare_torch(compiled: Path) -> None:
 
 
 def _has_bytecode(package: str) -> bool:
-    """Whether Python finds `package` compiled, or may leave it so for the next process."""
+    """Whether Python finds `package` compiled, or may leave it so for the next process, or the user says where bytecode lies."""
+    if sys.pycache_prefix is not None:
+        return True
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None or found.cached is None:
         return True

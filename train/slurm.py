@@ -25,6 +25,7 @@ CLOCKS_APART_SECONDS = 5.0  # of controller and node
 LONGEST_PAUSE_SECONDS = 16.0  # between tries to reach a controller that is away
 END_WAIT_SECONDS = 600.0  # the longest that a job which nobody answers waits to be ended
 
+NOT_CONFIGURED = "Could not establish a configuration source"  # Slurm's commands without a cluster
 # What Slurm's clients write where the answer got lost or the controller is away; an order may have been carried out all the same.
 NO_CONTACT = (
     "Socket timed out",
@@ -37,7 +38,7 @@ NO_CONTACT = (
     "Communication connection failure",
     "Problem talking to the database",
     "in standby mode",
-    "Could not establish a configuration source",
+    NOT_CONFIGURED,
     "Unexpected message received",  # scontrol requeue of a controller that is dead
 )
 

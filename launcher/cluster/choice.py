@@ -7,8 +7,7 @@ import shutil
 from launcher.cluster.commands import CommandRefused, NoAnswer, run_command
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
-
-NOT_CONFIGURED = "Could not establish a configuration source"  # Slurm's commands without a cluster
+from train.slurm import NOT_CONFIGURED
 
 
 def explain_choice(cluster: ClusterConfig, *, slurm: bool) -> str:

@@ -49,6 +49,12 @@ def test_where_an_image_has_no_bytecode_it_is_kept_in_the_cache(stand_in: Path, 
     assert not (stand_in / "__pycache__").exists()
 
 
+def test_where_the_user_keeps_bytecode_is_his_choice(stand_in: Path, tmp_path: Path) -> None:
+    own = str(tmp_path / "own")
+    said = start_job(stand_in.parent, tmp_path / "compiled", PYTHONDONTWRITEBYTECODE="1", PYTHONPYCACHEPREFIX=own)
+    assert said == f'["{own}", true]'
+
+
 @pytest.mark.parametrize("compiled_before", [False, True], ids=["may be written", "is there"])
 def test_bytecode_beside_its_source_is_left_to_python(stand_in: Path, tmp_path: Path, compiled_before: bool) -> None:
     variables = {}

@@ -20,9 +20,8 @@ from train.mirror.rows import SAMPLES, Row
 JOB_TYPE = "train"
 SAMPLE_COLUMNS = ("prompt", "expected", "base", "answer")
 INIT_SECONDS = 30.0
-FLUSH_SECONDS = (
-    1.0  # of offline folders; ``wandb sync`` sends nothing at all if one of its folders was killed before its first
-)
+# How often offline folders are flushed: ``wandb sync`` sends nothing at all if one of its folders was killed before its first.
+FLUSH_SECONDS = 1.0
 # Which run another program is, or whose client it shares: a W&B sweep's agent and a notebook leave these to their children.
 NOT_OURS = ("RUN_ID", "SWEEP_ID", "SWEEP_PARAM_PATH", "SERVICE", "RESUME", "RESUME_FROM", "FORK_FROM")
 
