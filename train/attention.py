@@ -77,17 +77,24 @@ class _Varlen(torch.autograd.Function):
 
 
 class _fixed_order:  # noqa: N801 - used as a statement
-    """Let torch choose deterministic kernels in here."""
+    """Let torch choose deterministic kernels in here.
+
+    In earnest: told to warn only, torch's FlashAttention adds up in any order. Nor is fresh memory filled, which torch does besides
+    and which no result needs: the kernels write all of it.
+    """
 
     def __enter__(self) -> None:
         self._before = (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        torch._C._set_deterministic_algorithms(True, warn_only=True)
+        self._filled = torch._C._get_deterministic_fill_uninitialized_memory()
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch._C._set_deterministic_fill_uninitialized_memory(False)
 
     def __exit__(self, *_exc: object) -> None:
         torch._C._set_deterministic_algorithms(self._before[0], warn_only=self._before[1])
+        torch._C._set_deterministic_fill_uninitialized_memory(self._filled)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, current: CurrentBatch, scale: float) -> torch.Tensor:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import packs
+from train.attention import attend
 from train.base import PackedBase, pack_model
+from train.batches import CurrentBatch, MicroBatch, Sequence
 from train.config import QuantConfig, parse_run_config
 from train.kernels import choose_kernels
 from train.storage import read_lines
@@ -98,3 +101,18 @@ def test_in_float16_a_run_that_becomes_infinite_leaves_the_others_bit_for_bit(
             assert "diverged" in read_lines(mine.journal)[-1]
         else:
             assert mine.journal.read_bytes() == other.journal.read_bytes()
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(device: torch.device) -> None:
+    """FlashAttention adds the parts of a long sequence up in any order unless it is told otherwise, and a resumed run has to repeat."""
+    kernels = choose_kernels(device, torch.bfloat16)
+    tokens = np.zeros(512, np.int32)
+    batch = MicroBatch([Sequence(0, index, tokens, tokens) for index in range(8)], 1, device)
+    current = CurrentBatch(kernels)
+    current.begin(batch, None)
+    random = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (torch.randn(batch.total, 4, 64, generator=random).to(device, torch.bfloat16) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    first, *others = (torch.autograd.grad(attend(q, k, v, current, scale=0.125), (q, k, v), gradient) for _ in range(6))
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
