@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ VOCABULARY = 97
 WORDS = Words(lambda tokens: " ".join(f"{int(token)}" for token in tokens), frozenset(range(0, VOCABULARY, 4)))
 CPU = torch.device("cpu")
 DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
+LACKS_TRITON = (
+    None if "CI" in os.environ or find_spec("triton") else "Triton is missing (it comes for Linux): no grouped kernels"
+)
 SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
 NO_LEASE = Lease("nobody's", "here", 0, 0, "job", 1, 0.0)
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)

@@ -7,6 +7,7 @@ per micro-batch, on the CPU.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -65,18 +66,26 @@ def sequences_of(run: int, table: TokenTable, rows: np.ndarray) -> list[Sequence
 def cut(sequences: list[Sequence], max_tokens: int) -> Iterator[list[Sequence]]:
     """Cut one step's sequences into micro-batches of at most `max_tokens` tokens (but at least one sequence).
 
-    Sequences are dealt in turn to the runs, so that every micro-batch holds all runs while they last.
+    As few as that takes, and none larger than it has to be: a remainder of a few sequences would leave a GPU half idle. Sequences
+    are dealt in turn to the runs, so that every micro-batch holds all runs while they last.
     """
-    batch: list[Sequence] = []
-    tokens = 0
-    for sequence in sorted(sequences, key=lambda s: (s.index, s.run)):
-        if batch and tokens + len(sequence.tokens) > max_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(sequence)
-        tokens += len(sequence.tokens)
-    if batch:
-        yield batch
+    dealt = sorted(sequences, key=lambda s: (s.index, s.run))
+    lengths = [len(sequence.tokens) for sequence in dealt]
+    fewest = len(_filled(lengths, max_tokens))
+    most = bisect_left(range(max_tokens), True, key=lambda limit: len(_filled(lengths, limit)) <= fewest)
+    for start, end in _filled(lengths, most):
+        yield dealt[start:end]
+
+
+def _filled(lengths: list[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Bounds of the batches when each takes what fits before the next begins."""
+    bounds, start, tokens = [], 0, 0
+    for at, length in enumerate(lengths):
+        if at > start and tokens + length > max_tokens:
+            bounds.append((start, at))
+            start, tokens = at, 0
+        tokens += length
+    return [*bounds, (start, len(lengths))] if lengths else []
 
 
 @dataclass(frozen=True)
@@ -213,10 +222,12 @@ class MicroBatch:
             self._routes[members] = self._make_route(members)
         return self._routes[members]
 
-    def is_flat_for(self, groups: Iterable[tuple[int, ...]]) -> bool:
-        """Whether the runs of every group of members are all tokens in order here, so that nothing has to be padded."""
-        routes = [self.route(members) for members in groups]
-        return all(route is not None and route.ends is not None for route in routes)
+    def make_routes(self, groups: Iterable[tuple[int, ...]]) -> None:
+        """Make the indices for these groups of members now: a CUDA graph that is being captured must not fetch them from the host."""
+        for members in groups:
+            route = self.route(members)
+            if route is not None:
+                _ = route.bounds
 
     def become(self, other: MicroBatch) -> None:
         """Take over the indices of a micro-batch of the same shape, in place: same tokens, sequences and runs."""
@@ -224,8 +235,8 @@ class MicroBatch:
             mine.copy_(theirs, non_blocking=True)
         for members, route in self._routes.items():
             source = other.route(members)
-            if route is not None and source is not None and route.ends is not None and source.ends is not None:
-                route.ends.copy_(source.ends, non_blocking=True)
+            if route is not None and source is not None:
+                route.bounds.copy_(source.bounds, non_blocking=True)
 
     def _inputs(self) -> tuple[torch.Tensor, ...]:
         indices = (self.tokens, self.positions, self.run_of_token, self.counters, self.sequence_starts)
@@ -257,11 +268,14 @@ class Route:
         return Padding.of(self._starts, self._lengths, self._total, self._device)
 
     @cached_property
-    def ends(self) -> torch.Tensor | None:
-        """Where each group ends in the flat tokens [G], int32; None unless the groups are all tokens in order."""
-        if int(self._lengths.sum()) != self._total:
-            return None
-        return _to(np.cumsum(self._lengths).astype(np.int32), self._device)
+    def bounds(self) -> torch.Tensor:
+        """Where each group begins in the flat tokens, and where it ends [2, G], int32."""
+        return _to(np.stack([self._starts, self._starts + self._lengths]).astype(np.int32), self._device)
+
+    @cached_property
+    def is_everything(self) -> bool:
+        """Whether the groups are all tokens."""
+        return int(self._lengths.sum()) == self._total
 
     def pick(self, stack: torch.Tensor) -> torch.Tensor:
         """The rows [G, ...] of a stack [runs, ...] over the whole pack."""

@@ -49,20 +49,25 @@ def swiglu_gradient(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (arXiv 2104.09864) of [T, heads, dim] by cos and sin [T, dim], halves as transformers lays them."""
-    return (_wide(x) * _wide(cos)[:, None] + _turned(_wide(x)) * _wide(sin)[:, None]).to(x.dtype)
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = _halves(x), _halves(cos[:, None]), _halves(sin[:, None])
+    return _joined(a * cos_a - b * sin_a, b * cos_b + a * sin_b).to(x.dtype)
 
 
 def rotate_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The gradient of what `rotate` turned: the transposed rotation."""
-    turned = _turned(_wide(gradient) * _wide(sin)[:, None])
-    return (_wide(gradient) * _wide(cos)[:, None] - turned).to(gradient.dtype)
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = _halves(gradient), _halves(cos[:, None]), _halves(sin[:, None])
+    return _joined(a * cos_a + b * sin_b, b * cos_b - a * sin_a).to(gradient.dtype)
 
 
-def _turned(x: torch.Tensor) -> torch.Tensor:
-    """(first half, second half) -> (-second half, first half). As a flip with signs, a compiler reads each value once."""
-    signs = torch.where(torch.arange(2, device=x.device) == 0, -1, 1).to(x.dtype)
-    turned: torch.Tensor = (x.unflatten(-1, (2, -1)).flip(-2) * signs[:, None]).flatten(-2)
-    return turned
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The halves of the last dimension, wide."""
+    halves: tuple[torch.Tensor, ...] = _wide(x).unflatten(-1, (2, -1)).unbind(-2)
+    return halves
+
+
+def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Two halves [..., dim / 2] as one [..., dim]."""
+    return torch.stack((a, b), -2).flatten(-2)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

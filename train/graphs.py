@@ -57,8 +57,7 @@ class GraphedGradients:
             return self._direct.add(sequences, weights, dropout_keys)
         batch = MicroBatch(sequences, self._pack_size, self._base.device, TOKEN_MULTIPLE)
         shape = (batch.total, batch.sequences, tuple(int(run) for run in batch.runs), dropout_keys is not None)
-        if not batch.is_flat_for(self._base.members()):
-            return self._direct.add(sequences, weights, dropout_keys)
+        batch.make_routes(self._base.members())
         recorded = self._recorded.get(shape)
         if recorded is None and self._warm and len(self._recorded) < MOST_GRAPHS:
             recorded = self._recorded[shape] = self._record(batch, weights, dropout_keys)

@@ -13,18 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_COLUMNS = 128  # of the thin side that a program holds at once
-PROGRAMS = 264  # two for each multiprocessor of a large GPU
 NARROWEST = 16  # what a matrix instruction takes
+MOST_COLUMNS = 128  # of a matrix that a program holds at once
+FEW_TOKENS = 2048  # so few that smaller blocks are needed to keep every multiprocessor busy
+PROGRAMS = 264  # two for each multiprocessor of a large GPU
+LEAST_TOKENS_OF_A_PART = 512  # below that, adding parts up costs more than it saves
 
 
 @triton.jit
-def _find_group(ends, groups, place, BLOCK: tl.constexpr, GROUPS: tl.constexpr):  # noqa: N803
+def _find_group(bounds, groups, place, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """The group that block number `place` belongs to, when every group's tokens are cut in blocks of their own; its row bounds."""
     group = tl.arange(0, GROUPS)
     is_group = group < groups
-    end = tl.load(ends + group, mask=is_group, other=0)
-    start = tl.load(ends + group - 1, mask=is_group & (group > 0), other=0)
+    start = tl.load(bounds + group, mask=is_group, other=0)
+    end = tl.load(bounds + groups + group, mask=is_group, other=0)
     blocks = tl.where(is_group, (end - start + BLOCK - 1) // BLOCK, 0)
     found = tl.sum((tl.cumsum(blocks, 0) <= place).to(tl.int32), 0)
     before = tl.sum(tl.where(group < found, blocks, 0), 0)
@@ -34,11 +36,11 @@ def _find_group(ends, groups, place, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _times(
-    x, stack, out, ends, groups, K, N, x_row, stack_group, stack_k, stack_n,
+    x, stack, out, bounds, groups, K, N, x_row, stack_group, stack_k, stack_n,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """out [T, N] = x [T, K] stack[group of the row] [K, N], a block of tokens and columns."""
-    group, first, end = _find_group(ends, groups, tl.program_id(0), TOKENS, GROUPS)
+    group, first, end = _find_group(bounds, groups, tl.program_id(0), TOKENS, GROUPS)
     if group >= groups:
         return
     rows = first + tl.arange(0, TOKENS)
@@ -56,7 +58,7 @@ def _times(
             stack + group * stack_group + (inner + at)[:, None] * stack_k + columns[None, :] * stack_n,
             mask=is_inner[:, None] & is_column[None, :], other=0.0,
         )  # fmt: skip
-        total = tl.dot(left, right, total)
+        total = tl.dot(left, right, total, input_precision="ieee")
     tl.store(
         out + rows[:, None] * N + columns[None, :],
         total.to(out.dtype.element_ty),
@@ -66,13 +68,12 @@ def _times(
 
 @triton.jit
 def _outer(
-    left, right, out, ends, groups, M, N, left_row, right_row, parts,
+    left, right, out, bounds, groups, M, N, left_row, right_row, parts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """out [parts, G, M, N] = left [T, M] and right [T, N] summed over a part of each group's tokens, a block of rows and columns."""
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    end = tl.load(ends + group)
-    start = tl.load(ends + group - 1, mask=group > 0, other=0)
+    start, end = tl.load(bounds + group), tl.load(bounds + groups + group)
     share = tl.cdiv(tl.cdiv(end - start, parts), TOKENS) * TOKENS
     first = start + part * share
     end = tl.minimum(end, first + share)
@@ -92,45 +93,75 @@ def _outer(
             mask=is_token[:, None] & is_column[None, :],
             other=0.0,
         )
-        total = tl.dot(a, b, total)
+        total = tl.dot(a, b, total, input_precision="ieee")
     place = (part * groups + group).to(tl.int64) * M
     tl.store(out + (place + rows)[:, None] * N + columns[None, :], total, mask=is_row[:, None] & is_column[None, :])
 
 
-def times(x: torch.Tensor, stack: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows of x [T, K] times their group's matrix of `stack` [G, K, N]: [T, N] in x's dtype.
+def times(x: torch.Tensor, stack: torch.Tensor, bounds: torch.Tensor, *, is_everything: bool) -> torch.Tensor:
+    """Rows of x [T, K] times their group's matrix of `stack` [G, K, N]: [T, N] in x's dtype, zeros for rows of no group.
 
     Args:
-        ends: [G] int32, ascending: group g is the rows from ends[g - 1] (0 for the first) up to ends[g], and the last is T.
+        bounds: [2, G] int32, where each group of rows begins and where it ends; groups follow one another, with or without gaps.
+        is_everything: that there are no gaps.
     """
+    x = _with_whole_rows(x)
     (total, K), (groups, _, N) = x.shape, stack.shape
-    out = x.new_empty(total, N)
-    thin = N <= MOST_COLUMNS
+    out = x.new_empty(total, N) if is_everything else x.new_zeros(total, N)
     columns = _power(min(N, MOST_COLUMNS))
-    inner = 128 if thin and K > MOST_COLUMNS else _power(min(K, 64))
-    tokens = (16 if total <= 2048 else 32) if thin else 64
-    grid = (triton.cdiv(total, tokens) + groups, triton.cdiv(N, columns))
-    _times[grid](
-        x, stack, out, ends, groups, K, N, x.stride(0), *stack.stride(),
-        TOKENS=tokens, COLUMNS=columns, INNER=inner, GROUPS=_power(groups, 1), num_warps=4, num_stages=4,
+    if N <= MOST_COLUMNS:  # bound by reading x: many bytes in flight
+        tokens, stages = (16 if total <= FEW_TOKENS else 64), 4
+        inner = _power(min(K, (4096 if tokens == NARROWEST else 2048) // columns))
+    else:  # bound by writing
+        tokens, stages, inner = 64, 2, _power(min(K, 64))
+    _times[triton.cdiv(total, tokens) + groups, triton.cdiv(N, columns)](
+        x, stack, out, bounds, groups, K, N, x.stride(0), *stack.stride(),
+        TOKENS=tokens, COLUMNS=columns, INNER=inner, GROUPS=_power(groups, 1), num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """The sum over each group's rows of left [T, M] and right [T, N]: [G, M, N] in float32; `ends` as for `times`."""
-    M, N, groups = left.shape[1], right.shape[1], len(ends)
-    rows, columns = _power(min(M, 128 if M > N else 64)), _power(min(N, 128 if N >= M else 64))
+def outer(left: torch.Tensor, right: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """The sum over each group's rows of left [T, M] and right [T, N]: [G, M, N] in float32; `bounds` as for `times`."""
+    left, right = _with_whole_rows(left), _with_whole_rows(right)
+    (total, M), N, groups = left.shape, right.shape[1], bounds.shape[1]
+    rows, columns = (_power(min(own, MOST_COLUMNS if own >= other else 64)) for own, other in ((M, N), (N, M)))
     blocks = triton.cdiv(M, rows), triton.cdiv(N, columns)
-    parts = max(1, PROGRAMS // (groups * blocks[0] * blocks[1]))
+    parts = max(1, min(PROGRAMS // (groups * blocks[0] * blocks[1]), total // (groups * LEAST_TOKENS_OF_A_PART)))
     out = torch.empty(parts, groups, M, N, dtype=torch.float32, device=left.device)
     _outer[(groups * parts, *blocks)](
-        left, right, out, ends, groups, M, N, left.stride(0), right.stride(0), parts,
+        left, right, out, bounds, groups, M, N, left.stride(0), right.stride(0), parts,
         ROWS=rows, COLUMNS=columns, TOKENS=64, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
 
+class GroupedProducts:
+    """`train.products.Products` of runs that lie one after another, with the bounds of each: no copies, no padding."""
+
+    def __init__(self, bounds: torch.Tensor, is_everything: bool) -> None:
+        self._bounds, self._is_everything = bounds, is_everything
+
+    def lay(self, flat: torch.Tensor) -> torch.Tensor:
+        """Flat tokens stay as they are."""
+        return flat
+
+    lay_with_zeros = unlay = lay
+
+    def times(self, laid: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        """See `times`."""
+        return times(laid, stack, self._bounds, is_everything=self._is_everything)
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """See `outer`."""
+        return outer(left, right, self._bounds)
+
+
+def _with_whole_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows lie in one piece each."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def _power(number: int, least: int = NARROWEST) -> int:
     """The next power of two, and no less than `least`."""
-    return max(least, triton.next_power_of_2(number))
+    return max(least, 1 << (number - 1).bit_length())

@@ -18,7 +18,7 @@ import torch
 
 from train.targets import Target
 
-RANK_MULTIPLE = 8  # grouped products want rows of 16 bytes; zeros fill up
+RANK_MULTIPLE = 8  # rows of 16 bytes, which GPUs read at once; zeros fill up
 
 AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from train.batches import Route
 
@@ -33,7 +32,7 @@ class Products(Protocol):
         """Laid tokens of width k with a stack [G, k, n]; laid tokens of width n."""
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Laid tokens of widths m and n, the left ones laid with zeros; [G, m, n]."""
+        """Laid tokens of widths m and n, the left ones laid with zeros; [G, m, n], on GPUs as the sum was made, in float32."""
 
 
 class PaddedProducts:
@@ -60,32 +59,15 @@ class PaddedProducts:
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """See `Products`."""
+        if left.device.type == "cuda" and left.dtype in (torch.float16, torch.bfloat16):
+            return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)  # CPUs have no such product
         return torch.bmm(left.transpose(1, 2), right)
 
 
-class GroupedProducts:
-    """Runs one after another with the bounds between them: no gaps, no copies, where the GPU has a kernel for it."""
-
-    def __init__(self, ends: torch.Tensor) -> None:
-        self._ends = ends
-
-    def lay(self, flat: torch.Tensor) -> torch.Tensor:
-        """See `Products`."""
-        return flat
-
-    lay_with_zeros = unlay = lay
-
-    def times(self, laid: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
-        """See `Products`."""
-        return functional.grouped_mm(laid, stack, offs=self._ends)
-
-    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """See `Products`."""
-        return functional.grouped_mm(left.t(), right, offs=self._ends)
-
-
 def products_of(route: Route, total: int, *, grouped: bool) -> Products:
-    """The products for the runs of `route`; runs that are not all tokens in order are padded in any case."""
-    if grouped and route.ends is not None:
-        return GroupedProducts(route.ends)
+    """The products for the runs of `route`: `grouped` where the GPU has the kernels."""
+    if grouped:
+        from train.grouped import GroupedProducts  # Triton is not everywhere
+
+        return GroupedProducts(route.bounds, route.is_everything)
     return PaddedProducts(route, total)

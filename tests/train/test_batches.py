@@ -28,6 +28,13 @@ def test_cutting_keeps_every_sequence_and_the_limit() -> None:
     assert sorted((s.run, s.index) for chunk in chunks for s in chunk) == sorted((s.run, s.index) for s in sequences)
     assert all(sum(len(s.tokens) for s in chunk) <= 60 for chunk in chunks)
     assert [len(chunk) for chunk in cut(sequences, 1)] == [1] * len(sequences)
+    assert list(cut([], 60)) == []
+
+
+def test_cutting_leaves_no_small_remainder() -> None:
+    tokens = np.arange(10, dtype=np.int32)
+    assert [len(chunk) for chunk in cut([Sequence(0, i, tokens, tokens) for i in range(11)], 109)] == [6, 5]
+    assert [len(chunk) for chunk in cut([Sequence(0, i, tokens, tokens) for i in range(11)], 110)] == [11]
 
 
 def test_padding_and_back() -> None:

@@ -97,27 +97,32 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
         at += len(tokens)
 
 
-def seated(kernels: Kernels) -> Any:
+def seated(kernels: Kernels, device: torch.device = packs.CPU) -> PackedBase:
     """A pack of three runs over a float32 base that takes `kernels`."""
-    return pack_model(packs.tiny_llama(torch.float32), packs.SIXTEEN_BIT, packs.CPU, "resident", 64, kernels)
+    return pack_model(packs.tiny_llama(torch.float32), packs.SIXTEEN_BIT, device, "resident", 64, kernels)
 
 
 def losses_and_gradient(base: PackedBase, folder: Path, token_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    configs = [packs.run_config({"r": r}) for r in (4, 8, 16)]
+    configs = [
+        packs.run_config({"r": r, **targets})
+        for r, targets in ((4, {}), (8, {}), (16, {"target_modules": "all-linear"}))
+    ]
     loop = packs.make_loop(folder, base, configs)
     for row in range(len(configs)):
         for _, b in loop.adapters.tensors(row).values():
             b.fill_(0.01)
     table = packs.random_table(9, 3)
     sequences = [s for run in range(3) for s in sequences_of(run, table, range(3 * run, 3 * run + 3))]
-    batch = MicroBatch(sequences, 3, packs.CPU, token_multiple)
-    losses = add_gradients(base, batch, torch.tensor([0.1, 0.2, 0.3, 0.0]), None)
+    batch = MicroBatch(sequences, 3, base.device, token_multiple)
+    losses = add_gradients(base, batch, torch.tensor([0.1, 0.2, 0.3, 0.0], device=base.device), None)
     return sums_per_run(losses[: batch.real_targets], batch), loop.adapters.gradient
 
 
+@pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
 def test_grouped_products_give_the_same(tmp_path: Path) -> None:
-    expected = losses_and_gradient(seated(PLAIN), tmp_path / "plain")
-    found = losses_and_gradient(seated(Kernels(grouped=True)), tmp_path / "grouped")
+    device = packs.DEVICES[-1]
+    expected = losses_and_gradient(seated(PLAIN, device), tmp_path / "plain")
+    found = losses_and_gradient(seated(Kernels(grouped=True), device), tmp_path / "grouped")
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     assert float(expected[1].norm()) > 0.1
@@ -138,13 +143,16 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
         sequences = [s for run in range(2) for s in sequences_of(run, table, list(rows)[2 * run : 2 * run + 2])]
         batches.append(MicroBatch(sequences, 2, packs.CPU, token_multiple=256))
     one, other = batches
-    assert one.is_flat_for([(0, 1)])
-    assert not one.is_flat_for([(0,)])
+    groups = [(0, 1), (0,)]
+    one.make_routes(groups)
     one.become(other)
     for name in ("tokens", "positions", "sequence_starts", "learnt", "targets", "run_of_target", "run_of_token"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
-    routes = [batch.route((0, 1)) for batch in batches]
-    assert torch.equal(routes[0].ends, routes[1].ends)  # type: ignore[union-attr,arg-type]
+    for members in groups:
+        mine, others = (batch.route(members) for batch in batches)
+        assert mine is not None
+        assert others is not None
+        assert torch.equal(mine.bounds, others.bounds)
 
 
 def test_layers_of_a_fallback_are_packed_too() -> None:
