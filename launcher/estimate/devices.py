@@ -13,24 +13,22 @@ from launcher.estimate.gpus import UNKNOWN_GPU_FLOPS, known_gpu
 GIB = 2**30
 NVIDIA_SMI_TIMEOUT_SECONDS = 5.0
 
-GRAPHED = ("H100", "H200")  # whose steps are replayed as CUDA graphs (`train.kernels`)
 # SmolLM2-135M in float32 on 2 cores, 512 tokens a step: 2.8 s, which is 4 x 135e6 x 512 FLOP.
 CPU_CORE_FLOPS = 50e9
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """One device that a pack can train on: a GPU, or all cores of a machine. `flops` is FLOP/s in training."""
+    """One device that a pack can train on: a GPU, or all cores of a machine.
+
+    `flops` is FLOP/s in training; `graphed` says that steps can be CUDA graphs, so that no launch holds them up.
+    """
 
     kind: Literal["cpu", "cuda"]
     name: str
     memory_gib: float
     flops: float
-
-    @property
-    def graphed(self) -> bool:
-        """Whether its steps can be CUDA graphs, so that no launch holds them up."""
-        return any(name in self.name.upper() for name in GRAPHED)
+    graphed: bool = False
 
 
 def local_device() -> DeviceFacts:
@@ -48,7 +46,9 @@ def cpu_device() -> DeviceFacts:
 def gpu_device(name: str, memory_gib: float) -> DeviceFacts:
     """A GPU by the name that NVIDIA's tools or a cluster give it."""
     model = known_gpu(name)
-    return DeviceFacts("cuda", name, memory_gib, model.flops if model else UNKNOWN_GPU_FLOPS)
+    if model is None:
+        return DeviceFacts("cuda", name, memory_gib, UNKNOWN_GPU_FLOPS)
+    return DeviceFacts("cuda", name, memory_gib, model.flops, model.graphed)
 
 
 def _first_gpu() -> DeviceFacts | None:

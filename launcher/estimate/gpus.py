@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """Memory of one GPU as nvidia-smi reports it, and the FLOP/s that fine-tuning reaches."""
+    """Memory of one GPU as nvidia-smi reports it, and the FLOP/s that fine-tuning reaches.
+
+    `graphed` says that its steps can be CUDA graphs, so that no launch holds them up: from sm_80 on (`train.kernels`).
+    """
 
     name: str
     memory_gib: float
     flops: float
+    graphed: bool = True
 
 
 # A pattern over the name without punctuation, the first match counts. The memory is that of the smallest variant; a name with a size
@@ -37,18 +41,18 @@ MODELS = {
     r"l40s": GpuModel("L40S", 45.0, 217e12),
     r"l40": GpuModel("L40", 45.0, 108e12),
     r"l4(?!\d)": GpuModel("L4", 22.5, 72e12),
-    r"v100l": GpuModel("V100 32GB", 32.0, 50e12),
-    r"v100": GpuModel("V100", 16.0, 50e12),
-    r"p100": GpuModel("P100", 12.0, 8e12),
-    r"t4(?!\d)": GpuModel("T4", 15.0, 25e12),
+    r"v100l": GpuModel("V100 32GB", 32.0, 50e12, graphed=False),
+    r"v100": GpuModel("V100", 16.0, 50e12, graphed=False),
+    r"p100": GpuModel("P100", 12.0, 8e12, graphed=False),
+    r"t4(?!\d)": GpuModel("T4", 15.0, 25e12, graphed=False),
     r"5090": GpuModel("RTX 5090", 31.8, 125e12),
     r"4090": GpuModel("RTX 4090", 24.0, 99e12),
     r"3090": GpuModel("RTX 3090", 24.0, 43e12),
-    r"2080ti": GpuModel("RTX 2080 Ti", 11.0, 22e12),
-    r"1080ti": GpuModel("GTX 1080 Ti", 11.0, 4e12),
-    r"titanrtx": GpuModel("TITAN RTX", 24.0, 52e12),
-    r"rtx8000": GpuModel("Quadro RTX 8000", 48.0, 52e12),
-    r"rtx6000": GpuModel("Quadro RTX 6000", 24.0, 52e12),
+    r"2080ti": GpuModel("RTX 2080 Ti", 11.0, 22e12, graphed=False),
+    r"1080ti": GpuModel("GTX 1080 Ti", 11.0, 4e12, graphed=False),
+    r"titanrtx": GpuModel("TITAN RTX", 24.0, 52e12, graphed=False),
+    r"rtx8000": GpuModel("Quadro RTX 8000", 48.0, 52e12, graphed=False),
+    r"rtx6000": GpuModel("Quadro RTX 6000", 24.0, 52e12, graphed=False),
 }
 UNKNOWN_GPU_FLOPS = 40e12
 MIG_SLICE = re.compile(r"(\d)g\.(\d+)gb")  # 1g.10gb: one of seven slices of compute, 10 GB
@@ -66,10 +70,15 @@ def known_gpu(name: str) -> GpuModel | None:
         return None
     part = MIG_SLICE.search(lower)
     if part is not None:
-        return GpuModel(f"{model.name} {part[0]}", float(part[2]), model.flops * int(part[1]) / MIG_SLICES)
+        return replace(
+            model,
+            name=f"{model.name} {part[0]}",
+            memory_gib=float(part[2]),
+            flops=model.flops * int(part[1]) / MIG_SLICES,
+        )
     sizes = [int(size) for size in SIZE.findall(lower.replace("_", "-"))]
     larger = [size for size in sizes if size >= SMALLEST_SIZE_GB and _is_variant(model, size)]
-    return GpuModel(model.name, float(larger[0]), model.flops) if larger else model
+    return replace(model, memory_gib=float(larger[0])) if larger else model
 
 
 def _is_variant(model: GpuModel, size_gb: int) -> bool:

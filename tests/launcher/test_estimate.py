@@ -196,3 +196,19 @@ def test_a_malformed_row_is_refused_with_its_line(tmp_path: Path) -> None:
     data = DataConfig(name="rows", source=str(rows), fingerprint="d")
     with pytest.raises(BadInput, match=r"rows\.jsonl.*2"):
         data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
+
+
+def test_graphs_are_counted_on_from_ampere_on_alone() -> None:
+    """As `train.kernels` takes them: by compute capability, 8.0 and later."""
+    graphed = {
+        name: gpu_device(name, 16.0).graphed
+        for name in ("NVIDIA A100-SXM4-40GB", "a100_1g.10gb", "l4", "Tesla T4", "v100", "gtx9000")
+    }
+    assert graphed == {
+        "NVIDIA A100-SXM4-40GB": True,
+        "a100_1g.10gb": True,
+        "l4": True,
+        "Tesla T4": False,
+        "v100": False,
+        "gtx9000": False,
+    }
