@@ -28,7 +28,7 @@ from train.attempts import (
     stop_cause,
     why_held,
 )
-from train.environment import prepare_torch
+from train.environment import heavy_imports, prepare_torch
 from train.errors import LeaseHeld, StorageError
 from train.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
 from train.mirror.child import mirrored
@@ -55,7 +55,8 @@ class PackJob:
         stop, place, folder = StopFlag().install(), place_in_job(), PackDir(Path(self.pack_file).parent)
         if place.rank > 0:
             prepare_torch(CacheDir(Path(read_json(folder.pack)["cache"])).compiled)
-            from train.ranks import follow
+            with heavy_imports():
+                from train.ranks import follow
 
             return follow(folder, stop, place)
         try:
@@ -200,12 +201,14 @@ def _train(
         prepare_torch(CacheDir(cache).compiled)
         say("importing torch")
         if place.size > 1:
-            from train.ranks import lead
+            with heavy_imports():
+                from train.ranks import lead
 
             fence()
             lead(leases, folder, cache, stop, say, activity, place)
         else:
-            from train.pack import train_pack
+            with heavy_imports():
+                from train.pack import train_pack
 
             fence()
             train_pack(leases, cache, stop, say, activity)

@@ -66,3 +66,16 @@ def test_bytecode_beside_its_source_is_left_to_python(stand_in: Path, tmp_path: 
     assert said == f"[null, {str(compiled_before).lower()}]"
     assert (stand_in / "__pycache__").exists()
     assert not (compiled / "python").exists()
+
+
+def test_modules_are_out_of_the_collectors_sight_until_python_ends() -> None:
+    script = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))
+from train.environment import heavy_imports
+with heavy_imports():
+    print(gc.isenabled())
+print(gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+    said = subprocess.check_output([sys.executable, "-c", script], env={"PYTHONPATH": str(ROOT)}, text=True)
+    assert said.split() == ["False", "True", "True", "0"]
