@@ -47,7 +47,7 @@ class GraphedGradients:
 
     def __init__(self, base: PackedBase, pack_size: int, direct: DirectGradients) -> None:
         self._base, self._pack_size, self._direct = base, pack_size, direct
-        self._warm = False
+        self._warm: set[tuple[tuple[int, ...], bool]] = set()
         self._recorded: dict[Shape, _Recorded] = {}
         self._pool: Any = None
 
@@ -56,12 +56,15 @@ class GraphedGradients:
         if sum(len(s.tokens) for s in sequences) > LARGEST_GRAPH_TOKENS:
             return self._direct.add(sequences, weights, dropout_keys)
         batch = MicroBatch(sequences, self._pack_size, self._base.device, TOKEN_MULTIPLE)
-        shape = (batch.total, batch.sequences, tuple(int(run) for run in batch.runs), dropout_keys is not None)
+        kernels = tuple(int(run) for run in batch.runs), dropout_keys is not None
+        shape = (batch.total, batch.sequences, *kernels)
         batch.make_routes(self._base.members())
         recorded = self._recorded.get(shape)
-        if recorded is None and self._warm and len(self._recorded) < MOST_GRAPHS:
+        if recorded is None and kernels in self._warm and len(self._recorded) < MOST_GRAPHS:
             recorded = self._recorded[shape] = self._record(batch, weights, dropout_keys)
-        self._warm = True  # whatever is compiled or allocated once is there after the first micro-batch
+        self._warm.add(
+            kernels
+        )  # whatever is compiled, loaded or allocated once is there after these runs' first micro-batch
         if recorded is None:
             losses = add_gradients(self._base, batch, weights, dropout_keys)
         else:

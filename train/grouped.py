@@ -4,6 +4,9 @@ Adapters are thin: a product reads or writes [T, features] once and everything e
 and general grouped products (made for thick matrices; torch's waits for the host before sm_90, pytorch #161407) take two to three
 times as long. Sums run in a fixed order, without atomics: the same bits every time.
 
+Which kernels are compiled depends on features and ranks alone, never on tokens or runs: what one micro-batch has used is there when
+another one is captured in a CUDA graph (`train.graphs`), where nothing can be compiled or loaded.
+
 Triton comes with torch where there is a GPU; this module is imported there alone.
 """
 
@@ -15,7 +18,7 @@ import triton.language as tl
 
 NARROWEST = 16  # what a matrix instruction takes
 MOST_COLUMNS = 128  # of a matrix that a program holds at once
-FEW_TOKENS = 2048  # so few that smaller blocks are needed to keep every multiprocessor busy
+LEAST_GROUPS = 64  # that a program looks through for its own: kernels do not depend on how many there are
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
 LEAST_TOKENS_OF_A_PART = 512  # below that, adding parts up costs more than it saves
 
@@ -34,7 +37,7 @@ def _find_group(bounds, groups, place, BLOCK: tl.constexpr, GROUPS: tl.constexpr
     return found, first, tl.sum(tl.where(group == found, end, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _times(
     x, stack, out, bounds, groups, K, N, x_row, stack_group, stack_k, stack_n,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr,
@@ -66,7 +69,7 @@ def _times(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "parts"])
 def _outer(
     left, right, out, bounds, groups, M, N, left_row, right_row, parts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
@@ -110,13 +113,12 @@ def times(x: torch.Tensor, stack: torch.Tensor, bounds: torch.Tensor, *, is_ever
     out = x.new_empty(total, N) if is_everything else x.new_zeros(total, N)
     columns = _power(min(N, MOST_COLUMNS))
     if N <= MOST_COLUMNS:  # bound by reading x: many bytes in flight
-        tokens, stages = (16 if total <= FEW_TOKENS else 64), 4
-        inner = _power(min(K, (4096 if tokens == NARROWEST else 2048) // columns))
+        tokens, stages, inner = 32, 4, _power(min(K, 4096 // columns))
     else:  # bound by writing
         tokens, stages, inner = 64, 2, _power(min(K, 64))
     _times[triton.cdiv(total, tokens) + groups, triton.cdiv(N, columns)](
         x, stack, out, bounds, groups, K, N, x.stride(0), *stack.stride(),
-        TOKENS=tokens, COLUMNS=columns, INNER=inner, GROUPS=_power(groups, 1), num_warps=4, num_stages=stages,
+        TOKENS=tokens, COLUMNS=columns, INNER=inner, GROUPS=_power(groups, LEAST_GROUPS), num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out
 
