@@ -10,8 +10,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 os.environ["WANDB_MODE"] = "disabled"  # what tracking.mode=auto heeds; tests of tracking say what they want
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise, by torch: the models here are too small to share out
-if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # likewise, by Triton: without a GPU its kernels are interpreted
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # likewise, by Triton, which is imported after this: without a GPU its kernels are interpreted
+    )
 
 from train.config import ModelConfig
 from train.rundir import CacheDir

@@ -2,8 +2,8 @@
 
 Measured on an H200 with a 7B shape: launching takes 156 ms whatever the step; the kernels of 525 tokens take 35 ms, those of 4,081
 tokens 174 ms, which launches stretched to 206 ms. So a micro-batch is filled up to a multiple of `TOKEN_MULTIPLE`, which leaves a
-handful of shapes; each is captured when first met, and from then on only indices are copied and the graph is replayed, in one
-launch. All graphs share one memory pool, since one of them runs at a time.
+handful of shapes; each is captured when first met (but for the first of its runs), and from then on only indices are copied and the
+graph is replayed, in one launch. All graphs share one memory pool, since one of them runs at a time.
 """
 
 from __future__ import annotations
@@ -56,15 +56,14 @@ class GraphedGradients:
         if sum(len(s.tokens) for s in sequences) > LARGEST_GRAPH_TOKENS:
             return self._direct.add(sequences, weights, dropout_keys)
         batch = MicroBatch(sequences, self._pack_size, self._base.device, TOKEN_MULTIPLE)
-        kernels = tuple(int(run) for run in batch.runs), dropout_keys is not None
-        shape = (batch.total, batch.sequences, *kernels)
+        runs_and_dropout = tuple(int(run) for run in batch.runs), dropout_keys is not None
+        shape = (batch.total, batch.sequences, *runs_and_dropout)
         batch.make_routes(self._base.members())
         recorded = self._recorded.get(shape)
-        if recorded is None and kernels in self._warm and len(self._recorded) < MOST_GRAPHS:
+        if recorded is None and runs_and_dropout in self._warm and len(self._recorded) < MOST_GRAPHS:
             recorded = self._recorded[shape] = self._record(batch, weights, dropout_keys)
-        self._warm.add(
-            kernels
-        )  # whatever is compiled, loaded or allocated once is there after these runs' first micro-batch
+        # Whatever is compiled, loaded or allocated once is there after these runs' first micro-batch.
+        self._warm.add(runs_and_dropout)
         if recorded is None:
             losses = add_gradients(self._base, batch, weights, dropout_keys)
         else:

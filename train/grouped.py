@@ -7,7 +7,7 @@ times as long. Sums run in a fixed order, without atomics: the same bits every t
 Which kernels are compiled depends on features and ranks alone, never on tokens or runs: what one micro-batch has used is there when
 another one is captured in a CUDA graph (`train.graphs`), where nothing can be compiled or loaded.
 
-Triton comes with torch where there is a GPU; this module is imported there alone.
+Triton comes with torch where there is a GPU; the trainer imports this module there alone.
 """
 
 from __future__ import annotations

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+
+from train.config import TrainConfig
+from train.errors import BadInput
 
 FIRST_CAPABILITY = (8, 0)  # of FlashAttention-2, and of Triton's matrix instructions
 
@@ -27,12 +35,42 @@ class Kernels:
 
 
 PLAIN = Kernels()
+COMPILERS = ("gcc", "clang")  # where Triton looks if CC is not set
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True, graphs: bool = True) -> Kernels:
     """The ways that `device` has in `dtype`, without what needs a compiler or the memory of CUDA graphs if those are not there."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
+    if not _takes_kernels(device):
         return PLAIN
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
     grouped = sixteen_bit and compiles
-    return Kernels(sixteen_bit, grouped, fused=compiles, graphs=graphs and grouped)
+    return Kernels(sixteen_bit, grouped, fused=compiles, graphs=graphs and grouped and dtype == torch.bfloat16)
+
+
+def lacks_a_compiler(device: torch.device, train: TrainConfig) -> str | None:
+    """What is missing here to compile kernels for `device`, None if they can be compiled, or nobody wants them.
+
+    Raises:
+        BadInput: `train.compile` insists on them.
+    """
+    missing = _missing() if _takes_kernels(device) and train.compile is not False else None
+    if missing is not None and train.compile is True:
+        raise BadInput(
+            f"train.compile=true, but {missing}. Mend that on the machine that trains, or leave train.compile=auto."
+        )
+    return missing
+
+
+def _takes_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+
+
+def _missing() -> str | None:
+    """The first of what Triton, and with it torch's compiler, needs and does not find."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    wanted = [os.environ["CC"]] if "CC" in os.environ else COMPILERS
+    if not any(map(shutil.which, wanted)):
+        return f"there is no C compiler: looked for {' and '.join(wanted)} (module load gcc, or set CC)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"Python's headers are not installed: {header} is missing (python3-dev)"

@@ -20,7 +20,7 @@ from train.data.loading import load_tokenised
 from train.data.token_table import TokenisedData
 from train.errors import BadInput
 from train.follower import Follower
-from train.kernels import choose_kernels
+from train.kernels import choose_kernels, lacks_a_compiler
 from train.lease import Lease
 from train.loop import PackLoop
 from train.memory import fit_pack, resolve_dtype
@@ -180,7 +180,11 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     device = _device()
     dtype = resolve_dtype(config.train, device)
     bases.say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
-    kernels = choose_kernels(device, dtype, compiles=config.train.compile is not False, graphs=fit.graphs)
+    missing = lacks_a_compiler(device, config.train)
+    if missing is not None:
+        bases.say(f"kernels are not compiled, which is slower: {missing}")
+    compiles = config.train.compile is not False and missing is None
+    kernels = choose_kernels(device, dtype, compiles=compiles, graphs=fit.graphs)
     base = load_base(model_dir, config.model, config.quant, dtype, device, fit.residency, longest, bases, kernels)
     if fit.checkpoint_activations:
         base.checkpoint_activations()

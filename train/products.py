@@ -1,7 +1,7 @@
 """Products of each run's tokens with its own matrix, all runs at once: batched over padded runs, or grouped over flat ones.
 
 Either way no token meets another run's matrix, so that a NaN stays in its run; one wide product with a mask could not promise that,
-since 0 x NaN is NaN. Three forms make a LoRA layer, forward and backward (G runs, T tokens of all of them):
+since 0 x NaN is NaN. Two forms make a LoRA layer, forward and backward (G runs, T tokens of all of them):
 
     times   x [T, k] with stack [G, k, n] -> [T, n]
     outer   y [T, m] and x [T, n]         -> [G, m, n], a sum over each run's tokens
@@ -32,7 +32,7 @@ class Products(Protocol):
         """Laid tokens of width k with a stack [G, k, n]; laid tokens of width n."""
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Laid tokens of widths m and n, the left ones laid with zeros; [G, m, n], on GPUs as the sum was made, in float32."""
+        """Laid tokens of widths m and n, the left ones laid with zeros; [G, m, n], on GPUs float32 where tokens are of 16 bit."""
 
 
 class PaddedProducts:

@@ -91,8 +91,14 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
     if fit.residency == "nf4":
         flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.linear_parameters
     forwards = 1.5 if fit.checkpoint_activations else 1.0
-    launches = 0.0 if device.graphed and fit.graphs else forwards * micro_batches * shape.layers * LAUNCH_SECONDS
+    launches = 0.0 if _replays_graphs(config, device, fit) else forwards * micro_batches * shape.layers * LAUNCH_SECONDS
     return max(flop / device.flops, launches) + micro_batches * shape.layers * LAYER_SECONDS
+
+
+def _replays_graphs(config: RunConfig, device: DeviceFacts, fit: Fit) -> bool:
+    """As `train.kernels` chooses; that a model's decoder is a Llama is taken for granted."""
+    may = config.train.compile is not False and config.train.dtype in ("auto", "bfloat16")
+    return may and device.graphed and fit.graphs
 
 
 def _micro_batch(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> tuple[Fit, float]:

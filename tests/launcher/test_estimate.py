@@ -198,7 +198,7 @@ def test_a_malformed_row_is_refused_with_its_line(tmp_path: Path) -> None:
         data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
 
 
-def test_graphs_are_counted_on_from_ampere_on_alone() -> None:
+def test_graphs_replay_from_ampere_on() -> None:
     """As `train.kernels` takes them: by compute capability, 8.0 and later."""
     graphed = {
         name: gpu_device(name, 16.0).graphed

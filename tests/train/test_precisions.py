@@ -85,7 +85,6 @@ def test_in_bfloat16_a_pack_is_no_further_off_than_another_micro_batch(tmp_path:
     cut = [alone(tmp_path / f"cut{tokens}", unfilled, micro_batch_tokens=tokens)[0] for tokens in (40, 1)]
     of_pack = mean_gap(losses(tmp_path / "pack"), whole)
     of_shapes = max(mean_gap(some, whole) for some in cut)
-    print(f"{device}: mean gap of losses, a pack {of_pack:.1e}, other micro-batches {of_shapes:.1e}")
     assert of_shapes > 0
     assert of_pack <= of_shapes
 
