@@ -7,17 +7,20 @@ GPU has them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import packs
+from train import attention
 from train.attention import attend
 from train.base import PackedBase, pack_model
 from train.batches import CurrentBatch, MicroBatch, Sequence
 from train.config import QuantConfig, parse_run_config
-from train.kernels import choose_kernels
+from train.kernels import PLAIN, choose_kernels
 from train.storage import read_lines
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
@@ -110,15 +113,46 @@ def test_in_float16_a_run_that_becomes_infinite_leaves_the_others_bit_for_bit(
 
 
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
-def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(device: torch.device) -> None:
-    """FlashAttention adds the parts of a long sequence up in any order unless it is told otherwise, and a resumed run has to repeat."""
-    kernels = choose_kernels(device, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("plain", [False, True], ids=["as in training", "as on a T4"])
+def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(
+    device: torch.device, dtype: torch.dtype, plain: bool
+) -> None:
+    """Attention adds the parts of a long sequence up in any order unless it is told otherwise, and a resumed run has to repeat."""
+    kernels = PLAIN if plain else choose_kernels(device, dtype)
     tokens = np.zeros(512, np.int32)
     batch = MicroBatch([Sequence(0, index, tokens, tokens) for index in range(8)], 1, device)
     current = CurrentBatch(kernels)
     current.begin(batch, None)
     random = torch.Generator().manual_seed(0)
-    q, k, v, gradient = (torch.randn(batch.total, 4, 64, generator=random).to(device, torch.bfloat16) for _ in range(4))
+    q, k, v, gradient = (torch.randn(batch.total, 4, 64, generator=random).to(device, dtype) for _ in range(4))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     first, *others = (torch.autograd.grad(attend(q, k, v, current, scale=0.125), (q, k, v), gradient) for _ in range(6))
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+
+
+def test_a_kernel_that_splits_keys_is_told_to_keep_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's own kernel stands in for the one that only GPUs have."""
+    monkeypatch.setattr(attention, "SPLITS_KEYS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
+    tokens = np.zeros(9, np.int32)
+    batch, current = MicroBatch([Sequence(0, 0, tokens, tokens)], 1, packs.CPU), CurrentBatch(PLAIN)
+    current.begin(batch, None)
+    q, k, v = (torch.randn(batch.total, 4, 8, requires_grad=True) for _ in range(3))
+    attended = attend(q, k, v, current, scale=0.5)
+    with Orders() as orders:
+        attended.sum().backward()
+    assert orders.of_attention == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Orders(TorchDispatchMode):
+    """Notes whether a fixed order is asked for whenever an attention goes backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_attention: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in str(func) and "backward" in str(func):
+            self.of_attention.append(torch.are_deterministic_algorithms_enabled())
+        return func(*args, **(kwargs or {}))
