@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -153,6 +154,36 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
         assert mine is not None
         assert others is not None
         assert torch.equal(mine.bounds, others.bounds)
+
+
+@pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
+def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path) -> None:
+    """What a CUDA graph replays: kernels over the tensors of the first micro-batch, whose host knows only the first one's lengths."""
+    base = seated(Kernels(grouped=True), packs.DEVICES[-1])
+    targets = ({}, {"target_modules": ["gate_proj"]}, {"target_modules": "all-linear"})
+    loop = packs.make_loop(tmp_path, base, [packs.run_config({"r": 8, **which}) for which in targets])
+    for row in range(len(targets)):
+        for _, b in loop.adapters.tensors(row).values():
+            b.fill_(0.01)
+    table, weights = packs.random_table(12, 0), torch.tensor([0.1, 0.2, 0.3, 0.0], device=base.device)
+    batches = []
+    for first in (0, 6):
+        sequences = [
+            s for run in range(3) for s in sequences_of(run, table, np.arange(first + 2 * run, first + 2 * run + 2))
+        ]
+        batches.append(MicroBatch(sequences, 3, base.device, token_multiple=256))
+    one, other = batches
+    assert one.total == other.total
+    one.make_routes(base.members())
+    one.become(other)
+    one.attention = other.attention  # with graphs attention takes `sequence_starts`, which a CPU has no kernel for
+    found = []
+    for batch in (one, other):
+        loop.adapters.gradient.zero_()
+        found.append((add_gradients(base, batch, weights, None).clone(), loop.adapters.gradient.clone()))
+    for mine, expected in zip(*found, strict=True):
+        assert torch.equal(mine, expected)
+    assert all(float(row.norm()) > 0.01 for row in found[0][1])
 
 
 def test_layers_of_a_fallback_are_packed_too() -> None:
