@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -35,7 +30,7 @@ class Kernels:
 
 
 PLAIN = Kernels()
-COMPILERS = ("gcc", "clang")  # where Triton looks if CC is not set
+MOST_WORDS = 300  # letters of another program's error
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True, graphs: bool = True) -> Kernels:
@@ -66,11 +61,14 @@ def _takes_kernels(device: torch.device) -> bool:
 
 
 def _missing() -> str | None:
-    """The first of what Triton, and with it torch's compiler, needs and does not find."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    wanted = [os.environ["CC"]] if "CC" in os.environ else COMPILERS
-    if not any(map(shutil.which, wanted)):
-        return f"there is no C compiler: looked for {' and '.join(wanted)} (module load gcc, or set CC)"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"Python's headers are not installed: {header} is missing (python3-dev)"
+    """Why nothing can be compiled here, None if it can: Triton builds its driver now instead of at the first kernel, and keeps it."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as exc:  # of Triton, a C compiler, a linker, or CUDA
+        words = f"{type(exc).__name__}: {' '.join(str(exc).split())[:MOST_WORDS]}"
+        return (
+            f"Triton cannot build here ({words}); it takes a C compiler (module load gcc, or CC) and Python's headers"
+        )
+    return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import packs
-from train import kernels
 from train.config import TrainConfig
 from train.errors import BadInput
 from train.kernels import PLAIN, Kernels, choose_kernels, lacks_a_compiler
@@ -17,16 +18,26 @@ GPU = torch.device("cuda")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine with an A100, Triton, gcc and Python's headers."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An A100 by torch's answer."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
-    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name: str(tmp_path))
-    (tmp_path / "Python.h").touch()
-    (tmp_path / "gcc").touch(0o700)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
     return monkeypatch
+
+
+class Driver:
+    """Triton's own, as far as it is asked, or its error."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    @property
+    def active(self) -> Driver:
+        if self._error is not None:
+            raise self._error
+        return self
+
+    def get_current_target(self) -> str:
+        return "sm_80"
 
 
 def train_config(**values: object) -> TrainConfig:
@@ -44,26 +55,37 @@ def test_what_each_precision_takes(gpu: pytest.MonkeyPatch) -> None:
 
 
 def test_a_machine_with_a_compiler_lacks_nothing(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=Driver()))
     assert lacks_a_compiler(GPU, train_config()) is None
 
 
-@pytest.mark.parametrize("lost", ["triton", "gcc", "CC", "Python.h"])
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        (None, "ModuleNotFoundError: "),
+        (
+            SimpleNamespace(driver=Driver(RuntimeError("Failed to find C compiler."))),
+            "RuntimeError: Failed to find C compiler.",
+        ),
+        (SimpleNamespace(driver=Driver(CalledProcessError(1, ["gcc", "main.c"]))), "gcc"),
+    ],
+    ids=["no Triton", "no compiler", "no headers"],
+)
 def test_what_is_missing_is_named_and_a_user_who_insists_is_refused(
-    gpu: pytest.MonkeyPatch, tmp_path: Path, lost: str
+    gpu: pytest.MonkeyPatch, runtime: SimpleNamespace | None, words: str
 ) -> None:
-    if lost == "triton":
-        gpu.setattr(kernels, "find_spec", lambda name: None)
-    elif lost == "CC":
-        gpu.setenv("CC", "icx")
-    else:
-        (tmp_path / lost).unlink()
+    gpu.setitem(sys.modules, "triton.runtime", runtime)  # None is how Python remembers that there is no such module
     missing = lacks_a_compiler(GPU, train_config())
     assert missing is not None
-    named = {"triton": "pip install triton", "gcc": "gcc and clang", "CC": "icx", "Python.h": "python3-dev"}[lost]
-    assert named in missing
-    with pytest.raises(BadInput, match=r"train\.compile=true, but "):
+    assert words in missing
+    with pytest.raises(BadInput, match=r"train\.compile=true, but Triton cannot build here"):
         lacks_a_compiler(GPU, train_config(compile=True))
     assert lacks_a_compiler(GPU, train_config(compile=False)) is None
     assert lacks_a_compiler(packs.CPU, train_config(compile=True)) is None
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert lacks_a_compiler(GPU, train_config()) is None
+
+
+@pytest.mark.skipif(packs.LACKS_TRITON is not None or len(packs.DEVICES) > 1, reason="wants Triton and no GPU")
+def test_triton_itself_says_that_there_is_no_gpu(gpu: pytest.MonkeyPatch) -> None:
+    assert "0 active drivers" in str(lacks_a_compiler(GPU, train_config()))
