@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from train.config import DataConfig, ModelConfig, parse_section
+from train.data import loading
 from train.data.facts import read_facts, tokens_key
 from train.data.loading import load_tokenised, summary
 from train.data.prompts import alpaca_prompt
@@ -238,6 +239,23 @@ def test_the_cache_gives_the_same_and_is_not_made_twice(tmp_path: Path, model_di
         np.int64,
     )
     assert read_facts(data, MODEL, cache) == again.facts
+
+
+def test_a_log_is_told_how_far_it_is(
+    tmp_path: Path,
+    model_dir: Path,
+    cache: CacheDir,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = data_config(write_rows(tmp_path / "rows.jsonl", 600), eval_rows=10)
+    load_tokenised(data, MODEL, model_dir, cache)
+    assert capsys.readouterr().err == "", "what is done within seconds needs no words"
+    monkeypatch.setattr(loading, "LINE_SECONDS", 0.0)
+    load_tokenised(data.model_copy(update={"max_length": 99}), MODEL, model_dir, cache)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == [f"{done} of 600 rows" for done in (256, 512, 590, 600)]
+    assert lines[0].startswith(f"tokenising {data.name}: ")
 
 
 def test_the_facts_count_what_the_arrays_hold(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:

@@ -7,7 +7,10 @@ The cache's key is a fingerprint of everything that decides the tokens, so the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from train.config import DataConfig, ModelConfig
 from train.data.facts import tokens_key
 from train.data.reading import read_split
 from train.data.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, write_tokenised
-from train.data.tokenising import Tokeniser
+from train.data.tokenising import Advance, Tokeniser
 from train.errors import BadInput
 from train.model.folder import decoder_numbers
 from train.rundir import CacheDir
 
 QUANTILES = (0.5, 0.9, 0.99)
+LINE_SECONDS = 10.0  # between lines in a log
 
 
 def load_tokenised(
@@ -57,16 +61,14 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callable[[], None]) -> TokenisedData:
-    """Read, split and tokenise, with a progress bar where somebody watches."""
+    """Read, split and tokenise, with a progress bar where somebody watches, and a line now and then in a log."""
     from train.model.loading import load_tokenizer  # heavy
 
     train_rows, eval_rows, dropped = read_split(data)
     tokeniser = Tokeniser(load_tokenizer(model_dir, model), data)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"tokenising {data.name}", total=len(train_rows) + len(eval_rows))
+    with _watched(f"tokenising {data.name}", len(train_rows) + len(eval_rows)) as advance:
         train, held_out = (
-            tokeniser.tokenise(rows, stop, lambda count: progress.advance(bar, count), called)
+            tokeniser.tokenise(rows, stop, advance, called)
             for rows, called in ((train_rows, "rows"), (eval_rows, "held-out rows"))
         )
     _refuse_foreign_tokens(model_dir, train, held_out)
@@ -76,6 +78,26 @@ def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callab
         "dropped": dict(dropped + tokeniser.tally.dropped),
     }
     return TokenisedData(train, held_out, _facts(train, held_out) | facts)
+
+
+@contextmanager
+def _watched(what: str, total: int) -> Iterator[Advance]:
+    """Show on stderr how many of `total` rows are done: a bar on a terminal, elsewhere a line every `LINE_SECONDS`."""
+    console, done, told = Console(stderr=True), 0, time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            print(f"{what}: {done:,} of {total:,} rows", file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield tell
+        return
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(bar, count)
 
 
 def _refuse_foreign_tokens(model_dir: Path, *tables: TokenTable) -> None:
