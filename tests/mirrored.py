@@ -118,8 +118,8 @@ class WrittenPack:
 
     def mirror_processes(self) -> list[psutil.Process]:
         """The processes that this one started for the mirror (it has others: multiprocessing's tracker and fork server)."""
-        mirrors = [child for child in psutil.Process().children() if "train.mirror" in child.cmdline()]
-        return [process for mirror in mirrors for process in [mirror, *mirror.children(recursive=True)]]
+        mirrors = [child for child in psutil.Process().children() if "train.mirror" in _command_of(child)]
+        return [process for mirror in mirrors for process in [mirror, *_below(mirror)]]
 
     def expected(self, run: RunDir) -> list[Record]:
         """The run's journal as rows: a record per step under W&B's names."""
@@ -197,6 +197,14 @@ def _command_of(process: psutil.Process) -> list[str]:
     """Its command line, nothing of one that ends as we look."""
     try:
         return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    """The processes that it started, and theirs; none of one that ends as we look."""
+    try:
+        return process.children(recursive=True)
     except psutil.Error:
         return []
 
