@@ -13,10 +13,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # likewise, by torch: the models here are t
 
 import torch
 
+# Likewise, by Triton, which is imported after this: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # likewise, by Triton, which is imported after this: without a GPU its kernels are interpreted
-    )
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from train.config import ModelConfig
 from train.rundir import CacheDir

@@ -65,9 +65,8 @@ class Blocks(StopFlag):
             self._waited = seconds_waited()
         if steps >= 0 and steps % CHUNK_STEPS == 0:
             self._cpu.append(time.thread_time())
-            if (
-                time.monotonic() >= self._end and len(self._cpu) > 1
-            ):  # a busy machine may let a block's time pass in its warm-up
+            # A whole chunk at least: a busy machine may let a block's time pass in its warm-up.
+            if time.monotonic() >= self._end and len(self._cpu) > 1:
                 self._answer(steps)
                 self._wait_for_next()
         self._dawdle()

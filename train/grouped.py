@@ -111,14 +111,9 @@ def times(x: torch.Tensor, stack: torch.Tensor, bounds: torch.Tensor, *, is_ever
     x = _with_whole_rows(x)
     (total, K), (groups, _, N) = x.shape, stack.shape
     out = x.new_empty(total, N) if is_everything else x.new_zeros(total, N)
-    columns = _power(min(N, MOST_COLUMNS))
-    if N <= MOST_COLUMNS:  # bound by reading x: many bytes in flight
-        tokens, stages, inner = 32, 4, _power(min(K, 4096 // columns))
-    else:  # bound by writing
-        tokens, stages, inner = 64, 2, _power(min(K, 64))
-    _times[triton.cdiv(total, tokens) + groups, triton.cdiv(N, columns)](
-        x, stack, out, bounds, groups, K, N, x.stride(0), *stack.stride(),
-        TOKENS=tokens, COLUMNS=columns, INNER=inner, GROUPS=_power(groups, LEAST_GROUPS), num_warps=4, num_stages=stages,
+    blocks = times_blocks(K, N)
+    _times[triton.cdiv(total, blocks["TOKENS"]) + groups, triton.cdiv(N, blocks["COLUMNS"])](
+        x, stack, out, bounds, groups, K, N, x.stride(0), *stack.stride(), GROUPS=_power(groups, LEAST_GROUPS), **blocks
     )  # fmt: skip
     return out
 
@@ -127,15 +122,30 @@ def outer(left: torch.Tensor, right: torch.Tensor, bounds: torch.Tensor) -> torc
     """The sum over each group's rows of left [T, M] and right [T, N]: [G, M, N] in float32; `bounds` as for `times`."""
     left, right = _with_whole_rows(left), _with_whole_rows(right)
     (total, M), N, groups = left.shape, right.shape[1], bounds.shape[1]
-    rows, columns = (_power(min(own, MOST_COLUMNS if own >= other else 64)) for own, other in ((M, N), (N, M)))
-    blocks = triton.cdiv(M, rows), triton.cdiv(N, columns)
-    parts = max(1, min(PROGRAMS // (groups * blocks[0] * blocks[1]), total // (groups * LEAST_TOKENS_OF_A_PART)))
+    blocks = outer_blocks(M, N)
+    grid = triton.cdiv(M, blocks["ROWS"]), triton.cdiv(N, blocks["COLUMNS"])
+    parts = max(1, min(PROGRAMS // (groups * grid[0] * grid[1]), total // (groups * LEAST_TOKENS_OF_A_PART)))
     out = torch.empty(parts, groups, M, N, dtype=torch.float32, device=left.device)
-    _outer[(groups * parts, *blocks)](
-        left, right, out, bounds, groups, M, N, left.stride(0), right.stride(0), parts,
-        ROWS=rows, COLUMNS=columns, TOKENS=64, num_warps=4, num_stages=3,
+    _outer[(groups * parts, *grid)](
+        left, right, out, bounds, groups, M, N, left.stride(0), right.stride(0), parts, **blocks
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
+
+
+def times_blocks(K: int, N: int) -> dict[str, int]:
+    """What a program of `_times` takes at once, for matrices [K, N]."""
+    columns = _power(min(N, MOST_COLUMNS))
+    if N <= MOST_COLUMNS:  # bound by reading x: many bytes in flight
+        tokens, stages, inner = 32, 4, _power(min(K, 4096 // columns))
+    else:  # bound by writing
+        tokens, stages, inner = 64, 2, _power(min(K, 64))
+    return {"TOKENS": tokens, "COLUMNS": columns, "INNER": inner, "num_warps": 4, "num_stages": stages}
+
+
+def outer_blocks(M: int, N: int) -> dict[str, int]:
+    """What a program of `_outer` takes at once, for sums [M, N]."""
+    rows, columns = (_power(min(own, MOST_COLUMNS if own >= other else 64)) for own, other in ((M, N), (N, M)))
+    return {"ROWS": rows, "COLUMNS": columns, "TOKENS": 64, "num_warps": 4, "num_stages": 3}
 
 
 class GroupedProducts:

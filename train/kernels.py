@@ -30,7 +30,7 @@ class Kernels:
 
 
 PLAIN = Kernels()
-MOST_WORDS = 300  # letters of another program's error
+MOST_LETTERS = 300  # of another program's error
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True, graphs: bool = True) -> Kernels:
@@ -67,7 +67,7 @@ def _missing() -> str | None:
 
         driver.active.get_current_target()
     except Exception as exc:  # of Triton, a C compiler, a linker, or CUDA
-        words = f"{type(exc).__name__}: {' '.join(str(exc).split())[:MOST_WORDS]}"
+        words = f"{type(exc).__name__}: {' '.join(str(exc).split())[:MOST_LETTERS]}"
         return (
             f"Triton cannot build here ({words}); it takes a C compiler (module load gcc, or CC) and Python's headers"
         )

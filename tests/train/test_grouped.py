@@ -127,7 +127,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from train import grouped
 
-def shared_bytes(kernel, capability, stages, pointers, **constants):
+def shared_bytes(kernel, capability, pointers, num_warps, num_stages, **constants):
     names, pointer = kernel.arg_names, {"bounds": "*i32", **pointers}
     signature = {name: "constexpr" if name in constants else pointer.get(name, "i32") for name in names}
     places = {name: (place,) for place, name in enumerate(names)}
@@ -136,21 +136,18 @@ def shared_bytes(kernel, capability, stages, pointers, **constants):
         kernel, signature, {places[name]: value for name, value in constants.items()},
         {places[name]: [["tt.divisibility", 16]] for name in aligned},
     )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4, "num_stages": stages}).metadata.shared
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 found = []
 flat, pair = dict(x="*bf16", stack="*bf16", out="*bf16"), dict(left="*bf16", right="*bf16", out="*fp32")
 for capability in (80, 90, 120):
-    for whole_rows in ("stack_k", "stack_n"):
-        for columns, inner in ((16, 256), (128, 32)):
-            blocks = {"TOKENS": 32, "COLUMNS": columns, "INNER": inner, "GROUPS": 64, whole_rows: 1}
-            found.append(shared_bytes(grouped._times, capability, 4, flat, **blocks))
-        for inner in (16, 64):
-            blocks = {"TOKENS": 64, "COLUMNS": 128, "INNER": inner, "GROUPS": 64, whole_rows: 1}
-            found.append(shared_bytes(grouped._times, capability, 2, flat, **blocks))
-    for rows, columns in ((16, 128), (128, 16), (64, 128), (128, 64), (128, 128)):
-        found.append(shared_bytes(grouped._outer, capability, 3, pair, ROWS=rows, COLUMNS=columns, TOKENS=64))
+    for rank in (16, 128):
+        for K, N, whole_rows in ((4096, rank, "stack_k"), (rank, 4096, "stack_k"), (4096, rank, "stack_n"), (rank, 4096, "stack_n")):
+            blocks = grouped.times_blocks(K, N) | {"GROUPS": grouped.LEAST_GROUPS, whole_rows: 1}
+            found.append(shared_bytes(grouped._times, capability, flat, **blocks))
+        for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
+            found.append(shared_bytes(grouped._outer, capability, pair, **grouped.outer_blocks(M, N)))
 print(json.dumps(found))
 """
 
