@@ -22,7 +22,7 @@ class Gradients(Protocol):
             dropout_keys: [runs] random keys of this step, None where nothing is dropped.
 
         Returns:
-            The sum of each run's target losses [runs].
+            The sum of each run's target losses [runs], in float64.
         """
 
 

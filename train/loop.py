@@ -155,20 +155,20 @@ class PackLoop:
 
     def _accumulate(self, batches: dict[int, list[Sequence]]) -> torch.Tensor:
         """Forward and backward of every run's mean loss; the losses [runs]."""
-        share = torch.zeros(self.pack_size + 1, dtype=self.adapters.theta.dtype)  # the last is the fillers'
+        share = torch.zeros(self.pack_size + 1, dtype=torch.float64)  # the last is the fillers'
         for row, sequences in batches.items():
             share[row] = 1 / sum(sequence.targets for sequence in sequences)
         share = to_device(share, self.base.device)
-        weights = share.clone()
+        weights = share.to(self.adapters.theta.dtype)
         weights[:-1] *= self.optimizer.loss_scale
         dropout_keys = self._dropout_keys()
         self.adapters.refresh()
-        losses = torch.zeros_like(share[:-1])
+        sums = torch.zeros_like(share[:-1])
         sequences = [s for of_run in batches.values() for s in of_run]
         for chunk in self.team.micro_batches(sequences, self.micro_batch_tokens, self.stop):
-            losses += self.gradients.add(chunk, weights, dropout_keys) * share[:-1]
-        self.team.add_up(self.adapters.gradient, losses)
-        return losses
+            sums += self.gradients.add(chunk, weights, dropout_keys)
+        self.team.add_up(self.adapters.gradient, sums)
+        return (sums * share[:-1]).to(self.adapters.theta.dtype)
 
     def _dropout_keys(self) -> torch.Tensor | None:
         """Random keys [runs] of the present step, None where no run drops anything."""

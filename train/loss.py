@@ -100,7 +100,8 @@ def _times_head(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 def sums_per_run(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Sum values [N] of a micro-batch's targets over each run: [runs of the pack], zero for runs without targets here.
 
-    Rows are summed apart and in a fixed order: the same bits every time, and a NaN stays in its run.
+    Rows are summed apart, so a NaN stays in its run, and in float64: the order, which depends on the longest run of the pack, does
+    not show in float32.
     """
-    sums = batch.by_run.pad_with_zeros(values).sum(dim=1)
-    return values.new_zeros(batch.pack_size).index_copy_(0, batch.runs_with_targets, sums)
+    sums = batch.by_run.pad_with_zeros(values.double()).sum(dim=1)
+    return sums.new_zeros(batch.pack_size).index_copy_(0, batch.runs_with_targets, sums)

@@ -60,3 +60,16 @@ def test_sums_stay_in_their_run() -> None:
     sums = sums_per_run(values, batch)
     assert sums[[0, 1, 3]].tolist() == [0 + 1 + 2 + 3, 0, sum(range(6, 14))]
     assert sums[2].isnan()
+
+
+def test_a_runs_sum_is_the_same_bits_in_any_pack() -> None:
+    """In a pack a run's losses are padded to the longest run's."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.rand(100_000, generator=random)
+    for mine in range(20, 2_000, 37):
+        alone, beside = (
+            MicroBatch(sequences, 2, packs.CPU)
+            for sequences in ([sequence(0, mine)], [sequence(0, mine), sequence(1, 3_001)])
+        )
+        sums = [sums_per_run(values[: len(batch.targets)], batch).float()[0] for batch in (alone, beside)]
+        assert torch.equal(*sums)

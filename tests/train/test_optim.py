@@ -115,3 +115,23 @@ def test_loss_scale_halves_for_the_overflowing_run_alone_and_grows_back() -> Non
     for _ in range(2000):
         optimizer.step([0.0, 0.0], torch.ones(2))
     assert optimizer.loss_scale.tolist() == [2.0**16, 2.0**17]
+
+
+@pytest.mark.parametrize("device", packs.DEVICES, ids=str)
+def test_a_runs_norm_is_the_same_bits_in_any_pack(device: torch.device) -> None:
+    """In a pack a run's numbers lie elsewhere, with other zeros between them."""
+    shapes = {f"layers.{i}.{name}": (96, 72) for i in range(4) for name in ("q_proj", "v_proj", "o_proj")}
+    mine = packs.run_config({"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    others = [packs.run_config({"r": 16}), packs.run_config({"r": 5, "target_modules": "all-linear"})]
+    for seed in range(20):
+        norms = []
+        for configs in ([mine], [mine, *others]):
+            targets = [adapted_modules(c.lora, list(shapes)) for c in configs]
+            adapters = PackedAdapters(targets, shapes, [0.0] * len(configs), torch.float32, device)
+            random = torch.Generator().manual_seed(seed)
+            for pair in adapters.tensors(0, adapters.gradient).values():
+                for part in pair:
+                    part.copy_(torch.randn(part.shape, generator=random))
+            optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in configs], scale_losses=False)
+            norms.append(optimizer.step([0.1] * len(configs), torch.ones(len(configs))).grad_norm[0])
+        assert torch.equal(*norms)
