@@ -11,11 +11,12 @@ from train.loss import CHUNK_TOKENS, _softmax_in_one, _softmax_in_place, sums_pe
 
 
 @pytest.mark.parametrize("tokens", [1, 7, CHUNK_TOKENS + 3])
-def test_losses_and_gradient_are_those_of_torch(tokens: int) -> None:
+@pytest.mark.parametrize("words", [5, 31, 32])
+def test_losses_and_gradient_are_those_of_torch(tokens: int, words: int) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(31, 8, dtype=torch.float64)
-    targets, weights = torch.randint(31, (tokens,)), torch.rand(tokens, dtype=torch.float64)
+    head = torch.randn(words, 8, dtype=torch.float64)
+    targets, weights = torch.randint(words, (tokens,)), torch.rand(tokens, dtype=torch.float64)
     found = target_losses(hidden.detach(), head, targets, weights)
     logits = linear(hidden, head)
     expected = cross_entropy(logits, targets, reduction="none")

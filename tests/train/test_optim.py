@@ -133,5 +133,5 @@ def test_a_runs_norm_is_the_same_bits_in_any_pack(device: torch.device) -> None:
                 for part in pair:
                     part.copy_(torch.randn(part.shape, generator=random))
             optimizer = PackedAdamW(adapters, [(c.train, c.lora) for c in configs], scale_losses=False)
-            norms.append(optimizer.step([0.1] * len(configs), torch.ones(len(configs))).grad_norm[0])
+            norms.append(optimizer.step([0.1] * len(configs), torch.ones(len(configs), device=device)).grad_norm[0])
         assert torch.equal(*norms)
