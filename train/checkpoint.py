@@ -64,7 +64,7 @@ class OptimizerNumbers(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's whole state. A file of step 0 holds no tensors: they follow from the seed."""
+    """A run's whole state. That of step 0 has no tensors: they follow from the seed."""
 
     progress: Progress
     tensors: dict[str, torch.Tensor]
@@ -76,9 +76,8 @@ def save_checkpoint(run: RunDir, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: it could not be written; the ones before are untouched.
     """
-    step = checkpoint.progress.step
-    with write_folder(run.checkpoint(step)) as folder, storage_errors(folder):
-        if step:
+    with write_folder(run.checkpoint(checkpoint.progress.step)) as folder, storage_errors(folder):
+        if checkpoint.tensors:
             save_file(checkpoint.tensors, folder / TENSORS)
         write_json(folder / NUMBERS, asdict(checkpoint.progress))
         files = [file for file in (folder / TENSORS, folder / NUMBERS) if file.exists()]

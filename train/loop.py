@@ -234,7 +234,8 @@ class PackLoop:
     def _state(self, session: RunSession) -> Checkpoint:
         """A copy of everything that the run needs to go on."""
         progress = session.progress(optimizer_numbers(session.row, self.optimizer))
-        return Checkpoint(progress, run_tensors(session.row, self.adapters, self.optimizer))
+        tensors = run_tensors(session.row, self.adapters, self.optimizer) if session.step else {}
+        return Checkpoint(progress, tensors)
 
     def _tick(self) -> None:
         """Give every run in training the seconds since the last time."""

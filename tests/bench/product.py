@@ -115,6 +115,7 @@ def main(given: list[str] | None = None) -> None:
     if not (whole and runs and codes == [0, 0]):
         raise SystemExit("NOT WHOLE: see above")
     print(f"{len(runs)} runs, every step of each journalled exactly once", flush=True)
+    os.sync()  # else the warm start's first files wait behind the base that the cold one kept
     if launch(*overrides(WARM_SWEEP, model, work, steps=6)) != 0:
         raise SystemExit("the same sweep with a warm cache failed: see above")
     for kind, start in zip(
