@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bench import forecast, speed
+import packs
+from bench import forecast, lockstep, speed
 from bench.measuring import LINEARS, Measured, Rendezvous, Setting
 from bench.rows import LONGEST, SHORTEST, in_order_of, table
 from bench.shapes import SHAPES
 from bench.tables import ratios, speed_table, together, where_packing_stops
+from train import decoder
 from train.batches import rows_of_step, sequences_of
 from train.config import TrainConfig
 
@@ -134,3 +138,13 @@ def test_forecasts_are_tried_over_every_kind_of_pack() -> None:
     assert {(case.checkpointing, case.residency) for case in cases} == {
         (recomputed, residency) for recomputed in (False, True) for residency in ("nf4", "resident")
     }
+
+
+def test_lockstep_names_the_operation_where_a_pack_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, config, right, calls = packs.tiny_base(torch.float32), packs.run_config(), decoder.gated, count()
+    assert lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "right") == [None]
+    wrong_in_the_pack = 5  # its second layer in the second step: pack and run alone take turns, two layers a step
+    monkeypatch.setattr(decoder, "gated", lambda *given: right(*given) * (1 + (next(calls) == wrong_in_the_pack)))
+    (found,) = lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "wrong")
+    assert found is not None
+    assert found.startswith("step 2: gated (operation ")
