@@ -75,12 +75,13 @@ def row_norms(matrix: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of each row of [runs, P], in the matrix's dtype.
 
     Summed in float64, which leaves float32's last bit alone whatever the order: in a pack other zeros lie between a run's numbers
-    than alone, and a clip that differed in its last bit would move every weight of the run (measured on an H200 in bfloat16: all
-    runs that were clipped left the track of their twins alone, no other did).
+    than alone, and a clip that differs in its last bit moves every weight of the run.
     """
     columns = max(1, NORM_CHUNK // len(matrix))
-    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in matrix.split(columns, dim=1)]
-    return torch.stack(parts).norm(dim=0).to(matrix.dtype)
+    squares = torch.zeros(len(matrix), dtype=torch.float64, device=matrix.device)
+    for part in torch.split(matrix, columns, dim=1):
+        squares += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
+    return squares.sqrt().to(matrix.dtype)
 
 
 class PackedAdamW:

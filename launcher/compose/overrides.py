@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def _parse(text: str) -> Override:
     if CONTROL_CHARACTER.search(text):
         raise BadInput(f"{text!r} has a control character or what is no UTF-8; remove it.")
     try:
-        override = OverridesParser.create().parse_override(text)
+        one_value = _quoted(text) if _names_a_file(text) else None
+        override = OverridesParser.create().parse_override(one_value or text)
     except (HydraException, RecursionError) as exc:
         quoted = _quoted(text)
         if quoted is not None:
@@ -142,8 +144,16 @@ def _quoted(text: str) -> str | None:
     key, equals, value = text.partition("=")
     if key.lstrip("+") not in TEXT_KEYS or not equals:
         return None
-    values = value.split(",") if not set(value) & set("'\"") else [value]
+    values = [value] if _names_a_file(text) or set(value) & set("'\"") else value.split(",")
     return f"{key}={','.join(QuotedString(item, Quote.single).with_quotes() for item in values)}"
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether the value, commas and all, is a file or folder: then it is no list of several."""
+    key, _, value = text.partition("=")
+    with suppress(OSError):  # longer than names may be
+        return key.lstrip("+") in TEXT_KEYS and "," in value and Path(value).exists()
+    return False
 
 
 def _check_key(override: Override) -> None:

@@ -114,6 +114,7 @@ def test_own_model_and_file_are_found_from_any_folder_and_name_the_sweep(tmp_pat
         ("it's.jsonl", "it-s"),
         ("2024.jsonl", "2024"),
         ('"quoted".jsonl', "quoted"),
+        ("a, b.jsonl", "a-b"),
     ],
 )
 def test_no_character_of_a_file_needs_quotes_of_hydras(file: str, name: str, tmp_path: Path) -> None:
