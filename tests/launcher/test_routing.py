@@ -229,6 +229,7 @@ def test_slurm_that_does_not_answer_is_no_empty_cluster(monkeypatch: pytest.Monk
         ("a100", 40.0), ("nvidia_a100_80gb_pcie", 80.0), ("a100-sxm4-80gb", 80.0), ("NVIDIA A100-PCIE-40GB", 40.0), ("a100_80", 80.0),
         ("a100_1g.10gb", 10.0), ("Tesla T4", 15.0), ("tesla_t4", 15.0), ("NVIDIA H200", 140.4), ("NVIDIA H100 80GB HBM3", 79.6),
         ("v100-32g", 32.0), ("tesla_v100-sxm2-16gb", 16.0), ("rtx_3090", 24.0), ("gtx1080ti", 11.0), ("quadro_rtx_6000", 24.0),
+        ("nvidia_a2", 15.0), ("NVIDIA L20", 45.0), ("geforce_rtx_3080", 10.0), ("rtx3080ti", 12.0), ("rtx_4080", 16.0),
         ("NVIDIA RTX 6000 Ada Generation", 48.0), ("l40s", 45.0), ("l4", 22.5), ("NVIDIA A10", 22.5), ("rtxa4000", 16.0),
     ],
 )  # fmt: skip
@@ -238,7 +239,7 @@ def test_a_gpu_is_known_by_any_usual_name(name: str, memory_gib: float) -> None:
     assert model.memory_gib == memory_gib
 
 
-@pytest.mark.parametrize("name", ["gpu", "mystery", "", "mi250", "shard"])
+@pytest.mark.parametrize("name", ["gpu", "mystery", "", "mi250", "shard", "a2000"])
 def test_other_gpus_are_not_guessed(name: str) -> None:
     assert known_gpu(name) is None
 
