@@ -22,6 +22,7 @@ from train.attention import ATTENTION
 from train.batches import CurrentBatch, MicroBatch
 from train.config import ModelConfig, QuantConfig
 from train.decoder import llama_decoder
+from train.head import Head
 from train.kernels import PLAIN, Kernels
 from train.kv_cache import KeyValueCache
 from train.linears import DenseWeight, NF4Weight, PackedLinear
@@ -61,7 +62,7 @@ class PackedBase:
     ) -> None:
         self.longest = longest
         self.model, self.linears, self.shapes, self.current = model, linears, shapes, current
-        self.head: torch.Tensor = model.get_output_embeddings().weight
+        self.head = Head(model.get_output_embeddings().weight)
         self.dtype, self.device = self.head.dtype, self.head.device
         linear_parameters = sum(out_features * in_features for out_features, in_features in shapes.values())
         biases = sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None)

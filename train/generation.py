@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from train.base import PackedBase
 from train.batches import IGNORED_LABEL, MicroBatch, cut
@@ -62,7 +61,7 @@ def _answer(
     answers: list[list[int]] = [[] for _ in prompts]
     whole = 0
     while True:
-        likeliest = functional.linear(hidden, base.head).argmax(dim=-1).tolist()
+        likeliest = base.head.logits(hidden).argmax(dim=-1).tolist()
         for answer, token in zip(answers, likeliest, strict=True):
             if not _is_over(answer, max_tokens, ends):
                 answer.append(token)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from train.batches import MicroBatch
 from train.elementwise import run
+from train.head import Head
 
 CHUNK_TOKENS = 1024
-WORD_MULTIPLE = 8  # 16 bytes of a half-precision row
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class TargetLosses:
 @torch.no_grad()
 def target_losses(
     hidden: torch.Tensor,
-    head: torch.Tensor,
+    head: Head,
     targets: torch.Tensor,
     weights: torch.Tensor | None,
     fused: bool = False,
@@ -39,7 +38,7 @@ def target_losses(
 
     Args:
         hidden: [N, dim] states that predict the targets.
-        head: [vocabulary, dim] frozen output embedding.
+        head: the base's, frozen.
         targets: [N] token ids.
         weights: [N] factor of each target's loss in the sum whose gradient is wanted, None for no gradient.
         fused: whether formulas are compiled.
@@ -47,7 +46,7 @@ def target_losses(
     losses, correct, gradients = [], [], []
     for at in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(at, at + CHUNK_TOKENS)
-        logits = functional.linear(hidden[chunk], head)
+        logits = head.logits(hidden[chunk])
         if fused and weights is not None:
             loss, right, gradient = run(_softmax_in_one, True, logits, targets[chunk, None], weights[chunk, None])
         else:
@@ -57,7 +56,7 @@ def target_losses(
         losses.append(loss)
         correct.append(right)
         if gradient is not None:
-            gradients.append(_times_head(gradient, head))
+            gradients.append(head.gradient_of_hidden(gradient))
     return TargetLosses(torch.cat(losses), torch.cat(correct), torch.cat(gradients) if gradients else None)
 
 
@@ -85,21 +84,6 @@ def _softmax_in_one(
     is_wanted = torch.arange(logits.shape[1], device=logits.device) == targets
     gradient = ((wide - log_normaliser).exp() - is_wanted.to(wide.dtype)) * weights
     return losses[:, 0], correct[:, 0], gradient.to(logits.dtype)
-
-
-def _times_head(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[N, vocabulary] x [vocabulary, dim] -> [N, dim]; the words beyond the last multiple of `WORD_MULTIPLE` are added one by one.
-
-    Two kernels ask for that. On GPUs rows of whole 16 bytes keep to the matrix units' kernels; of others cuBLAS chose one by N
-    (measured on an H200 with 97 words: one number in 4,480 was rounded otherwise in a pack than alone, and nothing else in forward,
-    backward or optimizer). On a CPU with AMX in bfloat16 an odd inner dimension takes the last value of a row together with the
-    first one of the next row times zero, and a NaN there enters this row (torch 2.11).
-    """
-    whole = len(head) // WORD_MULTIPLE * WORD_MULTIPLE
-    product = gradient[:, :whole].contiguous() @ head[:whole]
-    for word in range(whole, len(head)):
-        product.addcmul_(gradient[:, word, None], head[word])
-    return product
 
 
 def sums_per_run(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

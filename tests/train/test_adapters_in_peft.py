@@ -6,7 +6,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch.nn.functional import linear
 
 import packs
 from train.base import PackedBase
@@ -20,7 +19,7 @@ TOKENS, LABELS = packs.random_table(1, seed=5).row(0)
 def trainers_logits(base: PackedBase) -> torch.Tensor:
     """Logits [T, vocabulary] of the run in the first row of whatever pack sits on `base`."""
     batch = MicroBatch([Sequence(0, 0, TOKENS, LABELS)], 1, packs.CPU)
-    return linear(base.hidden_states(batch), base.head)
+    return base.head.logits(base.hidden_states(batch))[:, : base.head.words]
 
 
 @torch.no_grad()

@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 import packs
 from train.batches import MicroBatch, Sequence
+from train.head import Head
 from train.loss import CHUNK_TOKENS, _softmax_in_one, _softmax_in_place, sums_per_run, target_losses
+
+
+def head_of(weight: torch.Tensor) -> Head:
+    return Head(nn.Parameter(weight.clone(), requires_grad=False))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, CHUNK_TOKENS + 3])
@@ -17,7 +23,7 @@ def test_losses_and_gradient_are_those_of_torch(tokens: int, words: int) -> None
     hidden = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
     head = torch.randn(words, 8, dtype=torch.float64)
     targets, weights = torch.randint(words, (tokens,)), torch.rand(tokens, dtype=torch.float64)
-    found = target_losses(hidden.detach(), head, targets, weights)
+    found = target_losses(hidden.detach(), head_of(head), targets, weights)
     logits = linear(hidden, head)
     expected = cross_entropy(logits, targets, reduction="none")
     (expected * weights).sum().backward()
@@ -38,15 +44,28 @@ def test_the_formula_for_compilers_gives_the_same() -> None:
 
 
 def test_without_weights_no_gradient_is_made() -> None:
-    assert target_losses(torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 1, 2]), None).gradient is None
+    assert target_losses(torch.randn(3, 8), head_of(torch.randn(5, 8)), torch.tensor([0, 1, 2]), None).gradient is None
 
 
 def test_half_precision_is_summed_in_float32() -> None:
     hidden, head = torch.randn(5, 8), torch.randn(31, 8)
-    found = target_losses(hidden.bfloat16(), head.bfloat16(), torch.arange(5), torch.ones(5))
+    found = target_losses(hidden.bfloat16(), head_of(head.bfloat16()), torch.arange(5), torch.ones(5))
     assert found.losses.dtype == torch.float32
     assert found.gradient is not None
     assert found.gradient.dtype == torch.bfloat16
+
+
+def test_a_head_of_any_number_of_words_has_whole_rows_and_is_there_once() -> None:
+    weight = nn.Parameter(torch.randn(31, 8), requires_grad=False)
+    before, embedding = weight.data.clone(), nn.Embedding(31, 8)
+    embedding.weight = weight
+    head, hidden = Head(weight), torch.randn(3, 8)
+    logits = head.logits(hidden)
+    assert logits.shape == (3, 32)
+    torch.testing.assert_close(logits[:, :31], linear(hidden, before))
+    assert torch.equal(embedding(torch.arange(31)), before)
+    assert weight.data_ptr() == head._weight.data_ptr()
+    assert logits[:, 31].isneginf().all()
 
 
 def sequence(run: int, length: int) -> Sequence:
