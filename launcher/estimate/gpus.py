@@ -42,7 +42,7 @@ MODELS = {
     r"l40": GpuModel("L40", 45.0, 108e12),
     r"l20": GpuModel("L20", 45.0, 72e12),
     r"l4(?!\d)": GpuModel("L4", 22.5, 72e12),
-    r"a2(?!\d)": GpuModel("A2", 15.0, 11e12),
+    r"(^|nvidia|tesla)a2(?!\d)": GpuModel("A2", 15.0, 11e12),
     r"v100l": GpuModel("V100 32GB", 32.0, 50e12, graphed=False),
     r"v100": GpuModel("V100", 16.0, 50e12, graphed=False),
     r"p100": GpuModel("P100", 12.0, 8e12, graphed=False),

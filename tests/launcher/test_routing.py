@@ -239,7 +239,7 @@ def test_a_gpu_is_known_by_any_usual_name(name: str, memory_gib: float) -> None:
     assert model.memory_gib == memory_gib
 
 
-@pytest.mark.parametrize("name", ["gpu", "mystery", "", "mi250", "shard", "a2000"])
+@pytest.mark.parametrize("name", ["gpu", "mystery", "", "mi250", "shard", "a2000", "cuda2"])
 def test_other_gpus_are_not_guessed(name: str) -> None:
     assert known_gpu(name) is None
 
