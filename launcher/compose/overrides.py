@@ -120,8 +120,7 @@ def _parse(text: str) -> Override:
     if CONTROL_CHARACTER.search(text):
         raise BadInput(f"{text!r} has a control character or what is no UTF-8; remove it.")
     try:
-        one_value = _quoted(text) if _names_a_file(text) else None
-        override = OverridesParser.create().parse_override(one_value or text)
+        override = OverridesParser.create().parse_override(text)
     except (HydraException, RecursionError) as exc:
         quoted = _quoted(text)
         if quoted is not None:
@@ -131,28 +130,27 @@ def _parse(text: str) -> Override:
             f"{text[:LONGEST_QUOTE]!r} is no key=value: {detail}. Give lora.r=8, lora.r=8,16 or "
             "'lora.target_modules=[q_proj,v_proj]'; put quotes around brackets, braces and spaces."
         ) from exc
-    is_number = isinstance(override.value(), int | float)  # true and false too
-    quoted = _quoted(text) if is_number else None
+    is_read_amiss = isinstance(override.value(), int | float) or _is_one_file(text.partition("=")[2])  # true and false too
+    quoted = _quoted(text) if is_read_amiss else None
     return override if quoted is None else OverridesParser.create().parse_override(quoted)
 
 
 def _quoted(text: str) -> str | None:
     """``key=value`` with quotes of Hydra's around the value, or around each of several, for a key whose values are text.
 
-    Hydra's grammar wants them around ``=``, ``~``, umlauts and much else, and takes 2024 for a number.
+    Hydra's grammar wants them around ``=``, ``~``, umlauts and much else, and takes 2024 for a number and ``a,b.jsonl`` for two files.
     """
     key, equals, value = text.partition("=")
     if key.lstrip("+") not in TEXT_KEYS or not equals:
         return None
-    values = [value] if _names_a_file(text) or set(value) & set("'\"") else value.split(",")
+    values = [value] if _is_one_file(value) or set(value) & set("'\"") else value.split(",")
     return f"{key}={','.join(QuotedString(item, Quote.single).with_quotes() for item in values)}"
 
 
-def _names_a_file(text: str) -> bool:
-    """Whether the value, commas and all, is a file or folder: then it is no list of several."""
-    key, _, value = text.partition("=")
+def _is_one_file(value: str) -> bool:
+    """Whether a value with commas is the name of a file or folder, and no list of several values."""
     with suppress(OSError):  # longer than names may be
-        return key.lstrip("+") in TEXT_KEYS and "," in value and Path(value).exists()
+        return "," in value and Path(value).exists()
     return False
 
 
