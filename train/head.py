@@ -14,12 +14,12 @@ WORD_MULTIPLE = 8  # 16 bytes of a half-precision row
 class Head:
     """A frozen head [words, dim] in whole rows of 16 bytes.
 
-    A vocabulary like GPT-2's 50,257, or 32,000 and a padding token, makes rows of logits that matrix units take slowly, and by
-    kernels that cuBLAS chooses by the number of tokens (measured on an H200 with 97 words: in three of eight runs one number in
-    5,000 of the gradient was rounded otherwise in a pack than alone; nothing else was in forward, backward or optimizer). On CPUs
-    with AMX an odd number of bfloat16 words takes the last one of a row together with the first of the next row times zero, and
-    a NaN there enters this row (torch 2.11). So the head gets words that nobody says: zeros whose logits are -inf, which change no
-    probability and no gradient.
+    A vocabulary like GPT-2's 50,257, or 32,000 and a padding token, makes rows of logits that matrix units take slowly (NVIDIA's
+    guide to matrix multiplication), and the rounding of such a product changed with the number of tokens (measured on an H200 with
+    97 words: in three of eight runs one number in 5,000 of the gradient was another in a pack than alone, while forward, backward
+    and optimizer were the same to the bit up to there). On CPUs with AMX an odd number of bfloat16 words takes the last one of a row
+    together with the first of the next row times zero, and a NaN there enters this row (torch 2.11). So the head gets words that
+    nobody says: zeros whose logits are -inf, which change no probability and no gradient.
 
     Attributes:
         words: the real ones; logits have columns for the others too.
