@@ -130,8 +130,8 @@ def _parse(text: str) -> Override:
             f"{text[:LONGEST_QUOTE]!r} is no key=value: {detail}. Give lora.r=8, lora.r=8,16 or "
             "'lora.target_modules=[q_proj,v_proj]'; put quotes around brackets, braces and spaces."
         ) from exc
-    is_read_amiss = isinstance(override.value(), int | float) or _is_one_file(text.partition("=")[2])  # true and false too
-    quoted = _quoted(text) if is_read_amiss else None
+    is_number = isinstance(override.value(), int | float)  # true and false too
+    quoted = _quoted(text) if is_number or _is_one_file(text.partition("=")[2]) else None
     return override if quoted is None else OverridesParser.create().parse_override(quoted)
 
 
