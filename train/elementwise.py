@@ -14,6 +14,8 @@ import torch
 
 Formula = Callable[..., Any]
 
+CHUNK_NUMBERS = 2**21  # of a matrix that a plain formula takes at once
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of [T, dim] over the last dimension."""
@@ -43,8 +45,9 @@ def swiglu_gradient(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
     wide, wide_gradient = _wide(gate), _wide(gradient)
     sigmoid = torch.sigmoid(wide)
     silu = wide * sigmoid
-    of_gate = wide_gradient * _wide(up) * (sigmoid + silu * (1 - sigmoid))
-    return of_gate.to(gate.dtype), (wide_gradient * silu).to(up.dtype)
+    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)  # in place, as below: the fewer copies the more rows at once
+    of_gate = (wide_gradient * up).mul_(slope)
+    return of_gate.to(gate.dtype), silu.mul_(wide_gradient).to(up.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -80,10 +83,28 @@ def _compiled(formula: Formula) -> Formula:
     return torch.compile(formula)
 
 
+def _some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
+    """Compute a formula over the rows of its matrices in chunks: what it holds on its way, a dozen copies in float32, stays small."""
+    matrices = [isinstance(argument, torch.Tensor) and argument.dim() > 1 for argument in arguments]
+    first: torch.Tensor = arguments[matrices.index(True)]
+    rows, at_once = len(first), max(1, CHUNK_NUMBERS * len(first) // max(1, first.numel()))
+    if rows <= at_once:
+        return formula(*arguments)
+    results: list[torch.Tensor] = []
+    for at in range(0, rows, at_once):
+        chunk = slice(at, at + at_once)
+        found = formula(*(x[chunk] if is_matrix else x for x, is_matrix in zip(arguments, matrices, strict=True)))
+        parts = found if isinstance(found, tuple) else () if found is None else (found,)
+        results = results or [part.new_empty(rows, *part.shape[1:]) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[chunk] = part
+    return tuple(results) if len(results) > 1 else results[0] if results else None
+
+
 def run(formula: Formula, fused: bool, *arguments: Any, dynamic: tuple[int, ...] = (0,)) -> Any:
     """Compute a formula, as one kernel where `fused`; the `dynamic` dimensions of its matrices may differ from call to call."""
     if not fused:
-        return formula(*arguments)
+        return _some_rows_at_a_time(formula, *arguments)
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.dim() > 1:
             for dimension in dynamic:

@@ -154,8 +154,7 @@ class _Linears(torch.autograd.Function):
                 if delta is not None:
                     gradient_x = delta if gradient_x is None else gradient_x.add_(delta)
             if wants_x:
-                weight = layer.weight.dense()
-                gradient_x = gradient @ weight if gradient_x is None else gradient_x.addmm_(gradient, weight)
+                gradient_x = _gradient_of_input(gradient, layer, gradient_x)
         residual = gradients[0] if ctx.has_residual else None
         return gradient_x, residual, None, None, None, None
 
@@ -189,6 +188,12 @@ def _adapter_backward(
         return None
     delta = products.unlay(products.times(gradient_h, adapter.a))
     return delta if adapter.dropout is None else adapter.dropout.apply(delta, batch)
+
+
+def _gradient_of_input(gradient: torch.Tensor, layer: PackedLinear, others: torch.Tensor | None) -> torch.Tensor:
+    """gradient W + others; `others` may be overwritten. A function of its own, which lets go of one weight before the next is unpacked."""
+    weight = layer.weight.dense()
+    return gradient @ weight if others is None else others.addmm_(gradient, weight)
 
 
 def _product(

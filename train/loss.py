@@ -63,7 +63,7 @@ def target_losses(
 def _softmax_in_place(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss, right or wrong, and the weighted gradient of `logits` [n, vocabulary]; with one copy of them in float32."""
+    """Loss, right or wrong, and the weighted gradient in the place of `logits` [n, vocabulary]; with one copy of them in float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_normaliser = torch.logsumexp(wide, dim=-1)
     wanted = targets[:, None]
@@ -71,7 +71,7 @@ def _softmax_in_place(
     if weights is None:
         return losses, correct, None
     wide.sub_(log_normaliser[:, None]).exp_().scatter_add_(1, wanted, wide.new_full(wanted.shape, -1))
-    return losses, correct, wide.mul_(weights[:, None]).to(logits.dtype)
+    return losses, correct, logits.copy_(wide.mul_(weights[:, None]))
 
 
 def _softmax_in_one(

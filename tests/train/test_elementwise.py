@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import packs
-from train.elementwise import gated, norm_and_pass, rms_norm, rotate, rotated, swiglu
+from train.elementwise import gated, norm_and_pass, rms_norm, rotate, rotated, run, swiglu, swiglu_gradient
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -58,3 +58,42 @@ def test_compiled_formulas_give_the_same(device: torch.device, dtype: torch.dtyp
             (norm_and_pass(x, up[0].contiguous(), 1e-5, fused)[0], rms_norm(x, up[0], 1e-5)),
         ):
             torch.testing.assert_close(mine, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_rows_at_a_time_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows in whole vectors: torch's sigmoid rounds what is left over of a vector in another way (2.13, on a CPU)."""
+    x, up, gradient = (numbers(37, 64).float() * factor for factor in (1, 2, 3))
+    cos, sin = numbers(37, 32).float(), numbers(37, 32).float() * 2
+    calls = [
+        (swiglu, x, up),
+        (swiglu_gradient, gradient, x, up),
+        (rms_norm, x, up[0].contiguous(), 1e-6),
+        (rotate, x.view(37, 2, 32), cos, sin),
+    ]
+    whole = [run(formula, False, *arguments) for formula, *arguments in calls]
+    monkeypatch.setattr("train.elementwise.CHUNK_NUMBERS", 400)  # six rows of 64
+    for (formula, *arguments), expected in zip(calls, whole, strict=True):
+        seen: list[int] = []
+        found = run(_noting_rows(formula, seen), False, *arguments)
+        assert seen == [6] * 6 + [1]
+        assert all(torch.equal(*pair) for pair in zip(_tuple(found), _tuple(expected), strict=True))
+
+
+def test_rows_at_a_time_are_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.elementwise.CHUNK_NUMBERS", 50)
+    matrix, rows = torch.ones(37, 8), torch.arange(37.0)[:, None]
+    assert run(torch.Tensor.mul_, False, matrix[:, 2:], rows) is not None
+    assert torch.equal(matrix[:, 2:], rows.expand(37, 6))
+    assert torch.equal(matrix[:, :2], torch.ones(37, 2))
+
+
+def _noting_rows(formula: Callable[..., object], seen: list[int]) -> Callable[..., object]:
+    def noting(first: torch.Tensor, *others: object) -> object:
+        seen.append(len(first))
+        return formula(first, *others)
+
+    return noting
+
+
+def _tuple(found: object) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)  # type: ignore[return-value]
