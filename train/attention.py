@@ -18,6 +18,7 @@ from train.batches import CurrentBatch, MicroBatch, Padding
 
 ATTENTION = "lorapack"
 SPLITS_KEYS = {"ScaledDotProductEfficientAttentionBackward0"}
+BLOCK_HEAD_DIMS = (32, 64, 128)  # features of a head that `train.gpu.attention` takes
 LONGEST_MULTIPLE = 128  # FlashAttention's blocks: a larger bound only starts blocks that end at once
 
 
@@ -77,6 +78,29 @@ class _Varlen(torch.autograd.Function):
         return of_q, of_k, of_v, None, None, None
 
 
+class _InBlocks(torch.autograd.Function):
+    """`train.gpu.attention` on flat q [T, H, D] and k, v [T, K, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+    ) -> torch.Tensor:
+        from train.gpu import attention  # Triton is not everywhere
+
+        out, log_sums = attention.forward(q, k, v, starts, longest, scale)
+        ctx.save_for_backward(q, k, v, out, log_sums, starts)
+        ctx.longest, ctx.scale = longest, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from train.gpu import attention
+
+        q, k, v, out, log_sums, starts = ctx.saved_tensors
+        found = attention.backward(gradients[0], q, k, v, out, log_sums, starts, ctx.longest, ctx.scale)
+        return *found, None, None, None
+
+
 class _fixed_order:  # noqa: N801 - used as a statement
     """Let torch choose deterministic kernels in here.
 
@@ -129,7 +153,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, current: CurrentBa
         cache.fill(k, v, batch.attention)
     if current.kernels.varlen:
         longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
-        out: torch.Tensor = _Varlen.apply(q, k, v, batch.sequence_starts, longest, scale)
+        in_blocks = current.kernels.blocks and q.shape[-1] in BLOCK_HEAD_DIMS
+        attention = _InBlocks if in_blocks else _Varlen
+        out: torch.Tensor = attention.apply(q, k, v, batch.sequence_starts, longest, scale)
         return out
     return _attend_padded(q, k, v, batch, scale)
 

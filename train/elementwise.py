@@ -1,13 +1,12 @@
 """The formulas between a decoder's matrix products, each with its gradient written out, so that little is kept for the backward.
 
-Plain functions of tensors compute them in at least float32 and round once; on GPUs from sm_80 on `torch.compile` makes a kernel of
-each (`fused`), with the number of tokens dynamic. The autograd functions below choose between the two.
+Plain functions of tensors compute them in at least float32 and round once; on GPUs from sm_80 on `train.gpu.formulas` has a
+kernel of the same name for each. The autograd functions below choose between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -78,11 +77,6 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@cache
-def _compiled(formula: Formula) -> Formula:
-    return torch.compile(formula)
-
-
 def _some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
     """Compute a formula over the rows of its matrices in chunks: what it holds on its way, a dozen copies in float32, stays small."""
     matrices = [isinstance(argument, torch.Tensor) and argument.dim() > 1 for argument in arguments]
@@ -101,16 +95,13 @@ def _some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
     return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
-def run(formula: Formula, fused: bool, *arguments: Any, dynamic: tuple[int, ...] = (0,)) -> Any:
-    """Compute a formula, as one kernel where `fused`; the `dynamic` dimensions of its matrices may differ from call to call."""
+def run(formula: Formula, fused: bool, *arguments: Any) -> Any:
+    """Compute a formula, by its kernel where `fused`."""
     if not fused:
         return _some_rows_at_a_time(formula, *arguments)
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor) and argument.dim() > 1:
-            for dimension in dynamic:
-                if argument.shape[dimension] > 1:
-                    torch._dynamo.maybe_mark_dynamic(argument, dimension)
-    return _compiled(formula)(*arguments)
+    from train.gpu import formulas  # Triton is not everywhere
+
+    return getattr(formulas, formula.__name__)(*arguments)
 
 
 class _NormAndPass(torch.autograd.Function):

@@ -18,7 +18,6 @@ def prepare_torch(compiled: Path) -> None:
     What is compiled is kept on the disk below `compiled`, so that a requeued job does not compile again. Memory is taken in
     segments that can grow: packs have tensors of many sizes, and fixed segments would leave gaps.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not _has_bytecode("torch"):

@@ -17,13 +17,15 @@ class Kernels:
     """The ways that exist besides the plain one, which runs everywhere.
 
     Attributes:
-        varlen: attention takes flat sequences; else q, k and v are padded.
-        grouped: adapters take flat runs in kernels of our own (`train.grouped`); else runs are padded for batched products.
-        fused: elementwise formulas (`train.elementwise`) are compiled, a kernel each.
+        varlen: attention takes flat sequences, by FlashAttention; else q, k and v are padded.
+        blocks: by `train.gpu.attention` instead, for the heads that it is made for.
+        grouped: adapters take flat runs (`train.gpu.grouped`); else runs are padded for batched products.
+        fused: formulas are a kernel each (`train.gpu.formulas`).
         graphs: the steps of small packs are replayed as CUDA graphs (`train.graphs`).
     """
 
     varlen: bool = False
+    blocks: bool = False
     grouped: bool = False
     fused: bool = False
     graphs: bool = False
@@ -39,7 +41,8 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool =
         return PLAIN
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
     grouped = sixteen_bit and compiles
-    return Kernels(sixteen_bit, grouped, fused=compiles, graphs=graphs and grouped and dtype == torch.bfloat16)
+    fused = grouped or (compiles and dtype == torch.float32)  # in float32; float64 is for tests
+    return Kernels(sixteen_bit, grouped, grouped, fused, graphs=graphs and grouped and dtype == torch.bfloat16)
 
 
 def lacks_a_compiler(device: torch.device, train: TrainConfig) -> str | None:

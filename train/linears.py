@@ -191,7 +191,7 @@ def _adapter_backward(
 
 
 def _gradient_of_input(gradient: torch.Tensor, layer: PackedLinear, others: torch.Tensor | None) -> torch.Tensor:
-    """gradient W + others; `others` may be overwritten. A function of its own, which lets go of one weight before the next is unpacked."""
+    """gradient W + others; `others` may be overwritten. As a function it lets go of one weight before the next is unpacked."""
     weight = layer.weight.dense()
     return gradient @ weight if others is None else others.addmm_(gradient, weight)
 

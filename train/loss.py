@@ -6,6 +6,7 @@ the backward needs, and the logits of a chunk are gone before the next chunk beg
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +42,14 @@ def target_losses(
         head: the base's, frozen.
         targets: [N] token ids.
         weights: [N] factor of each target's loss in the sum whose gradient is wanted, None for no gradient.
-        fused: whether formulas are compiled.
+        fused: whether formulas have kernels.
     """
+    formula = _softmax(fused and weights is not None)
     losses, correct, gradients = [], [], []
     for at in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(at, at + CHUNK_TOKENS)
         logits = head.logits(hidden[chunk])
-        if fused and weights is not None:
-            loss, right, gradient = run(_softmax_in_one, True, logits, targets[chunk, None], weights[chunk, None])
-        else:
-            loss, right, gradient = _softmax_in_place(
-                logits, targets[chunk], weights if weights is None else weights[chunk]
-            )
+        loss, right, gradient = formula(logits, targets[chunk], None if weights is None else weights[chunk])
         losses.append(loss)
         correct.append(right)
         if gradient is not None:
@@ -60,12 +57,26 @@ def target_losses(
     return TargetLosses(torch.cat(losses), torch.cat(correct), torch.cat(gradients) if gradients else None)
 
 
-def _softmax_in_place(
+def _softmax(fused: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """`softmax` or its kernel."""
+    if not fused:
+        return softmax
+    from train.gpu import formulas  # Triton is not everywhere
+
+    return formulas.softmax
+
+
+def softmax(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss, right or wrong, and the weighted gradient in the place of `logits` [n, vocabulary]; with one copy of them in float32."""
+    """Cross-entropy of logits [n, words] with targets [n]; with one copy of the logits in float32.
+
+    Returns:
+        Losses [n]; [n] whether the first of the largest logits is the target's; the gradient of the losses times `weights` [n] in
+        the place of the logits, None without weights.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_normaliser = torch.logsumexp(wide, dim=-1)
+    log_normaliser = run(_log_normaliser, False, wide)
     wanted = targets[:, None]
     losses, correct = log_normaliser - wide.gather(1, wanted)[:, 0], wide.argmax(dim=-1) == targets
     if weights is None:
@@ -74,16 +85,9 @@ def _softmax_in_place(
     return losses, correct, logits.copy_(wide.mul_(weights[:, None]))
 
 
-def _softmax_in_one(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same as one formula without copies, for a compiler; `targets` and `weights` are [n, 1]."""
-    wide = logits.to(torch.float32)
-    log_normaliser = torch.logsumexp(wide, dim=-1, keepdim=True)
-    losses, correct = log_normaliser - wide.gather(1, targets), wide.argmax(dim=-1, keepdim=True) == targets
-    is_wanted = torch.arange(logits.shape[1], device=logits.device) == targets
-    gradient = ((wide - log_normaliser).exp() - is_wanted.to(wide.dtype)) * weights
-    return losses[:, 0], correct[:, 0], gradient.to(logits.dtype)
+def _log_normaliser(wide: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the sum of exponentials of each row, which torch takes a copy of the matrix for."""
+    return torch.logsumexp(wide, dim=-1)
 
 
 def sums_per_run(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

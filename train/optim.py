@@ -63,7 +63,7 @@ def adamw(
     root_correction2: torch.Tensor,
     eps: torch.Tensor,
 ) -> None:
-    """Move `theta` [runs, columns] and both averages in place; what comes after `gradient` is [runs, 1]."""
+    """Move `theta` [runs, columns] and both averages in place, at the cost of `gradient`; what comes after it is [runs, 1]."""
     gradient.mul_(clip).masked_fill_(~applies, 0)
     exp_avg.mul_(beta1).addcmul_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient * gradient, 1 - beta2)
@@ -159,7 +159,6 @@ class PackedAdamW:
                 *(matrix[:, columns] for matrix in matrices),
                 applies[:, None],
                 *(factor[:, None] for factor in factors),
-                dynamic=(0, 1),
             )
 
     def _note_failures(self, finite: torch.Tensor, losses: torch.Tensor) -> None:

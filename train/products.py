@@ -67,7 +67,7 @@ class PaddedProducts:
 def products_of(route: Route, total: int, *, grouped: bool) -> Products:
     """The products for the runs of `route`: `grouped` where the GPU has the kernels."""
     if grouped:
-        from train.grouped import GroupedProducts  # Triton is not everywhere
+        from train.gpu.grouped import GroupedProducts  # Triton is not everywhere
 
         return GroupedProducts(route.bounds, route.is_everything)
     return PaddedProducts(route, total)

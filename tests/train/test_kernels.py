@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 
@@ -45,11 +46,13 @@ def train_config(**values: object) -> TrainConfig:
 
 
 def test_what_each_precision_takes(gpu: pytest.MonkeyPatch) -> None:
-    assert choose_kernels(GPU, torch.bfloat16) == Kernels(varlen=True, grouped=True, fused=True, graphs=True)
-    assert choose_kernels(GPU, torch.float16) == Kernels(varlen=True, grouped=True, fused=True)
+    sixteen_bit = Kernels(varlen=True, blocks=True, grouped=True, fused=True)
+    assert choose_kernels(GPU, torch.bfloat16) == replace(sixteen_bit, graphs=True)
+    assert choose_kernels(GPU, torch.float16) == sixteen_bit
     assert choose_kernels(GPU, torch.float32) == Kernels(fused=True)
+    assert choose_kernels(GPU, torch.float64) == PLAIN
     assert choose_kernels(GPU, torch.bfloat16, compiles=False) == Kernels(varlen=True)
-    assert choose_kernels(GPU, torch.bfloat16, graphs=False) == Kernels(varlen=True, grouped=True, fused=True)
+    assert choose_kernels(GPU, torch.bfloat16, graphs=False) == sixteen_bit
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_kernels(GPU, torch.float16) == choose_kernels(packs.CPU, torch.float32) == PLAIN
 

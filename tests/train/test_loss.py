@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, linear
 import packs
 from train.batches import MicroBatch, Sequence
 from train.head import Head
-from train.loss import CHUNK_TOKENS, _softmax_in_one, _softmax_in_place, sums_per_run, target_losses
+from train.loss import CHUNK_TOKENS, sums_per_run, target_losses
 
 
 def head_of(weight: torch.Tensor) -> Head:
@@ -30,17 +30,6 @@ def test_losses_and_gradient_are_those_of_torch(tokens: int, words: int) -> None
     torch.testing.assert_close(found.losses, expected.detach())
     torch.testing.assert_close(found.gradient, hidden.grad)
     assert torch.equal(found.correct, logits.argmax(1) == targets)
-
-
-def test_the_formula_for_compilers_gives_the_same() -> None:
-    torch.manual_seed(1)
-    logits, targets, weights = torch.randn(9, 31), torch.randint(31, (9,)), torch.rand(9)
-    for mine, other in zip(
-        _softmax_in_one(logits, targets[:, None], weights[:, None]),
-        _softmax_in_place(logits, targets, weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other)
 
 
 def test_without_weights_no_gradient_is_made() -> None:

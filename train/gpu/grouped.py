@@ -1,13 +1,8 @@
-"""Each run's flat tokens times its own small matrices, one kernel for all runs: the adapters' products on GPUs from sm_80 on.
+"""Each run's flat tokens times its own small matrices, one kernel for all runs: the adapters' products.
 
 Adapters are thin: a product reads or writes [T, features] once and everything else is small, so these kernels are bound by memory,
 and general grouped products (made for thick matrices; torch's waits for the host before sm_90, pytorch #161407) take two to three
-times as long. Sums run in a fixed order, without atomics: the same bits every time.
-
-Which kernels are compiled depends on features and ranks alone, never on tokens or runs: what one micro-batch has used is there when
-another one is captured in a CUDA graph (`train.graphs`), where nothing can be compiled or loaded.
-
-Triton comes with torch where there is a GPU; the trainer imports this module there alone.
+times as long.
 """
 
 from __future__ import annotations

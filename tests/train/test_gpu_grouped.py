@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,7 +10,7 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train.grouped import LEAST_TOKENS_OF_A_PART, outer, times
+from train.gpu.grouped import LEAST_TOKENS_OF_A_PART, outer, times
 
 DEVICE = packs.DEVICES[-1]
 TOLERANCE = {torch.float16: 2e-3}
@@ -117,44 +111,3 @@ def test_tokens_of_other_runs_are_left_alone() -> None:
     found = times(x, stack[some], picked, is_everything=False)
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
     assert torch.equal(outer(x, h, picked), outer(x, h, bounds)[some])
-
-
-SHARED_BYTES = 99 * 1024  # that a block has on the smallest GPUs from sm_80 on (RTX 30 and 40, L4, A10)
-COMPILE = """
-import json, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from train import grouped
-
-def shared_bytes(kernel, capability, pointers, num_warps, num_stages, **constants):
-    names, pointer = kernel.arg_names, {"bounds": "*i32", **pointers}
-    signature = {name: "constexpr" if name in constants else pointer.get(name, "i32") for name in names}
-    places = {name: (place,) for place, name in enumerate(names)}
-    aligned = [name for name in names if name not in (*constants, "groups", "parts")]
-    source = ASTSource(
-        kernel, signature, {places[name]: value for name, value in constants.items()},
-        {places[name]: [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
-
-found = []
-flat, pair = dict(x="*bf16", stack="*bf16", out="*bf16"), dict(left="*bf16", right="*bf16", out="*fp32")
-for capability in (80, 90, 120):
-    for rank in (16, 128):
-        for K, N, whole_rows in ((4096, rank, "stack_k"), (rank, 4096, "stack_k"), (4096, rank, "stack_n"), (rank, 4096, "stack_n")):
-            blocks = grouped.times_blocks(K, N) | {"GROUPS": grouped.LEAST_GROUPS, whole_rows: 1}
-            found.append(shared_bytes(grouped._times, capability, flat, **blocks))
-        for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
-            found.append(shared_bytes(grouped._outer, capability, pair, **grouped.outer_blocks(M, N)))
-print(json.dumps(found))
-"""
-
-
-def test_kernels_compile_for_every_gpu_and_fit_it(tmp_path: Path) -> None:
-    """The compiler and its assembler need no GPU; blocks are those of ranks 16 to 128."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    said = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
-    assert max(json.loads(said.stdout)) <= SHARED_BYTES

@@ -1,0 +1,97 @@
+"""Attention's kernels against torch's, sequence by sequence: on a GPU where there is one, else by Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import packs
+
+if packs.LACKS_TRITON is not None:
+    pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
+
+from train.gpu.attention import backward, forward
+
+DEVICE = packs.DEVICES[-1]
+TOLERANCE = {torch.float16: 4e-3}
+if DEVICE.type == "cuda":
+    TOLERANCE[torch.bfloat16] = 3e-2  # whose products are interpreted wrongly, by Triton 3.7 and 3.9
+LENGTHS = [(5, 70, 64, 1), (129,), (1, 1, 1)]
+HEADS = [(2, 2, 32), (4, 1, 64)]  # of queries, of keys, features
+SCALE = 0.2
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def inputs(lengths: tuple[int, ...], heads: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Tensors:
+    """q, k, v and the gradient of the result."""
+    random = torch.Generator().manual_seed(seed)
+    of_queries, of_keys, dim = heads
+    return tuple(
+        torch.randn(sum(lengths), count, dim, generator=random).to(DEVICE, dtype)
+        for count in (of_queries, of_keys, of_keys, of_queries)
+    )
+
+
+def ours(given: Tensors, lengths: tuple[int, ...], longest: int | None = None) -> Tensors:
+    """The result and the gradients of q, k and v."""
+    *qkv, gradient = given
+    starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    longest = longest or max(lengths)
+    out, log_sums = forward(*qkv, starts, longest, SCALE)
+    return out, *backward(gradient, *qkv, out, log_sums, starts, longest, SCALE)
+
+
+def torchs(given: Tensors, lengths: tuple[int, ...]) -> Tensors:
+    """The same in float32, each sequence by itself."""
+    *qkv, gradient = (x.float().split(lengths) for x in given)
+    parts = []
+    for q, k, v, of_out in zip(*qkv, gradient, strict=True):
+        leaves = [x.transpose(0, 1).requires_grad_() for x in (q, k, v)]
+        out = scaled_dot_product_attention(*leaves, is_causal=True, scale=SCALE, enable_gqa=True)
+        found = (out.detach(), *torch.autograd.grad(out, leaves, of_out.transpose(0, 1)))
+        parts.append([x.transpose(0, 1) for x in found])
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention_and_its_gradients(lengths: tuple[int, ...], heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    given = inputs(lengths, heads, dtype)
+    for mine, other in zip(ours(given, lengths), torchs(given, lengths), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.float(), other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+def test_other_sequences_change_no_bit_and_a_nan_stays_in_its_own() -> None:
+    lengths, heads, mine = (5, 70, 9), HEADS[1], slice(5, 75)
+    given = inputs(lengths, heads, torch.float16)
+    alone = ours(tuple(x[mine] for x in given), (70,))
+    for others in (slice(0, 5), slice(75, 84)):
+        for x in given:
+            x[others] = torch.nan
+    beside = ours(given, lengths, longest=300)  # a bound for sequences that are elsewhere
+    assert all(torch.equal(x[mine], y) for x, y in zip(beside, alone, strict=True))
+    assert all(x[:5].isnan().all() for x in beside)
+
+
+def test_what_comes_later_is_not_seen() -> None:
+    given = inputs((70,), HEADS[0], torch.float16)
+    before = ours(given, (70,))[0]
+    for x in given[1:3]:
+        x[40:] = 7
+    assert torch.equal(ours(given, (70,))[0][:40], before[:40])
+
+
+def test_a_strided_input_is_taken_for_what_it_says() -> None:
+    lengths = (9, 70)
+    given = inputs(lengths, HEADS[0], torch.float16)
+    expected = ours(given, lengths)
+    rows_apart = tuple(torch.cat([x, x], 1)[:, : x.shape[1]] for x in given)
+    heads_apart = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given)
+    for strided in (rows_apart, heads_apart):
+        assert not any(x.is_contiguous() for x in strided)
+        assert all(torch.equal(*pair) for pair in zip(ours(strided, lengths), expected, strict=True))

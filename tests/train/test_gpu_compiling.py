@@ -1,0 +1,87 @@
+"""The compiler and its assembler need no GPU: every kernel compiles for every generation, and fits its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import packs
+
+if packs.LACKS_TRITON is not None:
+    pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
+
+# What a block may take of a multiprocessor's memory (CUDA's programming guide, compute capabilities).
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+SHAPES = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from train.gpu import attention, formulas, grouped
+
+CAPABILITY = int(sys.argv[1])
+NARROW = {
+    "bounds": "*i32", "starts": "*i32", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1",
+    "applies": "*i1", "log_sums": "*fp32", "products": "*fp32", "eps": "fp32", "scale": "fp32", "factor": "fp32",
+} | {name: "i32" for name in (
+    "groups parts total columns K N M x_row stack_group stack_k stack_n left_row right_row row_stride gradient_stride "
+    "q_row k_row v_row out_row gradient_row of_q_row of_k_row of_v_row"
+).split()}
+UNKNOWN = {"groups", "parts", "total"}  # of which nothing is promised
+found = {}
+
+def compiled(kernel, dtype, num_warps=4, num_stages=3, types={}, **constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, NARROW.get(n, "*" + dtype)) for n in names}
+    aligned = [n for n in names if signature[n] not in ("constexpr", "fp32") and n not in UNKNOWN]
+    source = ASTSource(
+        kernel, signature, {(names.index(n),): value for n, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    shared = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options).metadata.shared
+    name = kernel.fn.__name__
+    found[name] = max(found.get(name, 0), shared)
+
+for rank in (16, 128):
+    for K, N, whole_rows in ((4096, rank, "stack_k"), (rank, 4096, "stack_k"), (4096, rank, "stack_n"), (rank, 4096, "stack_n")):
+        blocks = grouped.times_blocks(K, N) | {"GROUPS": grouped.LEAST_GROUPS, whole_rows: 1}
+        compiled(grouped._times, "bf16", **blocks)
+    for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
+        compiled(grouped._outer, "bf16", types={"out": "*fp32"}, **grouped.outer_blocks(M, N))
+for dim, group in ((128, 1), (64, 4)):
+    for kernel, launch in (
+        (attention._forward, attention.FORWARD),
+        (attention._backward_queries, attention.QUERIES),
+        (attention._backward_keys, attention.KEYS),
+    ):
+        compiled(kernel, "bf16", GROUP=group, DIM=dim, **launch)
+for dtype in ("bf16", "fp32"):
+    for kernel in (formulas._rms_norm, formulas._rms_norm_gradient):
+        compiled(kernel, dtype, DIM=3584, types={"weight": "*" + dtype}, **formulas._whole_row(3584))
+    for kernel in (formulas._swiglu, formulas._swiglu_gradient):
+        compiled(kernel, dtype, DIM=11008, BLOCK=formulas.BLOCK)
+    compiled(formulas._rotate, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
+    compiled(formulas._softmax, dtype, WORDS=152_064, BLOCK=formulas.VOCABULARY_BLOCK, num_warps=8)
+factors = dict.fromkeys("rate decay clip beta1 beta2 correction1 root_correction2 eps".split(), "*fp32")
+compiled(formulas._adamw, "fp32", types=factors, BLOCK=formulas.BLOCK)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_kernels_compile_for_every_gpu_and_fit_it(capability: int, tmp_path: Path) -> None:
+    """By ranks 16 to 128, heads of 64 and 128 features, rows of no power of two."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", SHAPES, str(capability)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    shared = json.loads(said.stdout)
+    assert len(shared) == 12
+    assert {name: size for name, size in shared.items() if size > SHARED_BYTES[capability]} == {}
