@@ -13,7 +13,10 @@ import torch
 
 Formula = Callable[..., Any]
 
-CHUNK_NUMBERS = 2**21  # of a matrix that a plain formula takes at once
+CHUNK_NUMBERS = {
+    "cpu": 2**20,
+    "cuda": 2**22,
+}  # of a matrix that a plain formula takes at once; each chunk costs a GPU's host launches
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -81,7 +84,7 @@ def _some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
     """Compute a formula over the rows of its matrices in chunks: what it holds on its way, a dozen copies in float32, stays small."""
     matrices = [isinstance(argument, torch.Tensor) and argument.dim() > 1 for argument in arguments]
     first: torch.Tensor = arguments[matrices.index(True)]
-    rows, at_once = len(first), max(1, CHUNK_NUMBERS * len(first) // max(1, first.numel()))
+    rows, at_once = len(first), max(1, CHUNK_NUMBERS[first.device.type] * len(first) // max(1, first.numel()))
     if rows <= at_once:
         return formula(*arguments)
     results: list[torch.Tensor] = []

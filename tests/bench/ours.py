@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.measuring import (
     ALPHA,
@@ -61,7 +62,11 @@ def profile(name: str) -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(T4_GIB * GIB / device_bytes)
     capability = mock.patch("torch.cuda.get_device_capability", return_value=T4_CAPABILITY)
     memory = mock.patch("train.memory.device_bytes", return_value=int(T4_GIB * GIB))
-    with capability, memory:
+    with (
+        capability,
+        memory,
+        sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):  # what torch has below sm_80
         yield
 
 

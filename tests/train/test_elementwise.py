@@ -5,7 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from train.elementwise import gated, norm_and_pass, rms_norm, rotate, rotated, run, swiglu, swiglu_gradient
+from train.elementwise import (
+    CHUNK_NUMBERS,
+    gated,
+    norm_and_pass,
+    rms_norm,
+    rotate,
+    rotated,
+    run,
+    swiglu,
+    swiglu_gradient,
+)
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -56,7 +66,7 @@ def test_rows_at_a_time_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
         (rotate, x.view(37, 2, 32), cos, sin),
     ]
     whole = [run(formula, False, *arguments) for formula, *arguments in calls]
-    monkeypatch.setattr("train.elementwise.CHUNK_NUMBERS", 400)  # six rows of 64
+    monkeypatch.setitem(CHUNK_NUMBERS, "cpu", 400)  # six rows of 64
     for (formula, *arguments), expected in zip(calls, whole, strict=True):
         seen: list[int] = []
         found = run(_noting_rows(formula, seen), False, *arguments)
@@ -65,7 +75,7 @@ def test_rows_at_a_time_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_rows_at_a_time_are_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.elementwise.CHUNK_NUMBERS", 50)
+    monkeypatch.setitem(CHUNK_NUMBERS, "cpu", 50)
     matrix, rows = torch.ones(37, 8), torch.arange(37.0)[:, None]
     assert run(torch.Tensor.mul_, False, matrix[:, 2:], rows) is not None
     assert torch.equal(matrix[:, 2:], rows.expand(37, 6))
