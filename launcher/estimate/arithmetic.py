@@ -23,8 +23,8 @@ USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}  # of the memory; the rest is the syst
 # What is there before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
 PROCESS_GIB = {"cpu": 0.9, "cuda": 0.5}
 # Measured on an H200 with 32 layers: launching a micro-batch forward and backward takes 150 ms; where a graph is replayed, or the
-# kernels take longer, 13 ms of reading weights and filling the GPU are left beside the arithmetic.
-LAUNCH_SECONDS, LAYER_SECONDS = 0.0047, 0.0004
+# kernels take longer, 8 ms of reading weights and filling the GPU are left beside the arithmetic.
+LAUNCH_SECONDS, LAYER_SECONDS = 0.0047, 0.00025
 LARGEST_STEP = 0.65  # how far the largest of some ten steps lies above the mean, for one row
 NF4_FLOP = 750  # unpacking a weight takes as long as so many FLOP, at each use
 STARTUP_SECONDS = 15.0  # imports, loading
