@@ -1,7 +1,7 @@
 """Causal attention over flat packs: each sequence attends to itself.
 
-From sm_80 on FlashAttention takes flat sequences and their bounds. Everywhere else q, k and v alone are scattered to right-padded
-sequences: real tokens precede the fillers, so causality alone hides them and no mask is needed.
+From sm_80 on kernels of our own, or FlashAttention, take flat sequences and their bounds. Everywhere else q, k and v alone are
+scattered to right-padded sequences: real tokens precede the fillers, so causality alone hides them and no mask is needed.
 
 `ATTENTION` is its name in transformers' registry, so every decoder that supports the attention interface runs on flat tokens.
 """
@@ -153,7 +153,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, current: CurrentBa
         cache.fill(k, v, batch.attention)
     if current.kernels.varlen:
         longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
-        in_blocks = current.kernels.blocks and q.shape[-1] in BLOCK_HEAD_DIMS
+        in_blocks = current.kernels.blocks and q.shape[-1] == v.shape[-1] in BLOCK_HEAD_DIMS
         attention = _InBlocks if in_blocks else _Varlen
         out: torch.Tensor = attention.apply(q, k, v, batch.sequence_starts, longest, scale)
         return out

@@ -74,7 +74,7 @@ class GraphedGradients:
         """Capture one micro-batch without executing it."""
         weights = weights.clone()
         dropout_keys = None if dropout_keys is None else dropout_keys.clone()
-        batch.longest = self._base.longest
+        batch.longest = min(self._base.longest, batch.total)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()

@@ -2,7 +2,8 @@
 
 AdamW is torch's (decoupled weight decay, arXiv 1711.05101), clipping is `torch.nn.utils.clip_grad_norm_`'s, the schedules are
 transformers', LoRA+ (arXiv 2402.12354) multiplies the learning rate of the B matrices. Nothing here waits for the GPU: what a run
-should not do this step is done with a learning rate of zero and betas of one, which leaves its row bit for bit as it was.
+should not do this step is done with a learning rate of zero and betas of one, or left out by the kernel, so that its row stays bit for
+bit as it was.
 """
 
 from __future__ import annotations

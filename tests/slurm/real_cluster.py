@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -179,6 +180,15 @@ class Cluster:
         pid, _ = self._record().pids[name]
         os.kill(pid, 9)
         self.wait(f"the end of {name}", lambda: start_time(pid) is None, 10)
+
+    def wait_until_kept(self, job: str) -> None:
+        """Wait until the controller has written down what it knows of a job, which takes it up to 5 s: killed before, it forgets that
+        a job has begun, and starts it anew.
+        """
+        began = time.time()
+        self.ask("scontrol", "update", f"jobid={job}", "admincomment=kept")
+        kept = self.folder.state / "job_state"
+        self.wait(f"job {job} in {kept}", lambda: kept.exists() and kept.stat().st_mtime > began, 20)
 
     def stop_daemon(self, name: str) -> None:
         """SIGTERM to a daemon, until it is gone."""

@@ -40,6 +40,7 @@ def test_the_controller_restarts_in_mid_sweep(cluster: Cluster, lab: Lab, pair: 
     """Scenario 9, killed and stopped. Without it a status is told by files alone, and the same command submits nothing."""
     sweep = lab.submit("controller")
     process = sweep.stall_beyond(20)
+    cluster.wait_until_kept(sweep.job)
     cluster.kill_daemon("slurmctld")
     try:
         with ThreadPoolExecutor() as threads:  # each waits for squeue to give up

@@ -29,6 +29,7 @@ from train.kernels import PLAIN, Kernels
 from train.linears import PackedLinear
 from train.loss import sums_per_run
 
+NEEDS_TRITON = pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
 SHAPE: dict[str, Any] = {
     "vocab_size": packs.VOCABULARY,
     "hidden_size": 64,
@@ -119,14 +120,32 @@ def losses_and_gradient(base: PackedBase, folder: Path, token_multiple: int = 1)
     return sums_per_run(losses[: batch.real_targets], batch), loop.adapters.gradient
 
 
-@pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
-def test_grouped_products_give_the_same(tmp_path: Path) -> None:
+@NEEDS_TRITON
+@pytest.mark.parametrize("kernels", [Kernels(grouped=True), Kernels(fused=True)], ids=["grouped", "fused"])
+def test_our_kernels_give_the_same(kernels: Kernels, tmp_path: Path) -> None:
     device = packs.DEVICES[-1]
     expected = losses_and_gradient(seated(PLAIN, device), tmp_path / "plain")
-    found = losses_and_gradient(seated(Kernels(grouped=True), device), tmp_path / "grouped")
+    found = losses_and_gradient(seated(kernels, device), tmp_path / "kernels")
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     assert float(expected[1].norm()) > 0.1
+
+
+@NEEDS_TRITON
+def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr("train.gpu.formulas.swiglu", broken)
+    assert seated(PLAIN)._decoder is not None
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        seated(Kernels(fused=True))
+
+
+@NEEDS_TRITON
+def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.gpu.formulas.swiglu", lambda gate, up: gate * up)
+    assert seated(Kernels(fused=True))._decoder is None
 
 
 def test_fillers_change_nothing(tmp_path: Path) -> None:

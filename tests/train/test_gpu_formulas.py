@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_a_strided_input_is_taken_for_what_it_says(name: str) -> None:
     assert torch.equal(kernel(strided, *others), kernel(x, *others))
 
 
+def test_heads_are_turned_whose_rows_are_apart() -> None:
+    heads, cos, sin = calls(torch.float16)["rotate"]
+    wide = torch.cat([heads.flatten(1), heads.flatten(1)], 1)
+    assert torch.equal(formulas.rotate(wide[:, : 3 * 24].view(7, 3, 24), cos, sin), formulas.rotate(heads, cos, sin))
+
+
+def test_a_turn_of_a_part_of_each_head_is_refused() -> None:
+    heads, cos, sin = calls(torch.float16)["rotate"]
+    with pytest.raises(ValueError, match="cannot be turned"):
+        formulas.rotate(heads, cos[:, :8], sin[:, :8])
+
+
 def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
@@ -121,6 +134,13 @@ def test_the_loss_and_its_gradient(words: int, dtype: torch.dtype) -> None:
     assert not gradient[0].any()  # its weight is zero
 
 
+def test_words_that_overflowed_leave_the_others_their_probability() -> None:
+    logits = torch.zeros(1, 5000, device=DEVICE)
+    logits[0, :4500] = -torch.inf  # all of the first block
+    losses, _, _ = formulas.softmax(logits, torch.tensor([4999], device=DEVICE), torch.ones(1, device=DEVICE))
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(500)))
+
+
 def test_of_equal_logits_the_first_is_the_best() -> None:
     """As argmax has it; sixteen-bit logits are often equal."""
     logits = torch.zeros(2, 5000, device=DEVICE)
@@ -149,3 +169,18 @@ def test_adamw_moves_the_rows_it_applies_to_and_leaves_the_others_their_bits() -
         assert torch.equal(mine[1], old[1])
         assert torch.equal(mine[:, :5], old[:, :5])
         assert not torch.equal(mine[0], old[0])
+
+
+def test_adamw_takes_more_numbers_than_a_grids_second_dimension_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 7B model's rank 64 in all linear layers: CUDA starts 65,535 blocks in the second dimension and 2^31 - 1 in the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Starts:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_arguments, **_options: None
+
+    monkeypatch.setattr(formulas, "_adamw", Starts())
+    row = torch.empty(1, 1).expand(8, 90_000_000)
+    formulas.adamw(row, row, row, row, torch.ones(8, 1, dtype=torch.bool))
+    assert grids[0][0] > 65_535 >= max(grids[0][1:])

@@ -5,5 +5,6 @@ for all of them:
 - Sums run in a fixed order, without atomics: the same bits every time.
 - Which kernels are compiled depends on features, heads and ranks alone, never on tokens or runs: what one micro-batch has used is there
   when another one is captured in a CUDA graph (`train.graphs`), where nothing can be compiled or loaded.
-- What else lies in a micro-batch changes no bit of a run's results, and a NaN stays in its run.
+- A NaN stays in its run, and what else lies in a micro-batch changes no bit of a run's results; but for the last ones of the adapters'
+  gradients from some 1,000 tokens a run on, which `grouped.outer` adds up in as many parts as the micro-batch leaves programs for.
 """

@@ -105,11 +105,13 @@ def _softmax(logits, targets, weights, losses, correct, WORDS: tl.constexpr, BLO
         highest, place = tl.max(wide, 0, return_indices=True)
         best = tl.where(highest > largest, place + at, best)
         larger = tl.maximum(largest, highest)
-        norm = norm * tl.exp(largest - larger) + tl.sum(tl.exp(wide - larger), 0)
+        finite = tl.where(larger == -float("inf"), 0.0, larger)
+        norm = norm * tl.exp(largest - finite) + tl.sum(tl.exp(wide - finite), 0)
         largest = larger
     log_normaliser = largest + tl.log(norm)
     target, weight = tl.load(targets + row), tl.load(weights + row)
     wanted = tl.load(logits + target).to(tl.float32)
+    tl.debug_barrier()  # every warp has read what others overwrite from here on
     tl.store(losses + row, log_normaliser - wanted)
     tl.store(correct + row, best == target)
     for at in range(0, WORDS, BLOCK):
@@ -125,11 +127,11 @@ def _adamw(
     theta, exp_avg, exp_avg_sq, gradient, applies, rate, decay, clip, beta1, beta2, correction1, root_correction2, eps,
     columns, row_stride, gradient_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a run's numbers."""
-    run = tl.program_id(0)
+    """A block of a run's numbers. Blocks come first in the grid: the other dimensions end at 65,535."""
+    run = tl.program_id(1)
     if tl.load(applies + run) == 0:
         return
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_column, place = column < columns, run.to(tl.int64) * row_stride + column
     given = tl.load(gradient + run.to(tl.int64) * gradient_stride + column, mask=is_column, other=0.0)
     given *= tl.load(clip + run)
@@ -192,6 +194,8 @@ def rotate_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool) -> torch.Tensor:
     tokens, heads, dim = x.shape
+    if cos.shape != (tokens, dim) or sin.shape != (tokens, dim):
+        raise ValueError(f"heads {tuple(x.shape)} cannot be turned by {tuple(cos.shape)}: every feature of a head is")
     x = x if x.stride()[1:] == (dim, 1) else x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     blocks = {"HEAD_BLOCK": triton.next_power_of_2(heads), "HALF_BLOCK": triton.next_power_of_2(dim // 2)}
@@ -223,7 +227,7 @@ def adamw(
 ) -> None:
     """`train.optim.adamw`, in place; float32 [runs, columns], and [runs, 1] from `applies` on. `gradient` is left as it is."""
     runs, columns = theta.shape
-    _adamw[(runs, triton.cdiv(columns, BLOCK))](
+    _adamw[(triton.cdiv(columns, BLOCK), runs)](
         theta,
         exp_avg,
         exp_avg_sq,
