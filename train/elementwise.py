@@ -81,8 +81,16 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
-    """Compute a formula over the rows of its matrices in chunks: what it holds on its way, a dozen copies in float32, stays small."""
+def kernel_of(formula: Formula) -> Formula:
+    """The kernel of a formula's name."""
+    from train.gpu import formulas  # Triton is not everywhere
+
+    kernel: Formula = getattr(formulas, formula.__name__)
+    return kernel
+
+
+def some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
+    """Compute a formula over the rows of its matrices in chunks: what it holds on its way, copies in float32, stays small."""
     matrices = [isinstance(argument, torch.Tensor) and argument.dim() > 1 for argument in arguments]
     first: torch.Tensor = arguments[matrices.index(True)]
     rows, at_once = len(first), max(1, CHUNK_NUMBERS[first.device.type] * len(first) // max(1, first.numel()))
@@ -101,11 +109,7 @@ def _some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
 
 def run(formula: Formula, fused: bool, *arguments: Any) -> Any:
     """Compute a formula, by its kernel where `fused`."""
-    if not fused:
-        return _some_rows_at_a_time(formula, *arguments)
-    from train.gpu import formulas  # Triton is not everywhere
-
-    return getattr(formulas, formula.__name__)(*arguments)
+    return kernel_of(formula)(*arguments) if fused else some_rows_at_a_time(formula, *arguments)
 
 
 class _NormAndPass(torch.autograd.Function):

@@ -6,13 +6,13 @@ the backward needs, and the logits of a chunk are gone before the next chunk beg
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from train.batches import MicroBatch
-from train.elementwise import run
+from train.elementwise import kernel_of, some_rows_at_a_time
 from train.head import Head
 
 CHUNK_TOKENS = 1024
@@ -44,7 +44,7 @@ def target_losses(
         weights: [N] factor of each target's loss in the sum whose gradient is wanted, None for no gradient.
         fused: whether formulas have kernels.
     """
-    formula = _softmax(fused and weights is not None)
+    formula = kernel_of(softmax) if fused and weights is not None else softmax
     losses, correct, gradients = [], [], []
     for at in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(at, at + CHUNK_TOKENS)
@@ -57,15 +57,6 @@ def target_losses(
     return TargetLosses(torch.cat(losses), torch.cat(correct), torch.cat(gradients) if gradients else None)
 
 
-def _softmax(fused: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """`softmax` or its kernel."""
-    if not fused:
-        return softmax
-    from train.gpu import formulas  # Triton is not everywhere
-
-    return formulas.softmax
-
-
 def softmax(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -76,18 +67,15 @@ def softmax(
         the place of the logits, None without weights.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_normaliser = run(_log_normaliser, False, wide)
+    log_normaliser = some_rows_at_a_time(
+        partial(torch.logsumexp, dim=-1), wide
+    )  # torch takes a copy of what it is given
     wanted = targets[:, None]
     losses, correct = log_normaliser - wide.gather(1, wanted)[:, 0], wide.argmax(dim=-1) == targets
     if weights is None:
         return losses, correct, None
     wide.sub_(log_normaliser[:, None]).exp_().scatter_add_(1, wanted, wide.new_full(wanted.shape, -1))
     return losses, correct, logits.copy_(wide.mul_(weights[:, None]))
-
-
-def _log_normaliser(wide: torch.Tensor) -> torch.Tensor:
-    """The logarithm of the sum of exponentials of each row, which torch takes a copy of the matrix for."""
-    return torch.logsumexp(wide, dim=-1)
 
 
 def sums_per_run(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
