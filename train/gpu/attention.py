@@ -23,6 +23,13 @@ LOG2_E = 1 / math.log(2)  # exponentials are powers of two: one instruction
 
 
 @triton.jit
+def _own_block(starts, BLOCK: tl.constexpr):
+    """Where this program's sequence begins, where its own block would, and where the sequence ends."""
+    start, end = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
+    return start, start + tl.program_id(0) * BLOCK, end
+
+
+@triton.jit
 def _rows(pointer, tokens, end, row, head_start, DIM: tl.constexpr):
     """Features [BLOCK, DIM] of a head for flat `tokens`, zeros from `end` on."""
     features = tl.arange(0, DIM)
@@ -48,8 +55,7 @@ def _forward(
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [T, H, DIM] and log_sums [H, T], to the base of two, of one block of queries of one head."""
-    start, end = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
-    first = start + tl.program_id(0) * BLOCK
+    start, first, end = _own_block(starts, BLOCK)
     if first >= end:
         return
     head = tl.program_id(2)
@@ -81,8 +87,7 @@ def _backward_queries(
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries; `products` [H, T] of the output and its gradient are kept for the keys."""
-    start, end = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
-    first = start + tl.program_id(0) * BLOCK
+    start, first, end = _own_block(starts, BLOCK)
     if first >= end:
         return
     head = tl.program_id(2)
@@ -113,8 +118,7 @@ def _backward_keys(
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key-value head, from all queries of its group of heads."""
-    start, end = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
-    first = start + tl.program_id(0) * BLOCK
+    start, first, end = _own_block(starts, BLOCK)
     if first >= end:
         return
     own = tl.program_id(2)
