@@ -41,7 +41,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool =
         return PLAIN
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
     grouped = sixteen_bit and compiles
-    fused = grouped or (compiles and dtype == torch.float32)  # in float32; float64 is for tests
+    fused = grouped or (compiles and dtype == torch.float32)  # the kernels compute in float32, too little for float64
     return Kernels(sixteen_bit, grouped, grouped, fused, graphs=graphs and grouped and dtype == torch.bfloat16)
 
 

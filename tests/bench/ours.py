@@ -62,11 +62,8 @@ def profile(name: str) -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(T4_GIB * GIB / device_bytes)
     capability = mock.patch("torch.cuda.get_device_capability", return_value=T4_CAPABILITY)
     memory = mock.patch("train.memory.device_bytes", return_value=int(T4_GIB * GIB))
-    with (
-        capability,
-        memory,
-        sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-    ):  # what torch has below sm_80
+    attention = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # what torch has below sm_80
+    with capability, memory, attention:
         yield
 
 

@@ -175,7 +175,7 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
         assert torch.equal(mine.bounds, others.bounds)
 
 
-@pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
+@NEEDS_TRITON
 def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path) -> None:
     """What a CUDA graph replays: kernels over the tensors of the first micro-batch, whose host knows only the first one's lengths."""
     base = seated(Kernels(grouped=True), packs.DEVICES[-1])

@@ -12,6 +12,7 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
+from train import attention
 from train.attention import attend
 from train.batches import CurrentBatch, MicroBatch, Sequence
 from train.gpu.attention import backward, forward
@@ -117,3 +118,20 @@ def test_the_trainer_takes_the_kernels_for_heads_that_they_are_made_for() -> Non
     assert ("_InBlocks" in way, "_InBlocks" in other_way) == (True, False)
     for x, y in zip(mine, others, strict=True):
         torch.testing.assert_close(x.float(), y.float(), rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("dim", "of_values", "in_blocks"), [(64, 64, True), (16, 16, False), (96, 96, False), (64, 32, False)]
+)
+def test_other_heads_are_left_to_flash_attention(
+    dim: int, of_values: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which runs on GPUs alone: only the choice is looked at."""
+    taken: list[str] = []
+    for name in ("_InBlocks", "_Varlen"):
+        monkeypatch.setattr(getattr(attention, name), "apply", lambda q, *_others, name=name: taken.append(name) or q)
+    row = np.zeros(5, np.int32)
+    current = CurrentBatch(Kernels(varlen=True, blocks=True))
+    current.begin(MicroBatch([Sequence(0, 0, row, row)], 1, packs.CPU), None)
+    attend(torch.zeros(5, 2, dim), torch.zeros(5, 2, dim), torch.zeros(5, 2, of_values), current, SCALE)
+    assert taken == ["_InBlocks" if in_blocks else "_Varlen"]
