@@ -118,7 +118,7 @@ def _backward_keys(
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key-value head, from all queries of its group of heads."""
-    start, first, end = _own_block(starts, BLOCK)
+    _start, first, end = _own_block(starts, BLOCK)
     if first >= end:
         return
     own = tl.program_id(2)
