@@ -28,7 +28,7 @@ class Request:
         Raises:
             BadInput: more than `names` names, another ``key=value`` than root= and cache=, or one of these is empty.
         """
-        from train.storage import named_folder
+        from train.store.storage import named_folder
 
         found = {"root": "runs"}
         rest = []

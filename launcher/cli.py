@@ -40,7 +40,7 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
     "stage": Verb(
         verbs.stage,
         OVERRIDES,
-        "Fetch the model and tokenise the data into the cache, and train nothing",
+        "Fetch the model and tokenize the data into the cache, and train nothing",
         "example:\n  python -m launcher stage model=llama2_7b data=alpaca cache=/shared/cache",
         json=True,
     ),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from train.config import RunConfig, Section, TrackingConfig
-from train.rundir import RunDir, SweepDir
+from train.store.layout import RunDir, SweepDir
 
 SLURM_JOBS_AT_ONCE = 8
 

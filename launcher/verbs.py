@@ -28,7 +28,7 @@ def train(request: Request) -> int:
 
 def resume(request: Request) -> int:
     """Train what is unfinished in a sweep, failed runs too."""
-    from launcher.resume import frozen_sweep
+    from launcher.submit.frozen import frozen_sweep
     from launcher.track.find import find_sweep
 
     names, root, _ = request.places()
@@ -39,7 +39,7 @@ def plan(request: Request) -> int:
     """Show the plan, change nothing."""
     from launcher.compose.composer import compose
     from launcher.plan.planner import make_plan, plan_json
-    from launcher.view import print_plan
+    from launcher.terminal.tables import print_plan
 
     made = make_plan(compose(request.words))
     if request.json:
@@ -65,9 +65,9 @@ def stage(request: Request) -> int:
 def status(request: Request) -> int:
     """Where every run of a sweep is."""
     from launcher.report.job import report_note
+    from launcher.terminal.tables import print_statuses
     from launcher.track.find import find_sweep
     from launcher.track.tracker import status_json, track
-    from launcher.view import print_statuses
 
     names, root, _ = request.places()
     sweep = find_sweep(root, *names or [""])
@@ -83,9 +83,8 @@ def status(request: Request) -> int:
 
 def list_sweeps(request: Request) -> int:
     """The sweeps below the root."""
-    from launcher.track.find import sweeps
-    from launcher.track.listing import sweep_facts
-    from launcher.view import print_sweeps
+    from launcher.terminal.tables import print_sweeps
+    from launcher.track.find import sweep_facts, sweeps
 
     _, root, _ = request.places(names=0)
     rows = [sweep_facts(sweep) for sweep in sweeps(root)]
@@ -113,9 +112,9 @@ def logs(request: Request) -> int:
 
 def cancel(request: Request) -> int:
     """Stop runs in training."""
-    from launcher.cancel import cancel_runs
+    from launcher.control.cancel import cancel_runs
+    from launcher.terminal.tables import print_statuses
     from launcher.track.find import find_runs
-    from launcher.view import print_statuses
 
     names, root, _ = request.places()
     statuses = cancel_runs(find_runs(root, *names or [""]))
@@ -169,8 +168,8 @@ def doctor(request: Request) -> int:
 
 def sync(request: Request) -> int:
     """Send the journals of a sweep to W&B."""
-    from launcher.sync import print_answers, sync_json
-    from launcher.sync import sync as send
+    from launcher.subprocesses.sync import print_answers, sync_json
+    from launcher.subprocesses.sync import sync as send
     from launcher.track.find import find_sweep
 
     names, root, _ = request.places()
@@ -185,7 +184,7 @@ def sync(request: Request) -> int:
 
 def dashboard(request: Request) -> int:
     """Build the sweep's W&B workspace."""
-    from launcher.dashboard import make_dashboard
+    from launcher.subprocesses.export import make_dashboard
     from launcher.track.find import find_sweep
 
     names, root, _ = request.places()
@@ -194,7 +193,7 @@ def dashboard(request: Request) -> int:
 
 def merge(request: Request) -> int:
     """Merge a run's adapter into its base."""
-    from launcher.export import export
+    from launcher.subprocesses.export import export
     from launcher.track.find import find_run
 
     names, root, cache = request.places()
@@ -204,7 +203,7 @@ def merge(request: Request) -> int:
 
 def chat(request: Request) -> int:
     """Answer a prompt, or talk until the end of input."""
-    from launcher.export import export
+    from launcher.subprocesses.export import export
     from launcher.track.find import find_run
 
     words, root, cache = request.places(names=2)
@@ -216,7 +215,7 @@ def chat(request: Request) -> int:
 
 def _train(sweep: Sweep, request: Request, *, retry_failed: bool = False) -> int:
     """Train a sweep; with ``--json`` people read stderr, and stdout gets the comparison."""
-    from launcher.pipeline import run_sweep
+    from launcher.control.pipeline import run_sweep
     from launcher.report.writer import build_report, report_json
 
     console = _console(to_stderr=request.json)

@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from train.config import ModelConfig
-from train.rundir import CacheDir
-from train.sources import model_fingerprint
+from train.model.source import model_fingerprint
+from train.store.layout import CacheDir
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ import yaml
 from train.config import parse_run_config
 from train.mirror.child import mirrored
 from train.mirror.rows import JOURNAL_NAMES
-from train.rundir import RunDir, SweepDir
-from train.storage import Record, append_lines, make_folder, read_json, read_lines, write_json, write_text
+from train.store.layout import RunDir, SweepDir
+from train.store.storage import Record, append_lines, make_folder, read_json, read_lines, write_json, write_text
 from wandb_server import KEY, WandbServer
 
 EVAL_STEPS = 10
@@ -210,7 +210,7 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _started() -> int:
-    from train.lease import process_started
+    from train.store.lease import process_started
 
     return process_started(os.getpid()) or 0
 

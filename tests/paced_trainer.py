@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 import packs
-from train.attempts import open_attempt
 from train.config import read_run_config
+from train.lora.targets import adapted_modules
 from train.mirror.child import mirrored
-from train.pack import seat
-from train.rundir import RunDir
-from train.session import RunSession
-from train.signals import StopFlag, Stopped
-from train.storage import read_json
-from train.targets import adapted_modules
+from train.runtime.attempts import open_attempt
+from train.runtime.signals import StopFlag, Stopped
+from train.store.layout import RunDir
+from train.store.storage import read_json
+from train.trainer.pack import seat
+from train.trainer.session import RunSession
 
 WARM_UP_STEPS = 10  # the first steps of a block find cold caches
 CHUNK_STEPS = 10  # with an evaluation, and so a write to the journals, in each

@@ -11,26 +11,25 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.activity import Activity
-from train.attempts import open_attempt
-from train.base import PackedBase, Residency, pack_model
 from train.config import QuantConfig, RunConfig, parse_run_config
-from train.data.token_table import TokenisedData, TokenTable
-from train.follower import Follower
-from train.lease import Lease
-from train.loop import PackLoop
-from train.pack import seat
-from train.parallel import ALONE, Alone
-from train.rundir import RunDir
-from train.samples import Words
-from train.session import RunSession
-from train.signals import StopFlag
-from train.storage import make_folder
-from train.targets import adapted_modules
+from train.data.token_table import TokenizedData, TokenTable
+from train.lora.targets import adapted_modules
+from train.nn.packed_model import PackedModel, Residency, pack_model
+from train.runtime.activity import Activity
+from train.runtime.attempts import open_attempt
+from train.runtime.signals import StopFlag
+from train.store.layout import RunDir
+from train.store.lease import Lease
+from train.store.storage import make_folder
+from train.trainer.loop import PackLoop
+from train.trainer.pack import seat
+from train.trainer.process_group import SINGLE_PROCESS, SingleProcess
+from train.trainer.samples import AnswerDecoder
+from train.trainer.session import FollowerSession, RunSession
 
 VOCABULARY = 97
 # A tokenizer's part for models without one: a token is its number, and a quarter of them close an answer.
-WORDS = Words(lambda tokens: " ".join(f"{int(token)}" for token in tokens), frozenset(range(0, VOCABULARY, 4)))
+WORDS = AnswerDecoder(lambda tokens: " ".join(f"{int(token)}" for token in tokens), frozenset(range(0, VOCABULARY, 4)))
 CPU = torch.device("cpu")
 DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 LACKS_TRITON = (
@@ -68,7 +67,7 @@ def tiny_base(
     quant: QuantConfig = SIXTEEN_BIT,
     residency: Residency = "resident",
     device: torch.device = CPU,
-) -> PackedBase:
+) -> PackedModel:
     return pack_model(tiny_llama(dtype), quant, device, residency, longest=64)
 
 
@@ -84,8 +83,8 @@ def random_table(rows: int, seed: int, longest: int = 24) -> TokenTable:
     return TokenTable(tokens, labels, offsets)
 
 
-def random_data(rows: int = 50, eval_rows: int = 10, seed: int = 0) -> TokenisedData:
-    return TokenisedData(random_table(rows, seed), random_table(eval_rows, seed + 1000), {})
+def random_data(rows: int = 50, eval_rows: int = 10, seed: int = 0) -> TokenizedData:
+    return TokenizedData(random_table(rows, seed), random_table(eval_rows, seed + 1000), {})
 
 
 def run_config(lora: dict[str, Any] | None = None, train: dict[str, Any] | None = None) -> RunConfig:
@@ -131,13 +130,13 @@ class Recording(RunSession):
 
 def make_loop(
     folder: Path,
-    base: PackedBase,
+    base: PackedModel,
     configs: list[RunConfig],
-    data: TokenisedData | None = None,
+    data: TokenizedData | None = None,
     micro_batch_tokens: int = 10_000,
     stop: StopFlag | None = None,
-    words: Words | None = None,
-    team: Alone = ALONE,
+    words: AnswerDecoder | None = None,
+    team: SingleProcess = SINGLE_PROCESS,
     activity: Activity | None = None,
 ) -> PackLoop:
     """A pack of runs in folders ``run<i>-x`` below `folder`, seated and ready; existing checkpoints are resumed from."""
@@ -147,14 +146,14 @@ def make_loop(
         run = RunDir(make_folder(folder / f"run{i}-x"))
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
-            if team.leads:
+            if team.is_main:
                 sessions.append(Recording(run, config, data, targets, open_attempt(run)))
             else:
-                sessions.append(Follower(run, config, data, targets, NO_LEASE))
+                sessions.append(FollowerSession(run, config, data, targets, NO_LEASE))
     return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words, team, activity)
 
 
-def train(folder: Path, base: PackedBase, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:
+def train(folder: Path, base: PackedModel, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:
     """Train a pack to its end; the sessions, in the order of `configs`."""
     loop = make_loop(folder, base, configs, **kwargs)
     sessions: list[Any] = list(loop.sessions)

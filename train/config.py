@@ -131,7 +131,7 @@ class QuantConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation of one run. `batch_size` counts the sequences of an optimizer step, however they are cut.
+    """The optimization of one run. `batch_size` counts the sequences of an optimizer step, however they are cut.
 
     `max_steps` null means `num_train_epochs` decides; `warmup_steps` null means `warmup_ratio` does. `eval_steps` 0 evaluates
     only before the first and after the last step. At every evaluation the run answers `sample_prompts` held-out prompts (0: none) in
@@ -240,7 +240,7 @@ def parse_run_config(values: dict[str, Any]) -> RunConfig:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """The configuration that is frozen in a run folder (`train.rundir.RunDir.config`).
+    """The configuration that is frozen in a run folder (`train.store.layout.RunDir.config`).
 
     Raises:
         BadInput: see `parse_run_config`.

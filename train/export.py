@@ -4,7 +4,7 @@
     python -m train.export chat RUN CACHE [PROMPT] [--json]
 
 The adapter is put onto the base as it was downloaded, in 16 or 32 bit, also after training over NF4: 4 bits cannot hold
-weight plus adapter, and rounding would lose the adapter. That adapter was fitted to the quantised base, so the logits of the
+weight plus adapter, and rounding would lose the adapter. That adapter was fitted to the quantized base, so the logits of the
 merged model differ a little from those in training.
 """
 
@@ -25,18 +25,18 @@ from transformers import (
     TextStreamer,
 )
 
-from train.adapter_file import read_adapter
 from train.config import RunConfig, read_run_config
 from train.data.rendering import closing_tokens, render, special_tokens
 from train.data.rows import AlpacaRow
 from train.errors import BadInput, LorapackError
+from train.lora.peft_files import read_adapter
+from train.lora.targets import adapted_modules
+from train.model.folder import save_model
 from train.model.loading import load_tokenizer
-from train.model.saving import save_model
+from train.model.source import model_fingerprint
 from train.model.staging import stage_model
-from train.rundir import CacheDir, RunDir
-from train.sources import model_fingerprint
-from train.storage import write_folder
-from train.targets import adapted_modules
+from train.store.layout import CacheDir, RunDir
+from train.store.storage import write_folder
 
 ANSWER_TOKENS = 128
 

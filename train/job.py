@@ -1,7 +1,7 @@
 """The entry point of a job: one process, one pack, from leases to results.
 
 Light until the handlers stand: whoever starts the job gives it a path, and torch is imported inside. Every way to end is one of the
-causes in `train.attempts`, written to every run of the pack. A job that Slurm stops asks to be queued again once all is saved.
+causes in `train.runtime.attempts`, written to every run of the pack. A job that Slurm stops asks to be queued again once all is saved.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.activity import Activity, Bulletin
-from train.attempts import (
+from train.errors import LeaseHeld, StorageError
+from train.mirror.child import mirrored
+from train.runtime.activity import Activity, Bulletin
+from train.runtime.attempts import (
     FINAL,
     attempt_line,
     cause_of,
@@ -28,16 +30,13 @@ from train.attempts import (
     stop_cause,
     why_held,
 )
-from train.environment import heavy_imports, prepare_torch
-from train.errors import LeaseHeld, StorageError
-from train.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
-from train.mirror.child import mirrored
-from train.place import Place, place_in_job, publish_port
-from train.rundir import CacheDir, PackDir, RunDir
-from train.signals import StopFlag, Stopped
-from train.slurm import SlurmJob, cause_of_signal, job_facts, requeue, this_job
-from train.storage import append_lines, read_json, read_lines
-from train.witness import Witness
+from train.runtime.environment import heavy_imports, prepare_torch
+from train.runtime.rendezvous import ProcessInfo, detect_process, publish_rendezvous
+from train.runtime.signals import StopFlag, Stopped, StopSignalListener
+from train.runtime.slurm import SlurmJob, cause_of_signal, job_facts, requeue, this_job
+from train.store.layout import CacheDir, PackDir, RunDir
+from train.store.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
+from train.store.storage import append_lines, read_json, read_lines
 
 STOPS = {"preempted", "timeout"}  # ends after which the job goes on later
 
@@ -52,11 +51,11 @@ class PackJob:
 
     def __call__(self) -> str:
         """Train the pack; the cause of the end is returned for the log, what counts is in the run folders."""
-        stop, place, folder = StopFlag().install(), place_in_job(), PackDir(Path(self.pack_file).parent)
+        stop, place, folder = StopFlag().install(), detect_process(), PackDir(Path(self.pack_file).parent)
         if place.rank > 0:
             prepare_torch(CacheDir(Path(read_json(folder.pack)["cache"])).compiled)
             with heavy_imports():
-                from train.ranks import follow
+                from train.trainer.pack import follow
 
             return follow(folder, stop, place)
         try:
@@ -64,9 +63,9 @@ class PackJob:
         finally:
             if place.size > 1:
                 with suppress(StorageError):
-                    publish_port(folder, None)  # whoever still waits for the leader need not
+                    publish_rendezvous(folder, None)  # whoever still waits for the leader need not
 
-    def _lead(self, stop: StopFlag, place: Place, folder: PackDir) -> str:
+    def _lead(self, stop: StopFlag, place: ProcessInfo, folder: PackDir) -> str:
         """Train the pack as the process that answers for its runs."""
         pack = read_json(Path(self.pack_file))
         todo = [run for run in _runs(pack) if not run.result.exists()]
@@ -82,7 +81,11 @@ class PackJob:
             return _end_empty_handed(job, wanted, stop)
         with mirrored(Path(self.pack_file), pack, say) as mirror:
             why, activity = functools.partial(_why_stopped, job), Activity(say)
-            with Heartbeat(leases), Witness(leases, why) as witness, Bulletin(folder, activity, leases[0][1]):
+            with (
+                Heartbeat(leases),
+                StopSignalListener(leases, why) as witness,
+                Bulletin(folder, activity, leases[0][1]),
+            ):
                 stop.explain = witness.cause
                 fence = _fence(stop) if superseded else _no_fence
                 cause = _train(leases, folder, Path(pack["cache"]), stop, place, fence, activity)
@@ -191,7 +194,7 @@ def _train(
     folder: PackDir,
     cache: Path,
     stop: StopFlag,
-    place: Place,
+    place: ProcessInfo,
     fence: Callable[[], None],
     activity: Activity,
 ) -> str:
@@ -202,13 +205,13 @@ def _train(
         say("importing torch")
         if place.size > 1:
             with heavy_imports():
-                from train.ranks import lead
+                from train.trainer.pack import lead
 
             fence()
             lead(leases, folder, cache, stop, say, activity, place)
         else:
             with heavy_imports():
-                from train.pack import train_pack
+                from train.trainer.pack import train_pack
 
             fence()
             train_pack(leases, cache, stop, say, activity)

@@ -1,4 +1,4 @@
-"""Fetch models and tokenise data before any job needs them: ``python -m train.prepare``.
+"""Fetch models and tokenize data before any job needs them: ``python -m train.prepare``.
 
 The launcher runs this as a process of its own, so that it never imports torch. On stdin comes one JSON document
 ``{"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig, "loras": [LoraConfig, …]}, …]}``; on stdout goes exactly one:
@@ -19,9 +19,9 @@ from typing import Any, TextIO
 
 from train.config import DataConfig, LoraConfig, ModelConfig, parse_section
 from train.errors import LorapackError
+from train.lora.targets import adapted_modules
 from train.model.folder import linear_modules
-from train.rundir import CacheDir
-from train.targets import adapted_modules
+from train.store.layout import CacheDir
 
 Json = dict[str, Any]
 
@@ -64,13 +64,13 @@ def answer_document(document: str) -> Json:
 
 
 def prepare(request: Json, cache: CacheDir) -> Json:
-    """Make the model and the tokenised data of one request available; the facts of the data and where the model lies.
+    """Make the model and the tokenized data of one request available; the facts of the data and where the model lies.
 
     Raises:
         BadInput: the model or the data cannot be used, or the model has not what an adapter of ``loras`` targets.
         StorageError: the cache cannot be written.
     """
-    from train.data.loading import load_tokenised, summary  # heavy
+    from train.data.loading import load_tokenized, summary  # heavy
     from train.model.loading import check_decoder
     from train.model.staging import stage_model
 
@@ -79,9 +79,9 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     model_dir = stage_model(model, cache)
     check_decoder(model_dir, model, data.max_length)
     modules = linear_modules(model_dir)
-    for lora in request["loras"]:  # before the tokenising, which may take minutes
+    for lora in request["loras"]:  # before the tokenizing, which may take minutes
         adapted_modules(parse_section(LoraConfig, lora, "lora"), modules)
-    facts = load_tokenised(data, model, model_dir, cache).facts
+    facts = load_tokenized(data, model, model_dir, cache).facts
     print(f"{data.name} for {model.name}: {summary(facts)}", file=sys.stderr, flush=True)
     return facts | {"model_dir": str(model_dir)}
 

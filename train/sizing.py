@@ -1,6 +1,6 @@
 """How the base and the micro-batches of a pack share a device: the one owner of these constants and byte formulas.
 
-Light on purpose: the trainer chooses by them (`train.memory`), and the launcher forecasts by the very same
+Light on purpose: the trainer chooses by them (`train.nn.backends`), and the launcher forecasts by the very same
 (`launcher.estimate.arithmetic`).
 
 A choice depends on the device's size, the base and the longest sequence; never on what happens to be free, nor on how many runs
@@ -35,7 +35,7 @@ BACKWARD_HIDDEN, BACKWARD_WIDEST = (
     3,
 )  # values a token that the backward of a layer, or the loss, holds beside what was kept
 
-# NF4: 4 bit a weight, and an absmax per 64 weights: 32 bit, or 0.127 bit a weight after double quantisation (arXiv 2305.14314, 3).
+# NF4: 4 bit a weight, and an absmax per 64 weights: 32 bit, or 0.127 bit a weight after double quantization (arXiv 2305.14314, 3).
 NF4_BYTES = 0.5 + 4 / 64
 NF4_DOUBLE_QUANT_BYTES = 0.5 + 0.127 / 8
 
@@ -119,7 +119,7 @@ def _useful_tokens(device: Device) -> int:
 
 
 def base_bytes(base: BaseSize, quant: QuantConfig, residency: Residency, value_bytes: int) -> float:
-    """The frozen weights; embeddings, norms and head are never quantised."""
+    """The frozen weights; embeddings, norms and head are never quantized."""
     if residency == "resident":
         return base.parameters * value_bytes
     nf4 = NF4_DOUBLE_QUANT_BYTES if quant.bnb_4bit_use_double_quant else NF4_BYTES
@@ -138,7 +138,7 @@ def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: 
 
 
 def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
-    """Values per token that `train.decoder` keeps for the backward, of all layers.
+    """Values per token that `train.nn.decoder` keeps for the backward, of all layers.
 
     Of every layer the inputs of its two norms and of its output projection (attention's own result), and what the other
     projections put out; of layers that learn their input too, once where several read the same.
@@ -158,7 +158,7 @@ def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
 
 
 def _residency(train: TrainConfig, quant: QuantConfig, dense_bytes: float, device: Device) -> Residency:
-    """Full width where nothing is quantised or where it is small beside the device, unless the user chose."""
+    """Full width where nothing is quantized or where it is small beside the device, unless the user chose."""
     if not quant.load_in_4bit:
         return "resident"
     if train.residency != "auto":

@@ -7,7 +7,7 @@ import shutil
 from launcher.cluster.commands import CommandRefused, NoAnswer, run_command
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
-from train.slurm import NOT_CONFIGURED
+from train.runtime.slurm import NOT_CONFIGURED
 
 
 def explain_choice(cluster: ClusterConfig, *, slurm: bool) -> str:

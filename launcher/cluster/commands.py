@@ -13,7 +13,7 @@ import shutil
 import subprocess
 
 from launcher.errors import ClusterError
-from train.slurm import NO_CONTACT
+from train.runtime.slurm import NO_CONTACT
 
 COMMAND_TIMEOUT_SECONDS = 10.0
 

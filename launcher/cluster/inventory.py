@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from launcher.cluster.commands import answer_of, user_name
-from launcher.cluster.words import (
+from launcher.cluster.parsing import (
     Association,
     LivePartition,
     Qos,

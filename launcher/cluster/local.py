@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster.commands import answer_of
-from launcher.jobs import runs_of_pack
 from launcher.records import ClusterConfig
 from train.errors import BadInput
-from train.lease import process_started, read_lease
-from train.rundir import PackDir, RunDir
-from train.storage import make_folder, write_json
+from train.store.layout import PackDir, RunDir, runs_of_pack
+from train.store.lease import process_started, read_lease
+from train.store.storage import make_folder, write_json
 
 TEN_YEARS_MIN = 10 * 365 * 24 * 60  # submitit's local default of 2 minutes is for tests
 

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.rundir import SweepDir
-from train.storage import read_json
+from train.store.layout import SweepDir
+from train.store.storage import read_json
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.cluster.choice import on_slurm
 from launcher.cluster.inventory import Inventory, take_inventory
-from launcher.cluster.words import UNTYPED, LivePartition
+from launcher.cluster.parsing import UNTYPED, LivePartition
 from launcher.errors import ClusterError
 from launcher.estimate.devices import gpu_device
 from launcher.estimate.gpus import GpuModel, known_gpu

@@ -16,8 +16,8 @@ from launcher.cluster.lanes import deal
 from launcher.cluster.names import JobNames
 from launcher.records import ClusterConfig, Lanes, Pack
 from train.errors import BadInput
-from train.rundir import ArrayDir
-from train.slurm import warning_seconds
+from train.runtime.slurm import warning_seconds
+from train.store.layout import ArrayDir
 
 LONG_MINUTES = 60  # any limit that is no short one
 REPORT_MINUTES = 30  # plenty

@@ -24,8 +24,8 @@ from launcher.cluster.queue import read_accounting, read_queue
 from launcher.cluster.requests import ArrayRequest, afterwards_parameters, job_python, sbatch_parameters, split
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
-from train.rundir import ArrayDir, SweepDir
-from train.storage import make_folder, read_json, write_json
+from train.store.layout import ArrayDir, SweepDir
+from train.store.storage import make_folder, read_json, write_json
 
 USUAL_MAX_ARRAY_SIZE = 1001  # Slurm's default
 SBATCH_SECONDS = 60.0

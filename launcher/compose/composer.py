@@ -13,11 +13,12 @@ from launcher.compose.overrides import Request, find_groups, read_overrides
 from launcher.compose.tree import Composer, Values, resolved
 from launcher.records import ClusterConfig, Run, Sweep
 from train.config import RunConfig, Section, TrackingConfig, check_name, parse_run_config, parse_section
+from train.data.source import data_fingerprint
 from train.errors import BadInput
-from train.ownership import refuse_shared
-from train.rundir import CacheDir, SweepDir
-from train.sources import data_fingerprint, is_there, model_fingerprint
-from train.storage import local_path, named_folder
+from train.model.source import is_there, model_fingerprint
+from train.store.layout import CacheDir, SweepDir
+from train.store.permissions import refuse_shared
+from train.store.storage import local_path, named_folder
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 

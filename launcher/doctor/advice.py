@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.cluster.inventory import Inventory
-from launcher.cluster.words import LivePartition, Settings
+from launcher.cluster.parsing import LivePartition, Settings
 
 Level = Literal["good", "note", "warning"]
 

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from launcher.cluster.choice import slurm_answers
 from launcher.cluster.inventory import Inventory, take_inventory
-from launcher.cluster.words import LivePartition
+from launcher.cluster.parsing import LivePartition
 from launcher.doctor.advice import Advice, cluster_advice
 from launcher.doctor.machine import LITTLE_SPACE_GIB, NODE_LOCAL, Disk, Machine, look_at_machine
 from launcher.errors import ClusterError
 from launcher.estimate.gpus import known_gpu
-from launcher.units import MISSING, number
+from launcher.terminal.units import MISSING, number
 from train.mirror.reach import Reach, look_for_server
 
 MARKS = {"good": "[green]ok[/]", "note": "[cyan]note[/]", "warning": "[yellow]warning[/]"}

@@ -7,11 +7,11 @@ from pathlib import Path
 import yaml
 
 from launcher.cluster.inventory import Inventory
-from launcher.cluster.words import LivePartition
+from launcher.cluster.parsing import LivePartition
 from launcher.estimate.gpus import known_gpu
 from train.config import check_name
 from train.errors import BadInput
-from train.storage import write_text
+from train.store.storage import write_text
 
 HEADER = """# Written by `python -m launcher doctor write={name}`; conf/cluster/slurm.yaml says what else can be set.
 # Add usd_per_gpu_hour to every partition, and the cheapest one that holds a pack is taken instead of the smallest.

@@ -96,7 +96,7 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
 
 
 def _replays_graphs(config: RunConfig, device: DeviceFacts, fit: Fit) -> bool:
-    """As `train.kernels` chooses; that a model's decoder is a Llama is taken for granted."""
+    """As `train.nn.backends` chooses; that a model's decoder is a Llama is taken for granted."""
     may = config.train.compile is not False and config.train.dtype in ("auto", "bfloat16")
     return may and device.graphed and fit.graphs
 

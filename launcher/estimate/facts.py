@@ -6,8 +6,8 @@ from launcher.estimate.shapes import ModelShape, model_shape
 from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from train.model.architecture import check_architecture
-from train.rundir import CacheDir
-from train.sources import staged_model
+from train.model.source import staged_model
+from train.store.layout import CacheDir
 
 
 class Facts:

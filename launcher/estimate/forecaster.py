@@ -9,11 +9,10 @@ from launcher.estimate.devices import GIB
 from launcher.estimate.facts import Facts
 from launcher.estimate.history import Measured, measured_packs, median_ratio
 from launcher.estimate.partition import Partition
-from launcher.estimate.workload import Workload, share
-from launcher.plan.packing import BaseKey, base_key
+from launcher.estimate.workload import BaseKey, Workload, base_key, share
 from launcher.records import Forecast, Run
 from train.config import RunConfig
-from train.rundir import SweepDir
+from train.store.layout import SweepDir
 
 
 class Forecaster:

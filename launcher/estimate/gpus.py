@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 class GpuModel:
     """Memory of one GPU as nvidia-smi reports it, and the FLOP/s that fine-tuning reaches.
 
-    `graphed` says that its steps can be CUDA graphs, so that no launch holds them up: from sm_80 on (`train.kernels`).
+    `graphed` says that its steps can be CUDA graphs, so that no launch holds them up: from sm_80 on (`train.nn.backends`).
     """
 
     name: str

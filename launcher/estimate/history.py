@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from launcher.estimate.devices import DeviceFacts
 from launcher.estimate.gpus import known_gpu
-from launcher.plan.packing import BaseKey, base_key
+from launcher.estimate.workload import BaseKey, base_key
 from train.config import RunConfig, read_run_config
-from train.rundir import PackDir, RunDir, SweepDir
-from train.storage import Record, read_json
+from train.store.layout import PackDir, RunDir, SweepDir
+from train.store.storage import Record, read_json
 
 NEWEST_PACKS = 5
 

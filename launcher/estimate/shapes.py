@@ -9,9 +9,9 @@ from pathlib import Path
 
 from train.config import ModelConfig
 from train.model.folder import decoder_numbers, linear_shapes, parameter_count
-from train.rundir import CacheDir
+from train.model.source import staged_model
 from train.sizing import BaseSize
-from train.sources import staged_model
+from train.store.layout import CacheDir
 
 
 @dataclass(frozen=True)

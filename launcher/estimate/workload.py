@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from launcher.estimate.shapes import ModelShape
 from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
-from train.data.facts import read_facts
 from train.data.reading import read_split
 from train.data.rows import AlpacaRow, Row
+from train.data.source import data_path
+from train.data.stats import read_facts
 from train.errors import BadInput
-from train.rundir import CacheDir
-from train.sources import data_path
-from train.targets import adapted_modules, trainable_parameters
+from train.lora.targets import adapted_modules, trainable_parameters
+from train.store.layout import CacheDir
 
 CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
 TEMPLATE_TOKENS = 25  # a chat template's marks and system prompt
@@ -48,7 +48,7 @@ class Workload:
 
 
 def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
-    """Counted where the data is tokenised already, else guessed from its rows.
+    """Counted where the data is tokenized already, else guessed from its rows.
 
     Raises:
         BadInput: a local file has a malformed row, or fewer rows than asked for.
@@ -86,7 +86,7 @@ def workload(train: TrainConfig, data: DataFacts, adapter: Adapter, done_steps: 
 
 
 def share(work: Workload, gpus: int) -> Workload:
-    """What one of `gpus` computes of a run, which deal the sequences of every step among them (`train.parallel`)."""
+    """What one of `gpus` computes of a run, which deal the sequences of every step among them (`train.trainer.process_group`)."""
     return replace(
         work,
         batch_size=math.ceil(work.batch_size / gpus),
@@ -127,3 +127,13 @@ def _characters(row: Row) -> int:
     if isinstance(row, AlpacaRow):
         return len(row.instruction) + len(row.input) + len(row.output)
     return sum(len(message["content"]) for message in row.messages)
+
+
+BaseKey = tuple[str, ...]
+
+
+def base_key(config: RunConfig) -> BaseKey:
+    """What runs of one pack have in common: the base, its precision, and how it is held and computed."""
+    train = config.train
+    shared = (config.model.fingerprint, config.quant, train.dtype, train.residency)
+    return tuple(repr(value) for value in (*shared, train.gradient_checkpointing, train.micro_batch_tokens))

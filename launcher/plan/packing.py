@@ -8,24 +8,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from launcher.estimate.workload import BaseKey, base_key
 from launcher.records import Run
-from train.config import RunConfig
 
 # Beyond this a pack gains no speed (a micro-batch of 16 runs fills an H200) and one lost job would stop too many runs.
 MOST_RUNS_PER_PACK = 32
 
-BaseKey = tuple[str, ...]
-
-
-def base_key(config: RunConfig) -> BaseKey:
-    """What runs of one pack have in common: the base, its precision, and how it is held and computed."""
-    train = config.train
-    shared = (config.model.fingerprint, config.quant, train.dtype, train.residency)
-    return tuple(repr(value) for value in (*shared, train.gradient_checkpointing, train.micro_batch_tokens))
-
 
 @dataclass(frozen=True)
-class Bench:
+class DeviceModel:
     """What is asked about runs on one kind of device: whether it holds a pack, how long the pack takes, when it is full.
 
     slots: packs that train side by side. full_packs: as many packs of a list of runs as still keep their devices busy.
@@ -45,7 +36,7 @@ def by_base(runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def pack_runs(runs: list[Run], largest: int, work_of: Callable[[Run], float], bench: Bench) -> list[list[Run]]:
+def pack_runs(runs: list[Run], largest: int, work_of: Callable[[Run], float], bench: DeviceModel) -> list[list[Run]]:
     """Cut runs that share a base into packs of about the same sum of `work_of`, for the shortest time until the last one ends.
 
     The fewest packs that fit are split further only for devices that would stand idle, and only while every pack still keeps its
@@ -88,7 +79,7 @@ def _fewest(
     return packs
 
 
-def _counts(fewest: int, group: list[Run], bench: Bench) -> list[int]:
+def _counts(fewest: int, group: list[Run], bench: DeviceModel) -> list[int]:
     """Higher numbers of packs that may be quicker: those that use all slots in their last round too."""
     most = min(bench.full_packs(group), len(group))
     return [count for count in range(bench.slots, most + 1, bench.slots) if count > fewest] + [most] * (most > fewest)

@@ -11,12 +11,12 @@ from launcher.cluster.partitions import partitions_for
 from launcher.cluster.requests import refuse_pattern
 from launcher.estimate.facts import Facts
 from launcher.estimate.partition import LOCAL_PARTITION
-from launcher.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
 from launcher.plan.packing import pack_id
 from launcher.plan.routing import Routed, Router
 from launcher.plan.verdict import Judgement, judge
 from launcher.records import ClusterConfig, Forecast, Lanes, Pack, Plan, PlannedRun, Run, Sweep, Verdict
-from train.rundir import CacheDir, RunDir, SweepDir
+from launcher.track.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
+from train.store.layout import CacheDir, RunDir, SweepDir
 
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
 

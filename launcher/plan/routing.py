@@ -9,10 +9,10 @@ from launcher.estimate.facts import Facts
 from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.partition import LOCAL_PARTITION, Partition
 from launcher.estimate.workload import Workload
-from launcher.plan.packing import MOST_RUNS_PER_PACK, Bench, by_base, pack_runs
+from launcher.plan.packing import MOST_RUNS_PER_PACK, DeviceModel, by_base, pack_runs
 from launcher.plan.refusal import refuse
 from launcher.records import ClusterConfig, Forecast, Run
-from train.rundir import SweepDir
+from train.store.layout import SweepDir
 
 TIME_MARGIN = 1.5  # over the forecast, which is honest to about that factor
 TIME_SPARE_MINUTES = 10  # loading from a slow disk, saving when asked to stop
@@ -102,7 +102,7 @@ class Router:
         def forecast(runs: list[Run]) -> Forecast:
             return forecaster.forecast(runs[0].config, self._work_of(runs))
 
-        bench = Bench(
+        bench = DeviceModel(
             fits=lambda runs: forecaster.fits(runs, self._work_of(runs)),
             seconds=lambda runs: forecast(runs).seconds,
             full_packs=lambda runs: max(1, int(self._step_tokens(runs) / partition.full_tokens)),

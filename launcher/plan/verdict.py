@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.errors import ClusterError
-from launcher.jobs import JobRecord
 from launcher.records import Verdict
-from train.attempts import FINAL, HOPELESS, why_held
-from train.lease import Lease, read_lease
-from train.rundir import RunDir
-from train.storage import Record, read_json, read_lines
+from launcher.track.jobs import JobRecord
+from train.runtime.attempts import FINAL, HOPELESS, why_held
+from train.store.layout import RunDir
+from train.store.lease import Lease, read_lease
+from train.store.storage import Record, read_json, read_lines
 
 _CANNOT_TELL = (
     "Slurm's squeue does not answer, so nobody can tell whether {name} is still in the queue; nothing was submitted. "

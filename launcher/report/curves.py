@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.report.comparison import Curve
-from train.rundir import RunDir
-from train.storage import Record, parsed
+from launcher.report.comparison import Answers, Curve, Sample
+from train.store.layout import RunDir
+from train.store.storage import Record, parsed, read_first_line, tail_lines
 
 MAX_POINTS = 400
 Series = list[tuple[int, float]]
@@ -49,3 +49,18 @@ def _read_journal(path: Path) -> list[Record]:
     whole = content[: content.rfind(b"\n") + 1].splitlines()
     lines: list[Record] = parsed(b"[" + b",".join(whole) + b"]", path)
     return lines
+
+
+TAIL_BYTES = 1 << 18  # an evaluation's line holds a few prompts with their answers
+
+
+def read_answers(run: RunDir) -> Answers | None:
+    """The first and the last answers of one run, finished or not; None where it gave none."""
+    first, last = read_first_line(run.samples), tail_lines(run.samples, TAIL_BYTES)
+    if first is None or not last:
+        return None
+    return Answers(run.id, last[-1]["step"], _samples(first), _samples(last[-1]))
+
+
+def _samples(line: Record) -> tuple[Sample, ...]:
+    return tuple(Sample(s["prompt"], s["expected"], s["answer"], s["whole"]) for s in line["samples"])

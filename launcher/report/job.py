@@ -12,11 +12,11 @@ from launcher.cluster.names import job_names
 from launcher.cluster.queue import read_queue
 from launcher.cluster.slurm import Submitted, array_number, submit_afterwards
 from launcher.errors import ClusterError
-from launcher.jobs import arrays_in_queue
 from launcher.records import Plan, RunStatus, State, Sweep
 from launcher.submit.freeze import freeze_code
-from train.rundir import SweepDir
-from train.storage import read_json, write_json
+from launcher.track.jobs import arrays_in_queue
+from train.store.layout import SweepDir
+from train.store.storage import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import json
 import math
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
-from launcher.report.comparison import Group, Noise, Row
+from launcher.report.comparison import Axis, Group, Noise, Row, Unfinished
 from launcher.report.differences import SEED, axes_label
+from train.config import DataConfig
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; above, the normal distribution's 1.96 is within 4 %.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -125,3 +127,26 @@ def _spread_text(group: Group) -> str:
 
 def _plus_minus(group: Group) -> str:
     return f"{group.mean:.4f} (s.d. {group.deviation or 0.0:.4f})"
+
+
+# A loss is a mean over the tokens of the held-out answers. These keys decide which rows those are, or how they are cut in tokens.
+MEASURED_OVER = {f"data.{key}" for key in DataConfig.model_fields if key != "train_rows"}
+MEASURED_OVER |= {"model.name", "model.source", "model.revision"}
+
+
+def caveats_of(axes: Sequence[Axis], rows: Sequence[Row], unfinished: Sequence[Unfinished]) -> tuple[str, ...]:
+    """Sentences for whoever reads the ranking of `rows`; none where it says all there is."""
+    sentences = []
+    if rows and unfinished:
+        counts = Counter(run.state for run in unfinished)
+        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        total = len(rows) + len(unfinished)
+        have, are = ("has", "is") if len(unfinished) == 1 else ("have", "are")
+        sentences.append(f"{len(unfinished)} of {total} runs {have} no result and {are} not compared: {states}.")
+    unlike = [axis.key for axis in axes if axis.key in MEASURED_OVER]
+    if unlike:
+        which = ", ".join(unlike)
+        sentences.append(
+            f"Losses compare only between runs of the same {which}: it decides over which tokens they are taken."
+        )
+    return tuple(sentences)

@@ -18,7 +18,7 @@ from launcher.report.differences import SEED, axes_label
 PIXELS_PER_INCH = 160
 LEGEND_ROWS = 12
 DRAWN_CURVES = 60  # the best ones; more lines than this are a carpet
-# Okabe and Ito's palette, without its yellow and black: told apart by colour-blind eyes on white.
+# Okabe and Ito's palette, without its yellow and black: told apart by color-blind eyes on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from launcher.report.comparison import Report, Row
 from launcher.report.differences import axes_label, value_label
-from launcher.units import count, number, percent, seconds
+from launcher.terminal.units import count, number, percent, seconds
 
 TOP_ROWS = 50
 NAME_WIDTH = 20  # characters at most, of a run's name and of a swept value

@@ -8,19 +8,17 @@ from pathlib import Path
 import yaml
 
 from launcher.plan.verdict import judge
-from launcher.report.answers import read_answers
-from launcher.report.caveats import caveats_of
 from launcher.report.comparison import Report, Row, Unfinished, report_json
-from launcher.report.curves import read_curve
+from launcher.report.curves import read_answers, read_curve
 from launcher.report.differences import SEED, Values, flat, swept_axes
 from launcher.report.html_page import render_page
-from launcher.report.noise import group_by_seed, judge_noise
+from launcher.report.noise import caveats_of, group_by_seed, judge_noise
 from launcher.report.table import print_report
 from launcher.track.tracker import track
 from train.errors import StorageError
 from train.mirror.request import cost_usd
-from train.rundir import RunDir, SweepDir
-from train.storage import Record, make_folder, read_first_line, read_json, write_bytes, write_text
+from train.store.layout import RunDir, SweepDir
+from train.store.storage import Record, make_folder, read_first_line, read_json, write_bytes, write_text
 
 __all__ = ["build_report", "print_report", "report_json", "write_report"]
 

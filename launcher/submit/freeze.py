@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.rundir import SweepDir
-from train.storage import make_folder, write_folder
+from train.store.layout import SweepDir
+from train.store.storage import make_folder, write_folder
 
 SOURCE_DIR = Path(__file__).resolve().parents[2]
 FROZEN = ("launcher", "train", "conf")

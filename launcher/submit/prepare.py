@@ -12,10 +12,10 @@ from typing import Any
 
 from launcher.submit.freeze import SOURCE_DIR
 from train.config import RunConfig
-from train.data.facts import read_facts
+from train.data.stats import read_facts
 from train.errors import BadInput, LorapackError, StorageError
-from train.rundir import CacheDir
-from train.sources import staged_model
+from train.model.source import staged_model
+from train.store.layout import CacheDir
 
 TARGETING = {
     "target_modules",
@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 
 
 def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
-    """Fetch each distinct model, check that it has what adapters target, tokenise each distinct data set; progress goes to stderr.
+    """Fetch each distinct model, check that it has what adapters target, tokenize each distinct data set; progress goes to stderr.
 
     Returns:
         The facts of each distinct pair of model and data, in the order of their first appearance.
@@ -50,7 +50,7 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
 
 
 def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:
-    """Those of `configs` whose model or tokenised data is not in the cache."""
+    """Those of `configs` whose model or tokenized data is not in the cache."""
     groups = _by_model_and_data(configs)
     return [config for alike in groups if not _is_prepared(alike[0], CacheDir(cache)) for config in alike]
 

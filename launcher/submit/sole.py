@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from train.errors import BadInput, LeaseHeld, StorageError
-from train.lease import Heartbeat, acquire, read_lease, release
-from train.rundir import SweepDir
-from train.storage import make_folder
+from train.store.layout import SweepDir
+from train.store.lease import Heartbeat, acquire, read_lease, release
+from train.store.storage import make_folder
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from launcher.plan.planner import plan_json
 from launcher.records import Pack, Plan, Run
 from launcher.submit.freeze import freeze_code
 from train.errors import BadInput, StorageError
-from train.rundir import SweepDir
-from train.storage import make_folder, read_json, write_json, write_text
+from train.store.layout import SweepDir
+from train.store.storage import make_folder, read_json, write_json, write_text
 
 
 def submit(plan: Plan) -> LocalQueue:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from train.errors import BadInput
-from train.rundir import RunDir, SweepDir
-from train.storage import readable
+from train.store.layout import RunDir, SweepDir
+from train.store.storage import readable
 
 MOST_LISTED = 12
 
@@ -106,3 +106,15 @@ def _label(folder: SweepDir | RunDir) -> str:
 def _listing(folders: Sequence[Folder]) -> str:
     more = len(folders) - MOST_LISTED
     return ", ".join(map(_label, folders[:MOST_LISTED])) + (f" and {more} more" if more > 0 else "")
+
+
+def sweep_facts(sweep: SweepDir) -> dict[str, Any]:
+    """Runs, finished runs, when it was last submitted (Unix time) and how much disk it takes."""
+    runs = sweep.runs()
+    return {
+        "name": sweep.path.name,
+        "runs": len(runs),
+        "done": sum(run.result.exists() for run in runs),
+        "submitted": submitted_at(sweep),
+        "bytes": sum(path.lstat().st_size for path in sweep.path.rglob("*") if path.is_file()),
+    }

@@ -10,8 +10,8 @@ from typing import Any
 
 from launcher.cluster.local import log_files
 from launcher.cluster.slurm import task_logs
-from launcher.jobs import JobRecord, jobs_of, look_up
-from train.rundir import PackDir, RunDir, SweepDir
+from launcher.track.jobs import JobRecord, jobs_of, look_up
+from train.store.layout import PackDir, RunDir, SweepDir
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0  # between questions to a controller that serves many users

@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from launcher.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus, State
-from launcher.units import seconds
-from train.activity import doing, read_bulletin
-from train.attempts import FINAL, why_held
-from train.lease import Lease, read_lease
-from train.rundir import RunDir, SweepDir
-from train.storage import Record, read_first_line, read_json, read_lines, tail_lines
+from launcher.terminal.units import seconds
+from launcher.track.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
+from train.runtime.activity import doing, read_bulletin
+from train.runtime.attempts import FINAL, why_held
+from train.store.layout import RunDir, SweepDir
+from train.store.lease import Lease, read_lease
+from train.store.storage import Record, read_first_line, read_json, read_lines, tail_lines
 
 STATE_AFTER = {
     "done": State.STOPPED,  # without a result it died in between, and goes on from its last checkpoint

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.start import bench_cache
-from train.environment import prepare_torch
+from train.runtime.environment import prepare_torch
 
 if TYPE_CHECKING:
     from bench.measuring import Measured, Setting
@@ -75,11 +75,11 @@ def settings(quick: bool) -> list[Setting]:
 def compare(model: Path, cases: Sequence[Setting], timed: int) -> list[Compared]:
     """Measure every setting, and ask the launcher what it would have said."""
     from bench.measuring import StepClock, attempt
-    from bench.ours import NAME, Bench
+    from bench.ours import NAME, DeviceModel
     from bench.rows import data
 
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    bench = Bench(model, data(vocabulary), bench_cache(model), first_step=FIRST_STEP)
+    bench = DeviceModel(model, data(vocabulary), bench_cache(model), first_step=FIRST_STEP)
     found = []
     for setting in cases:
         clock = StepClock(FIRST_STEP + timed, timed)

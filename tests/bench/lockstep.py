@@ -22,12 +22,12 @@ from unittest import mock
 import torch
 
 import packs
-from train import decoder
-from train.base import PackedBase, pack_model
 from train.config import RunConfig
-from train.kernels import choose_kernels
-from train.loop import PackLoop
-from train.optim import PackedAdamW, StepOutcome
+from train.nn import decoder
+from train.nn.backends import choose_kernels
+from train.nn.packed_model import PackedModel, pack_model
+from train.trainer.loop import PackLoop
+from train.trainer.optim import PackedAdamW, StepOutcome
 
 OPERATIONS = ("norm_and_pass", "linears", "rotated", "attend", "gated")
 
@@ -131,7 +131,7 @@ def _differing(mine: torch.Tensor, other: torch.Tensor) -> int:
     return int((mine != other).sum())
 
 
-def march(base: PackedBase, configs: list[RunConfig], seed: int, steps: int, folder: Path) -> list[str | None]:
+def march(base: PackedModel, configs: list[RunConfig], seed: int, steps: int, folder: Path) -> list[str | None]:
     """Per run what differed first within `steps` steps over random rows, None if nothing did."""
     data = packs.random_data(seed=seed)
     pack = packs.make_loop(folder / "pack", base, configs, data=data)

@@ -34,19 +34,19 @@ from bench.measuring import (
 )
 from bench.rows import LONGEST, data
 from bench.start import bench_cache
-from train.attempts import open_attempt
-from train.base import PackedBase
 from train.config import RunConfig, parse_run_config
-from train.data.token_table import TokenisedData
-from train.loop import PackLoop
+from train.data.token_table import TokenizedData
+from train.lora.targets import adapted_modules
 from train.model.base_cache import BaseCache
-from train.pack import fit_to_device, open_base, seat
-from train.rundir import CacheDir, RunDir
-from train.session import RunSession
-from train.signals import StopFlag
+from train.nn.packed_model import PackedModel
+from train.runtime.attempts import open_attempt
+from train.runtime.signals import StopFlag
 from train.sizing import Fit
-from train.storage import make_folder
-from train.targets import adapted_modules
+from train.store.layout import CacheDir, RunDir
+from train.store.storage import make_folder
+from train.trainer.loop import PackLoop
+from train.trainer.pack import fit_to_device, open_base, seat
+from train.trainer.session import RunSession
 
 NAME = "lorapack"
 T4_GIB, T4_CAPABILITY = 15.0, (7, 5)  # what a T4 leaves to a process, and its compute capability
@@ -61,7 +61,7 @@ def profile(name: str) -> Iterator[None]:
     device_bytes = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(T4_GIB * GIB / device_bytes)
     capability = mock.patch("torch.cuda.get_device_capability", return_value=T4_CAPABILITY)
-    memory = mock.patch("train.memory.device_bytes", return_value=int(T4_GIB * GIB))
+    memory = mock.patch("train.nn.backends.device_bytes", return_value=int(T4_GIB * GIB))
     attention = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # what torch has below sm_80
     with capability, memory, attention:
         yield
@@ -89,17 +89,17 @@ def run_config(folder: Path, setting: Setting, seed: int) -> RunConfig:
 
 
 @dataclass
-class Bench:
+class DeviceModel:
     """The base that is loaded now, and why it is so."""
 
     folder: Path
-    rows: TokenisedData
+    rows: TokenizedData
     cache: CacheDir
     first_step: int
     fit: Fit | None = None
-    base: PackedBase | None = None
+    base: PackedModel | None = None
 
-    def base_for(self, setting: Setting) -> tuple[PackedBase, Fit]:
+    def base_for(self, setting: Setting) -> tuple[PackedModel, Fit]:
         """The base as `setting` wants it, loaded anew only if it has to be."""
         config = run_config(self.folder, setting, seed=0)
         fit = fit_to_device(config, self.folder, LONGEST)
@@ -119,7 +119,7 @@ class Bench:
 
 
 @contextmanager
-def seated(bench: Bench, setting: Setting, folder: Path) -> Iterator[PackLoop]:
+def seated(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[PackLoop]:
     """A pack of new runs over the bench's base, in run folders below `folder`."""
     base, fit = bench.base_for(setting)
     sessions = []
@@ -165,7 +165,7 @@ def measure_all(model: Path, settings: list[Setting], out: Path, warm: int, time
     """The matrix ceiling, then every setting."""
     append(out, {"ceiling_flops": ceiling_flops()})
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    bench = Bench(model, data(vocabulary), bench_cache(model), first_step=warm)
+    bench = DeviceModel(model, data(vocabulary), bench_cache(model), first_step=warm)
     with profile(as_on):
         for place, setting in enumerate(settings):
             clock = StepClock(warm + timed, timed)

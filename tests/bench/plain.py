@@ -37,7 +37,7 @@ Load = Callable[[Path, Setting], Any]
 
 
 def load_plain(folder: Path, setting: Setting) -> Any:
-    """The model with an adapter, as the tutorials load it; in float32 and unquantised on a CPU."""
+    """The model with an adapter, as the tutorials load it; in float32 and unquantized on a CPU."""
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(setting.targets), task_type="CAUSAL_LM")
     if not torch.cuda.is_available():
         return get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)

@@ -1,6 +1,6 @@
 """The whole product on this machine: a sweep that is killed without warning in the middle, resumed, and reported.
 
-Then the same sweep once more under another name, whose job finds the quantised base in the cache. Says how long each job took from the
+Then the same sweep once more under another name, whose job finds the quantized base in the cache. Says how long each job took from the
 start of its process to its first step.
 
     PYTHONPATH=.:tests python -m bench.product --work /tmp/product
@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from train.rundir import RunDir, SweepDir
-from train.storage import read_lines
+from train.store.layout import RunDir, SweepDir
+from train.store.storage import read_lines
 
 SWEEP, WARM_SWEEP = "product", "product-warm"
 KILL_AFTER = 10  # steps

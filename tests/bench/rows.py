@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.batches import epoch_order
-from train.data.token_table import TokenisedData, TokenTable
+from train.data.sampling import epoch_order
+from train.data.token_table import TokenizedData, TokenTable
 
 ROWS = 4096
 MEAN_TOKENS, SPREAD = 130.0, 0.6  # of a log-normal
@@ -21,9 +21,9 @@ def table(vocabulary: int, rows: int = ROWS, seed: int = 0) -> TokenTable:
     return TokenTable(tokens, tokens.copy(), np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def data(vocabulary: int) -> TokenisedData:
+def data(vocabulary: int) -> TokenizedData:
     """The rows as the trainer takes them; the evaluation is one row, since it is not measured."""
-    return TokenisedData(table(vocabulary), table(vocabulary, rows=1, seed=1), {})
+    return TokenizedData(table(vocabulary), table(vocabulary, rows=1, seed=1), {})
 
 
 def in_order_of(seed: int, vocabulary: int) -> list[dict[str, list[int]]]:

@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from train.environment import prepare_torch
-from train.rundir import CacheDir
+from train.runtime.environment import prepare_torch
+from train.store.layout import CacheDir
 
 
 def bench_cache(model: Path) -> CacheDir:

@@ -17,9 +17,9 @@ from bench.measuring import LINEARS, Measured, Rendezvous, Setting
 from bench.rows import LONGEST, SHORTEST, in_order_of, table
 from bench.shapes import SHAPES
 from bench.tables import ratios, speed_table, together, where_packing_stops
-from train import decoder
-from train.batches import rows_of_step, sequences_of
 from train.config import TrainConfig
+from train.data.sampling import rows_of_step, sequences_of
+from train.nn import decoder
 
 
 def measured(who: str, tokens_per_second: float, setting: Setting | None = None) -> Measured:

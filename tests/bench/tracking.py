@@ -20,9 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from train.lease import read_lease
-from train.rundir import SweepDir
-from train.storage import read_lines
+from train.store.layout import SweepDir
+from train.store.lease import read_lease
+from train.store.storage import read_lines
 from wandb_server import KEY, Mode, WandbServer
 
 ROUNDS, STEPS = 3, 100

@@ -1,6 +1,6 @@
 """A launcher whose trainer is a stand-in: everything is real (jobs, leases, signals, journals) but torch and the model.
 
-`install` copies the project and replaces three modules: ``train/pack.py`` counts steps instead of computing them,
+`install` copies the project and replaces three modules: ``train/trainer/pack.py`` counts steps instead of computing them,
 ``train/prepare.py`` answers without fetching anything, and ``train/export.py`` says what it was asked.
 """
 
@@ -25,13 +25,13 @@ import time
 
 import yaml
 
-from train.attempts import attempt_line, last_step
-from train.lease import release
-from train.storage import append_lines, make_folder, write_json
+from train.runtime.attempts import attempt_line, last_step
+from train.store.lease import release
+from train.store.storage import append_lines, make_folder, write_json
 
 
 def train_pack(leases, cache, stop, say, activity, team=None):
-    if team is not None and not team.leads:
+    if team is not None and not team.is_main:
         return
     say("loading the stand-in")
     for run, lease in leases:

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from train.config import RunConfig, parse_run_config
-from train.rundir import RunDir, SweepDir
-from train.storage import append_lines, make_folder, write_json, write_text
+from train.store.layout import RunDir, SweepDir
+from train.store.storage import append_lines, make_folder, write_json, write_text
 
 BASE_EVAL_LOSS = 2.93
 PACK = "p1"

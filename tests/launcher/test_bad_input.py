@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Mist
 import launcher
 from stand_in import Program
 from train.config import ModelConfig
-from train.rundir import CacheDir
+from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -9,9 +9,9 @@ import pytest
 
 from launcher.cli import VERBS
 from stand_in import SMALL, Program, install, wait_for
-from train.lease import process_started, read_lease
-from train.rundir import RunDir, SweepDir
-from train.storage import read_json, read_lines
+from train.store.layout import RunDir, SweepDir
+from train.store.lease import process_started, read_lease
+from train.store.storage import read_json, read_lines
 
 
 @pytest.fixture(scope="session")

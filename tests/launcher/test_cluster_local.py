@@ -12,9 +12,9 @@ from launcher.records import ClusterConfig
 from launcher.track.logs import JobVoice
 from stand_in import install, put_command, wait_for
 from train.errors import BadInput
-from train.lease import process_started, read_lease
-from train.rundir import PackDir, RunDir, SweepDir
-from train.storage import make_folder, read_json, read_lines, write_json, write_text
+from train.store.layout import PackDir, RunDir, SweepDir
+from train.store.lease import process_started, read_lease
+from train.store.storage import make_folder, read_json, read_lines, write_json, write_text
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from launcher.cluster.requests import (
 from launcher.records import ClusterConfig, Forecast, Lanes, Pack
 from stand_in import put_command
 from train.errors import BadInput
-from train.rundir import ArrayDir
+from train.store.layout import ArrayDir
 
 SLURM = ClusterConfig(kind="slurm")
 NAMES = JobNames("rank", "5eed")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.cluster.inventory import Inventory
-from launcher.cluster.words import (
+from launcher.cluster.parsing import (
     Access,
     LivePartition,
     read_associations,

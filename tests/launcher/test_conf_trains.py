@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 from launcher.compose.composer import CONF_DIR, compose
 from launcher.records import Sweep
-from train.adapter_file import read_adapter
 from train.config import ModelConfig
 from train.job import PackJob
-from train.rundir import CacheDir
-from train.signals import STOP_SIGNALS
-from train.storage import make_folder, read_json, write_json, write_text
+from train.lora.peft_files import read_adapter
+from train.runtime.signals import STOP_SIGNALS
+from train.store.layout import CacheDir
+from train.store.storage import make_folder, read_json, write_json, write_text
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from synthetic_sweeps import SyntheticSweep
-from train.dashboard import SweptAxis, _answered, build
 from train.errors import LorapackError
-from train.storage import read_json
+from train.mirror.dashboard import SweptAxis, _answered, build
+from train.store.storage import read_json
 from wandb_server import ENTITY, KEY, WandbServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces uses pydantic's old names
@@ -156,7 +156,7 @@ def test_a_server_that_refuses_it_is_quoted_in_one_paragraph(
 
 
 def test_silence_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.dashboard.SAVE_SECONDS", 1)
+    monkeypatch.setattr("train.mirror.dashboard.SAVE_SECONDS", 1)
     with pytest.raises(LorapackError, match="no answer within 1 s"), _answered("https://wandb.example"):
         time.sleep(30)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from launcher.cluster.inventory import Inventory
-from launcher.cluster.words import LivePartition, Qos, Settings, read_associations
+from launcher.cluster.parsing import LivePartition, Qos, Settings, read_associations
 from launcher.doctor.advice import cluster_advice
 from launcher.doctor.examine import NO_SLURM, examine
 from launcher.doctor.machine import look_at_disk

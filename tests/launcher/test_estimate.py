@@ -13,7 +13,7 @@ from launcher.estimate.shapes import model_shape, staged_shape, typical_shape
 from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
 from train.errors import BadInput
-from train.rundir import CacheDir
+from train.store.layout import CacheDir
 
 H200, T4 = gpu_device("NVIDIA H200", 139.8), gpu_device("Tesla T4", 15.0)
 LAPTOP = DeviceFacts("cpu", "2 CPU cores", 16.0, 100e9)
@@ -113,7 +113,7 @@ def test_the_size_in_a_source_tells_the_shape(source: str, layers: int) -> None:
     assert typical_shape(source).layers == layers
 
 
-def test_nf4_takes_a_quarter_of_16_bit_and_double_quantisation_saves_more() -> None:
+def test_nf4_takes_a_quarter_of_16_bit_and_double_quantization_saves_more() -> None:
     def base(**how: Any) -> float:
         return memory_bytes(config(residency="nf4", **how), [], LLAMA_7B, H200)
 
@@ -186,7 +186,7 @@ def test_a_target_that_a_staged_model_lacks_is_refused(tiny_model: tuple[ModelCo
     assert adapter_of(wrong, LLAMA_7B).parameters > 0
 
 
-def test_data_that_is_not_tokenised_yet_is_guessed_from_its_file(tmp_path: Path) -> None:
+def test_data_that_is_not_tokenized_yet_is_guessed_from_its_file(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "count the letters of apple", "output": "5"}\n' * 200)
     data = DataConfig(name="rows", source=str(rows), fingerprint="d", train_rows=150, eval_rows=20)
@@ -204,7 +204,7 @@ def test_a_malformed_row_is_refused_with_its_line(tmp_path: Path) -> None:
 
 
 def test_graphs_replay_from_ampere_on() -> None:
-    """As `train.kernels` takes them: by compute capability, 8.0 and later."""
+    """As `train.nn.backends` takes them: by compute capability, 8.0 and later."""
     graphed = {
         name: gpu_device(name, 16.0).graphed
         for name in ("NVIDIA A100-SXM4-40GB", "a100_1g.10gb", "l4", "Tesla T4", "v100", "gtx9000")

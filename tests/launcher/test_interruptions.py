@@ -18,8 +18,8 @@ import pytest
 import launcher
 from stand_in import Program, wait_for
 from train.config import ModelConfig
-from train.rundir import CacheDir, RunDir, SweepDir
-from train.storage import read_json, read_lines
+from train.store.layout import CacheDir, RunDir, SweepDir
+from train.store.storage import read_json, read_lines
 
 STEPS = 300
 COMMAND = [

@@ -7,12 +7,12 @@ import pytest
 
 from launcher.cluster.lanes import deal, lanes_for
 from launcher.errors import ClusterError
-from launcher.jobs import arrays_in_queue
 from launcher.records import Lanes
-from launcher.view import at_once
+from launcher.terminal.tables import at_once
+from launcher.track.jobs import arrays_in_queue
 from stand_in import put_command
-from train.rundir import SweepDir
-from train.storage import make_folder, write_json
+from train.store.layout import SweepDir
+from train.store.storage import make_folder, write_json
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from launcher.compose.composer import compose
 from launcher.estimate.facts import Facts
 from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.partition import local_partition
-from launcher.plan.packing import Bench, pack_runs
+from launcher.plan.packing import DeviceModel, pack_runs
 from launcher.plan.planner import make_plan, plan_json
 from launcher.records import Run, Sweep, Verdict
 from train.config import ModelConfig
 from train.errors import BadInput
-from train.lease import process_started
-from train.rundir import CacheDir, RunDir
-from train.storage import append_lines, make_folder, write_json, write_text
+from train.store.layout import CacheDir, RunDir
+from train.store.lease import process_started
+from train.store.storage import append_lines, make_folder, write_json, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +210,9 @@ def test_the_cluster_limits_a_pack(tmp_path: Path) -> None:
     assert len({pack.id for pack in plan.packs}) == 3
 
 
-def bench(fits: Callable[[list[Run]], bool]) -> Bench:
+def bench(fits: Callable[[list[Run]], bool]) -> DeviceModel:
     """One device that holds what `fits` says."""
-    return Bench(fits, seconds=lambda runs: 1.0, full_packs=lambda runs: 1, slots=1)
+    return DeviceModel(fits, seconds=lambda runs: 1.0, full_packs=lambda runs: 1, slots=1)
 
 
 def test_packs_are_the_fewest_that_fit_and_of_similar_length(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from launcher.report.table import GPU_ONLY, MEASURES
 from launcher.report.writer import build_report, print_report, report_json, write_report
 from synthetic_sweeps import BASE_EVAL_LOSS, PACK, SyntheticSweep, configured
 from train.errors import StorageError
-from train.storage import append_lines, write_json
+from train.store.storage import append_lines, write_json
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -15,7 +15,7 @@ from chromium import Opened, open_browser, open_page
 from launcher.report.html_page import page_document, render_page
 from launcher.report.writer import build_report, write_report
 from synthetic_sweeps import QUESTIONS, SyntheticSweep
-from train.storage import append_lines, read_json, write_json
+from train.store.storage import append_lines, read_json, write_json
 
 OPENS_WITHIN_SECONDS = 2
 LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3
@@ -35,17 +35,17 @@ GRIDS: dict[int, dict[str, list[Any]]] = {
     },
 }
 
-# The contrast of every text on the page with what lies behind it, worst first: [ratio, text, colours].
+# The contrast of every text on the page with what lies behind it, worst first: [ratio, text, colors].
 CONTRASTS = """() => {
-  const parts = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
-  const light = (colour) => {
-    const [r, g, b] = parts(colour).map((part) => part / 255).map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+  const parts = (color) => (color.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = (color) => {
+    const [r, g, b] = parts(color).map((part) => part / 255).map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const behind = (element) => {
     for (let at = element; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      if ((parts(colour)[3] ?? 1) === 1 && colour !== "transparent") return colour;
+      const color = getComputedStyle(at).backgroundColor;
+      if ((parts(color)[3] ?? 1) === 1 && color !== "transparent") return color;
     }
     return "rgb(255, 255, 255)";
   };

@@ -10,8 +10,8 @@ import yaml
 
 from launcher.cluster import partitions as cluster_partitions
 from launcher.cluster.inventory import Inventory
+from launcher.cluster.parsing import LivePartition
 from launcher.cluster.partitions import choose_partitions
-from launcher.cluster.words import LivePartition
 from launcher.compose.composer import compose
 from launcher.doctor.site import site_text
 from launcher.errors import ClusterError
@@ -20,13 +20,13 @@ from launcher.estimate.facts import Facts
 from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.gpus import known_gpu
 from launcher.estimate.partition import Partition
-from launcher.plan.packing import Bench, makespan, pack_runs
+from launcher.plan.packing import DeviceModel, makespan, pack_runs
 from launcher.plan.planner import make_plan
 from launcher.records import ClusterConfig, PartitionConfig, Plan
 from train.config import parse_section
 from train.errors import BadInput
-from train.rundir import CacheDir
-from train.storage import make_folder, write_json, write_text
+from train.store.layout import CacheDir
+from train.store.storage import make_folder, write_json, write_text
 
 T4 = PartitionConfig(gpu="t4", gpus=4, max_minutes=1440)
 A100 = PartitionConfig(gpu="a100", gpus=4, max_minutes=60)
@@ -110,7 +110,7 @@ def test_small_packs_are_not_torn_apart(tmp_path: Path) -> None:
 def test_no_other_number_of_packs_ends_earlier(tmp_path: Path, slots: int, full: int, largest: int) -> None:
     """Against every number of packs of equal runs that memory and full devices allow."""
     runs = list(compose(["train.seed=range(0,9)", "model=tiny", f"root={tmp_path}"]).runs)
-    bench = Bench(lambda pack: True, lambda pack: 10.0 + len(pack), lambda pack: full, slots)
+    bench = DeviceModel(lambda pack: True, lambda pack: 10.0 + len(pack), lambda pack: full, slots)
     packs = pack_runs(runs, largest, lambda run: 1.0, bench)
     assert sorted(run.id for pack in packs for run in pack) == sorted(run.id for run in runs)
     assert max(map(len, packs)) <= largest

@@ -11,23 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cancel import cancel_runs
 from launcher.cluster.commands import CommandRefused, NoAnswer
 from launcher.cluster.names import JobNames, job_names
 from launcher.cluster.requests import ArrayRequest
 from launcher.cluster.slurm import QUEUE_IS_FULL, _look_for, find_array, max_array_size, submit_afterwards
+from launcher.control.cancel import cancel_runs
 from launcher.errors import ClusterError
-from launcher.jobs import jobs_of, look_up
 from launcher.plan.verdict import judge
 from launcher.records import ClusterConfig, RunStatus, State, Verdict
 from launcher.report.job import report_note
+from launcher.track.jobs import jobs_of, look_up
 from launcher.track.tracker import track
 from stand_in import put_command
-from train.attempts import attempt_line, open_attempt
-from train.lease import acquire
-from train.rundir import RunDir, SweepDir
-from train.slurm import killed_for_memory
-from train.storage import append_lines, make_folder, read_lines, write_json, write_text
+from train.runtime.attempts import attempt_line, open_attempt
+from train.runtime.slurm import killed_for_memory
+from train.store.layout import RunDir, SweepDir
+from train.store.lease import acquire
+from train.store.storage import append_lines, make_folder, read_lines, write_json, write_text
 
 NO_CONTACT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 

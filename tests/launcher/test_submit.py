@@ -11,16 +11,16 @@ from launcher.compose.composer import compose
 from launcher.errors import ClusterError
 from launcher.plan.planner import make_plan, plan_json
 from launcher.records import Plan, Verdict
-from launcher.resume import frozen_sweep
 from launcher.submit.freeze import freeze_code
+from launcher.submit.frozen import frozen_sweep
 from launcher.submit.sole import sole_launcher
 from launcher.submit.submission import submit
 from stand_in import SMALL, install, wait_for
 from train.config import parse_run_config
 from train.errors import BadInput, LeaseHeld
-from train.lease import acquire
-from train.rundir import SweepDir
-from train.storage import make_folder, read_json, write_json
+from train.store.layout import SweepDir
+from train.store.lease import acquire
+from train.store.storage import make_folder, read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_disk_that_refuses_leaves_no_sweep(plan: Plan, monkeypatch: pytest.Mon
     full = Path("/dev/full")
 
     def freeze_to_full_disk(sweep: SweepDir) -> Path:
-        from train.storage import append_lines
+        from train.store.storage import append_lines
 
         append_lines(full, [{"no": "space"}])
         return sweep.path

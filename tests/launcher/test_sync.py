@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.sync import PARALLEL
+from launcher.subprocesses.sync import PARALLEL
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
 from terminal import Terminal
 from wandb_server import KEY, WandbServer

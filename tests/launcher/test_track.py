@@ -9,11 +9,11 @@ import pytest
 from launcher.records import RunStatus, State
 from launcher.track.find import find_run, find_runs, find_sweep
 from launcher.track.tracker import status_json, track
-from train.attempts import attempt_line
 from train.errors import BadInput
-from train.lease import acquire
-from train.rundir import RunDir, SweepDir
-from train.storage import append_lines, make_folder, write_json, write_text
+from train.runtime.attempts import attempt_line
+from train.store.layout import RunDir, SweepDir
+from train.store.lease import acquire
+from train.store.storage import append_lines, make_folder, write_json, write_text
 
 HEADER = {
     "step": 0,

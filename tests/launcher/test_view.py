@@ -8,9 +8,9 @@ from rich.text import Text
 
 from launcher.compose.composer import compose
 from launcher.plan.planner import make_plan
-from launcher.progress import PlainProgress, TerminalProgress, open_progress, progress_table
 from launcher.records import RunStatus, State
-from launcher.view import MOST_ROWS, print_plan, print_statuses, print_sweeps
+from launcher.terminal.progress import PlainProgress, TerminalProgress, open_progress, progress_table
+from launcher.terminal.tables import MOST_ROWS, print_plan, print_statuses, print_sweeps
 from stand_in import SMALL
 
 
@@ -132,7 +132,7 @@ def test_without_a_terminal_lines_come_now_and_then_and_once_at_the_end() -> Non
     ]
 
 
-def test_a_line_printed_beside_the_bars_leaves_their_colours_alone() -> None:
+def test_a_line_printed_beside_the_bars_leaves_their_colors_alone() -> None:
     """Rich draws the bars again below the line, with the line's own options."""
     shown = console(terminal=True)
     with open_progress(shown) as progress:

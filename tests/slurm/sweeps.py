@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from launcher.jobs import jobs_of, look_up, newest_job_per_run
 from launcher.records import RunStatus
+from launcher.track.jobs import jobs_of, look_up, newest_job_per_run
 from launcher.track.tracker import track
 from real_cluster import Cluster
-from train.lease import read_lease
-from train.rundir import RunDir, SweepDir
-from train.storage import Record, last_line, read_json, read_lines
+from train.store.layout import RunDir, SweepDir
+from train.store.lease import read_lease
+from train.store.storage import Record, last_line, read_json, read_lines
 
 STEPS = 120
 EVAL_STEPS = 5
@@ -218,7 +218,7 @@ def loading(sweep: Sweep) -> bool:
 
 
 def evaluating(sweep: Sweep) -> bool:
-    """Every line up to a step of an evaluation is written (`train.loop` does so before it evaluates), and its own is not.
+    """Every line up to a step of an evaluation is written (`train.trainer.loop` does so before it evaluates), and its own is not.
 
     For sweeps with `train.eval_steps=EVAL_STEPS` and no sample answers.
     """

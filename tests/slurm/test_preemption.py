@@ -171,7 +171,7 @@ def test_a_job_imports_only_the_frozen_code(cluster: Cluster, lab: Lab, pair: Jo
 def imported_kib(lab: Lab) -> int:
     """The address space that the trainer takes before it has read a model; it is another with every build of torch."""
     (python, *_), settings = lab.cluster.python(lab.project)
-    program = "import train.pack; print(open('/proc/self/status').read())"
+    program = "import train.trainer.pack; print(open('/proc/self/status').read())"
     process = lab.cluster.start_as_user(python, "-c", program, cwd=lab.project, **settings)
     said, errors = process.communicate(timeout=END_DEADLINE_SECONDS)
     assert process.returncode == 0, errors

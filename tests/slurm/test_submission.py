@@ -21,7 +21,7 @@ from sweeps import END_DEADLINE_SECONDS, PAIR, SEEDS, SLURM, TINY, Lab, Sweep
 from real_cluster import Cluster
 from slurm.settings import Settings
 from train.errors import LeaseHeld
-from train.storage import read_json
+from train.store.storage import read_json
 
 Journals = dict[str, bytes]
 

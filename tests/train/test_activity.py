@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import packs
-from train import activity as module
-from train.activity import TRAINING, Activity, Bulletin, doing, read_bulletin
-from train.lease import Lease, acquire, process_age
-from train.rundir import PackDir, RunDir
-from train.storage import make_folder, write_text
+from train.runtime import activity as module
+from train.runtime.activity import TRAINING, Activity, Bulletin, doing, read_bulletin
+from train.store.layout import PackDir, RunDir
+from train.store.lease import Lease, acquire, process_age
+from train.store.storage import make_folder, write_text
 
 
 class Diary(Activity):
@@ -120,7 +120,7 @@ def test_nothing_stale_is_told(pack: PackDir, lease: Lease, monkeypatch: pytest.
     elsewhere = replace(lease, host="elsewhere", heartbeat=time.time())
     assert doing(note | {"host": "elsewhere"}, elsewhere) == "importing"
     assert doing(note | {"host": "elsewhere"}, replace(elsewhere, heartbeat=time.time() - 1000)) is None
-    monkeypatch.setattr("train.lease.process_started", lambda pid: None)
+    monkeypatch.setattr("train.store.lease.process_started", lambda pid: None)
     assert doing(note, lease) is None, "its process is dead"
     write_text(pack.activity, "")
     assert read_bulletin(pack) is None

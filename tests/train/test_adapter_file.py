@@ -12,12 +12,12 @@ from peft import PeftModel
 from test_targets import CASES, lora
 from transformers import AutoModelForCausalLM
 
-from train.adapter_file import read_adapter, write_adapter
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
+from train.lora.peft_files import read_adapter, write_adapter
+from train.lora.targets import adapted_modules
 from train.model.folder import linear_shapes
-from train.rundir import CacheDir
-from train.targets import adapted_modules
+from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 Tensors = dict[str, tuple[torch.Tensor, torch.Tensor]]

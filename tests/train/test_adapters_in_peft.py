@@ -8,17 +8,18 @@ import pytest
 import torch
 
 import packs
-from train.base import PackedBase
-from train.batches import MicroBatch, Sequence
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
+from train.nn.packed_model import PackedModel
 
 CASES = {"plain": 0, "dropout": 1, "all-linear, rsLoRA": 2, "mlp": 3, "one layer": 5, "patterns": 6, "regex": 7}
 TOKENS, LABELS = packs.random_table(1, seed=5).row(0)
 
 
 @torch.no_grad()
-def trainers_logits(base: PackedBase) -> torch.Tensor:
+def trainers_logits(base: PackedModel) -> torch.Tensor:
     """Logits [T, vocabulary] of the run in the first row of whatever pack sits on `base`."""
-    batch = MicroBatch([Sequence(0, 0, TOKENS, LABELS)], 1, packs.CPU)
+    batch = MicroBatch([TokenSequence(0, 0, TOKENS, LABELS)], 1, packs.CPU)
     return base.head.logits(base.hidden_states(batch))[:, : base.head.words]
 
 

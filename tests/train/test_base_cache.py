@@ -1,4 +1,4 @@
-"""Bases quantised once: every job that reads one trains the very numbers of a job that quantised for itself."""
+"""Bases quantized once: every job that reads one trains the very numbers of a job that quantized for itself."""
 
 import dataclasses
 import os
@@ -13,14 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import packs
-from train.base import DenseWeight, NF4Weight, PackedBase, Residency, load_base, pack_model
 from train.config import ModelConfig, QuantConfig
 from train.model import base_cache
 from train.model.base_cache import BaseCache, WantedBase
-from train.model.quantised import QuantisedBase, hollow_model
-from train.rundir import CacheDir
-from train.signals import StopFlag, Stopped
-from train.storage import make_folder, read_json
+from train.model.quantized import QuantizedBase, hollow_model
+from train.nn.packed_model import DenseWeight, NF4Weight, PackedModel, Residency, load_base, pack_model
+from train.runtime.signals import StopFlag, Stopped
+from train.store.layout import CacheDir
+from train.store.storage import make_folder, read_json
 
 MODEL = ModelConfig(name="tiny", source="builtin:tiny", fingerprint="tiny")
 SINGLE = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=False)
@@ -53,11 +53,11 @@ def load(
     dtype: torch.dtype = torch.float32,
     residency: Residency = "nf4",
     device: torch.device = packs.CPU,
-) -> PackedBase:
+) -> PackedModel:
     return load_base(model_dir, MODEL, quant, dtype, device, residency, 64, cache)
 
 
-def numbers(base: PackedBase) -> dict[str, torch.Tensor]:
+def numbers(base: PackedModel) -> dict[str, torch.Tensor]:
     """Everything that a base computes with."""
     found = {f"rest/{name}": tensor for name, tensor in base.model.named_parameters(remove_duplicate=False)}
     found |= {f"buffer/{name}": tensor for name, tensor in base.model.named_buffers()}
@@ -70,7 +70,7 @@ def numbers(base: PackedBase) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same(a: PackedBase, b: PackedBase) -> None:
+def assert_same(a: PackedModel, b: PackedModel) -> None:
     mine, other = numbers(a), numbers(b)
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) and mine[name].dtype == other[name].dtype for name in mine)
@@ -81,7 +81,7 @@ def assert_same(a: PackedBase, b: PackedBase) -> None:
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quant", [packs.NF4, SINGLE], ids=["double", "single"])
-def test_what_is_read_is_what_was_quantised(
+def test_what_is_read_is_what_was_quantized(
     model_dir: Path, tmp_path: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
@@ -117,18 +117,18 @@ def plain(tmp_path: Path) -> Path:
     return save(packs.tiny_llama(torch.float32), tmp_path / "model")
 
 
-def test_of_two_jobs_that_start_at_once_one_quantises(
+def test_of_two_jobs_that_start_at_once_one_quantizes(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads stand for processes: the lock belongs to an open file, so it keeps them apart alike."""
-    made, opened = [], list[QuantisedBase]()
+    made, opened = [], list[QuantizedBase]()
     both_began = threading.Barrier(2, timeout=30)
-    quantised_tensors = base_cache.quantised_tensors
+    quantized_tensors = base_cache.quantized_tensors
     wanted = WantedBase(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
 
     def counted(*arguments: object) -> object:
         made.append(arguments)
-        return quantised_tensors(*arguments)  # type: ignore[arg-type]
+        return quantized_tensors(*arguments)  # type: ignore[arg-type]
 
     def work() -> None:
         both_began.wait()
@@ -136,18 +136,18 @@ def test_of_two_jobs_that_start_at_once_one_quantises(
             Cache(tmp_path / "cache").open(wanted)
         )  # no model: accelerate's empty weights are for one thread at a time
 
-    monkeypatch.setattr(base_cache, "quantised_tensors", counted)
+    monkeypatch.setattr(base_cache, "quantized_tensors", counted)
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(made) == 1
-    hollow = [hollow_model(plain, MODEL, torch.float32, quantised) for quantised in opened]
+    hollow = [hollow_model(plain, MODEL, torch.float32, quantized) for quantized in opened]
     assert_same(
         *(
-            pack_model(model, packs.NF4, packs.CPU, "nf4", 64, quantised=quantised)
-            for model, quantised in zip(hollow, opened, strict=True)
+            pack_model(model, packs.NF4, packs.CPU, "nf4", 64, quantized=quantized)
+            for model, quantized in zip(hollow, opened, strict=True)
         )
     )
 
@@ -177,7 +177,7 @@ def test_a_cache_that_refuses_costs_nothing_but_time(
         (tmp_path / "cache").touch()
     assert_same(load(plain, cache), expected)
     (line,) = cache.said
-    assert "will quantise again" in line
+    assert "will quantize again" in line
     assert ("part of that path is a file" if why == "not a directory" else "0.0 GiB are free") in line
     assert not list(tmp_path.glob("cache/bases/*.tmp"))
 
@@ -230,7 +230,7 @@ def test_bases_that_may_differ_are_kept_apart() -> None:
     assert all(a != b for i, a in enumerate(abouts) for b in abouts[:i])
 
 
-def test_a_hubs_model_fetched_again_is_quantised_again(plain: Path) -> None:
+def test_a_hubs_model_fetched_again_is_quantized_again(plain: Path) -> None:
     hub = MODEL.model_copy(update={"fingerprint": "hub:org/name@main"})
     wanted = WantedBase(plain, hub, packs.NF4, torch.float32, packs.CPU)
     before = wanted.about()

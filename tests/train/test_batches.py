@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 import packs
-from train.batches import MicroBatch, Padding, Sequence, cut, epoch_order, rows_of_step, sequences_of
+from train.data.micro_batch import MicroBatch, Padding
+from train.data.sampling import TokenSequence, cut, epoch_order, rows_of_step, sequences_of
 
 
 def test_an_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
@@ -33,8 +34,8 @@ def test_cutting_keeps_every_sequence_and_the_limit() -> None:
 
 def test_cutting_leaves_no_small_remainder() -> None:
     tokens = np.arange(10, dtype=np.int32)
-    assert [len(chunk) for chunk in cut([Sequence(0, i, tokens, tokens) for i in range(11)], 109)] == [6, 5]
-    assert [len(chunk) for chunk in cut([Sequence(0, i, tokens, tokens) for i in range(11)], 110)] == [11]
+    assert [len(chunk) for chunk in cut([TokenSequence(0, i, tokens, tokens) for i in range(11)], 109)] == [6, 5]
+    assert [len(chunk) for chunk in cut([TokenSequence(0, i, tokens, tokens) for i in range(11)], 110)] == [11]
 
 
 def test_padding_and_back() -> None:
@@ -61,12 +62,12 @@ def test_one_group_of_everything_is_a_view() -> None:
 
 def test_a_route_holds_the_members_that_have_tokens_here() -> None:
     tokens = np.arange(4, dtype=np.int32)
-    batch = MicroBatch([Sequence(run, 0, tokens, tokens) for run in (0, 2, 3)], 4, packs.CPU)
+    batch = MicroBatch([TokenSequence(run, 0, tokens, tokens) for run in (0, 2, 3)], 4, packs.CPU)
     route = batch.route((1, 2, 3))
     assert route is not None
     assert route.rows is not None
     assert route.rows.tolist() == [2, 3]
     assert batch.route((1,)) is None
-    everyone = MicroBatch([Sequence(run, 0, tokens, tokens) for run in range(4)], 4, packs.CPU).route((0, 1, 2, 3))
+    everyone = MicroBatch([TokenSequence(run, 0, tokens, tokens) for run in range(4)], 4, packs.CPU).route((0, 1, 2, 3))
     assert everyone is not None
     assert everyone.rows is None

@@ -13,17 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from train.config import DataConfig, ModelConfig, parse_section
 from train.data import loading
-from train.data.facts import read_facts, tokens_key
-from train.data.loading import load_tokenised, summary
-from train.data.prompts import alpaca_prompt
+from train.data.loading import load_tokenized, summary
 from train.data.reading import read_hub, read_split
-from train.data.rendering import render
+from train.data.rendering import alpaca_prompt, render
 from train.data.rows import AlpacaRow, ChatRow, Row
+from train.data.source import data_fingerprint
+from train.data.stats import read_facts, tokens_key
 from train.data.token_table import TokenTable
-from train.data.tokenising import IGNORED_LABEL, Tokeniser
+from train.data.tokenizing import IGNORED_LABEL, RowTokenizer
 from train.errors import BadInput
-from train.rundir import CacheDir, TokensDir
-from train.sources import data_fingerprint
+from train.store.layout import CacheDir, TokensDir
 
 MODEL = ModelConfig(name="test", source="test", fingerprint="test")
 CHAT_ML = (
@@ -65,9 +64,9 @@ def data_config(source: Path | str = "builtin:tasks", **values: Any) -> DataConf
     return data.model_copy(update={"fingerprint": data_fingerprint(data)})
 
 
-def tokenise(tokenizer: PreTrainedTokenizerFast, *rows: Row, **values: Any) -> tuple[TokenTable, Tokeniser]:
-    tokeniser = Tokeniser(tokenizer, data_config(**values))
-    return tokeniser.tokenise(rows, lambda: None, lambda count: None), tokeniser
+def tokenize(tokenizer: PreTrainedTokenizerFast, *rows: Row, **values: Any) -> tuple[TokenTable, RowTokenizer]:
+    tokenizer = RowTokenizer(tokenizer, data_config(**values))
+    return tokenizer.tokenize(rows, lambda: None, lambda count: None), tokenizer
 
 
 def learnt_texts(tokenizer: PreTrainedTokenizerFast, table: TokenTable, i: int = 0) -> list[str]:
@@ -100,7 +99,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 def test_of_a_conversation_every_answer_is_learnt_with_its_end_mark() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
-    table, _ = tokenise(tokenizer, CONVERSATION)
+    table, _ = tokenize(tokenizer, CONVERSATION)
     assert learnt_texts(tokenizer, table) == ["assistant<|im_end|>", "Grüezi 🙂\nall<|im_end|>"]
     assert tokenizer.decode(table.tokens.tolist()) == tokenizer.apply_chat_template(
         list(CONVERSATION.messages), tokenize=False
@@ -109,7 +108,7 @@ def test_of_a_conversation_every_answer_is_learnt_with_its_end_mark() -> None:
 
 def test_alpaca_rows_become_turns_where_there_is_a_chat_template() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
-    table, _ = tokenise(tokenizer, AlpacaRow("Add.", "1 2", "3"))
+    table, _ = tokenize(tokenizer, AlpacaRow("Add.", "1 2", "3"))
     text = "<|im_start|>user\nAdd.\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
     assert tokenizer.decode(table.tokens.tolist()) == text
     assert learnt_texts(tokenizer, table) == ["3<|im_end|>"]
@@ -117,7 +116,7 @@ def test_alpaca_rows_become_turns_where_there_is_a_chat_template() -> None:
 
 def test_without_a_chat_template_the_words_are_those_of_stanford_alpaca() -> None:
     tokenizer = byte_tokenizer()
-    table, _ = tokenise(tokenizer, AlpacaRow("Add.", "1 2", "3"), AlpacaRow("Hi", "", "Ho"))
+    table, _ = tokenize(tokenizer, AlpacaRow("Add.", "1 2", "3"), AlpacaRow("Hi", "", "Ho"))
     assert tokenizer.decode(table.row(0)[0].tolist()) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
         "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3<|im_end|>"
@@ -133,7 +132,7 @@ def test_marks_that_the_tokenizer_adds_itself_are_neither_learnt_nor_doubled() -
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=marks
     )
-    table, _ = tokenise(tokenizer, AlpacaRow("Hi", "", "Ho"))
+    table, _ = tokenize(tokenizer, AlpacaRow("Hi", "", "Ho"))
     assert tokenizer.decode(table.tokens.tolist()) == f"<|im_start|>{alpaca_prompt('Hi', '')}Ho<|im_end|>"
     assert learnt_texts(tokenizer, table) == ["Ho<|im_end|>"]
 
@@ -152,19 +151,19 @@ def test_answers_are_found_where_a_space_belongs_to_the_next_word() -> None:
         chat_template=llama + "{% if add_generation_prompt %}assistant:{% endif %}",
         eos_token="</s>",
     )
-    table, _ = tokenise(fast, AlpacaRow("Hi", "", "Ho ho"))
+    table, _ = tokenize(fast, AlpacaRow("Hi", "", "Ho ho"))
     tokens, labels = table.row(0)
     assert fast.convert_ids_to_tokens(tokens[labels != IGNORED_LABEL].tolist()) == ["▁Ho", "▁ho", "</s>"]
 
 
 def test_a_template_that_closes_no_turn_gets_the_end_of_text_token() -> None:
     tokenizer = byte_tokenizer(UNCLOSED)
-    table, _ = tokenise(tokenizer, AlpacaRow("Hi", "", "Ho"))
+    table, _ = tokenize(tokenizer, AlpacaRow("Hi", "", "Ho"))
     assert learnt_texts(tokenizer, table) == ["Ho<|im_end|>"]
 
 
 def test_all_tokens_are_learnt_if_asked_for() -> None:
-    table, _ = tokenise(byte_tokenizer(CHAT_ML), CONVERSATION, response_only=False)
+    table, _ = tokenize(byte_tokenizer(CHAT_ML), CONVERSATION, response_only=False)
     assert (table.tokens == table.labels).all()
 
 
@@ -172,7 +171,7 @@ def test_a_template_that_rewrites_what_was_said_is_refused() -> None:
     render(AlpacaRow("Hi", "", "Ho"), byte_tokenizer(FORGETFUL))
     with pytest.raises(BadInput, match="cannot be told from its prompt"):
         render(CONVERSATION, byte_tokenizer(FORGETFUL))
-    tokenise(byte_tokenizer(FORGETFUL), CONVERSATION, response_only=False)
+    tokenize(byte_tokenizer(FORGETFUL), CONVERSATION, response_only=False)
 
 
 def test_what_a_template_says_against_a_row_reaches_the_user() -> None:
@@ -183,34 +182,34 @@ def test_what_a_template_says_against_a_row_reaches_the_user() -> None:
 def test_tokenizers_that_cannot_do_it_are_refused_and_no_pad_token_is_needed() -> None:
     assert byte_tokenizer().pad_token is None
     with pytest.raises(BadInput, match="no chat template"):
-        tokenise(byte_tokenizer(), CONVERSATION)
+        tokenize(byte_tokenizer(), CONVERSATION)
     with pytest.raises(BadInput, match="neither an end-of-text token nor a chat template"):
-        tokenise(byte_tokenizer(eos=None), AlpacaRow("Hi", "", "Ho"))
-    table, _ = tokenise(byte_tokenizer(CHAT_ML, eos=None), AlpacaRow("Hi", "", "Ho"))
+        tokenize(byte_tokenizer(eos=None), AlpacaRow("Hi", "", "Ho"))
+    table, _ = tokenize(byte_tokenizer(CHAT_ML, eos=None), AlpacaRow("Hi", "", "Ho"))
     assert len(table) == 1
 
 
 def test_long_rows_are_cut_or_dropped_and_counted() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
     rows = [AlpacaRow("Hi", "", "x" * 3), AlpacaRow("Hi", "", "x" * 30), AlpacaRow("long " * 9, "", "x")]
-    table, tokeniser = tokenise(tokenizer, *rows, max_length=32)
+    table, tokenizer = tokenize(tokenizer, *rows, max_length=32)
     assert table.lengths().tolist() == [25, 32]
     assert learnt_texts(tokenizer, table, 1) == ["x" * 11]
-    assert tokeniser.tally.cut == 1
-    assert tokeniser.tally.dropped == {"the answer begins after 32 tokens": 1}
+    assert tokenizer.tally.cut == 1
+    assert tokenizer.tally.dropped == {"the answer begins after 32 tokens": 1}
 
 
 def test_where_nothing_is_left_the_lengths_that_would_do_are_named() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
     rows = [AlpacaRow("Hi", "", "x" * 30), AlpacaRow("Hello", "", "x" * 10)]
     with pytest.raises(BadInput, match=r"data.max_length=8 cuts the whole answer off each of the 2 rows") as error:
-        tokenise(tokenizer, *rows, max_length=8)
-    whole, _ = tokenise(tokenizer, *rows)
+        tokenize(tokenizer, *rows, max_length=8)
+    whole, _ = tokenize(tokenizer, *rows)
     assert f"max_length={max(whole.lengths())} would keep every row whole" in str(error.value)
     least = int(str(error.value).split(" is the least")[0].split()[-1])
-    assert len(tokenise(tokenizer, *rows, max_length=least)[0]) == 1
+    assert len(tokenize(tokenizer, *rows, max_length=least)[0]) == 1
     with pytest.raises(BadInput):
-        tokenise(tokenizer, *rows, max_length=least - 1)
+        tokenize(tokenizer, *rows, max_length=least - 1)
 
 
 def test_held_out_rows_that_leave_nothing_are_told_from_those_to_learn(
@@ -220,15 +219,15 @@ def test_held_out_rows_that_leave_nothing_are_told_from_those_to_learn(
     long.write_text(json.dumps({"instruction": "word " * 100, "output": "yes"}) + "\n")
     data = data_config(write_rows(tmp_path / "rows.jsonl", 20), eval_source=str(long), max_length=64, eval_rows=1)
     with pytest.raises(BadInput, match="off each of the 1 held-out rows"):
-        load_tokenised(data, MODEL, model_dir, cache)
+        load_tokenized(data, MODEL, model_dir, cache)
 
 
 def test_the_cache_gives_the_same_and_is_not_made_twice(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 50), eval_rows=10)
     assert read_facts(data, MODEL, cache) is None
-    first = load_tokenised(data, MODEL, model_dir, cache)
+    first = load_tokenized(data, MODEL, model_dir, cache)
     made = TokensDir(cache.tokens(tokens_key(data, MODEL))).facts.stat().st_mtime_ns
-    again = load_tokenised(data, MODEL, tmp_path / "not needed", cache)
+    again = load_tokenized(data, MODEL, tmp_path / "not needed", cache)
     assert TokensDir(cache.tokens(tokens_key(data, MODEL))).facts.stat().st_mtime_ns == made
     for name in ("tokens", "labels", "offsets"):
         assert isinstance(getattr(again.train, name), np.memmap)
@@ -249,23 +248,23 @@ def test_a_log_is_told_how_far_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 600), eval_rows=10)
-    load_tokenised(data, MODEL, model_dir, cache)
+    load_tokenized(data, MODEL, model_dir, cache)
     assert capsys.readouterr().err == "", "what is done within seconds needs no words"
     monkeypatch.setattr(loading, "LINE_SECONDS", 0.0)
-    load_tokenised(data.model_copy(update={"max_length": 99}), MODEL, model_dir, cache)
+    load_tokenized(data.model_copy(update={"max_length": 99}), MODEL, model_dir, cache)
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == [f"{done} of 600 rows" for done in (256, 512, 590, 600)]
-    assert lines[0].startswith(f"tokenising {data.name}: ")
+    assert lines[0].startswith(f"tokenizing {data.name}: ")
 
 
 def test_the_facts_count_what_the_arrays_hold(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 50), eval_rows=10)
-    tokenised = load_tokenised(data, MODEL, model_dir, cache)
-    facts, train = tokenised.facts, tokenised.train
-    assert (facts["train_rows"], facts["eval_rows"]) == (len(train), len(tokenised.eval)) == (40, 10)
+    tokenized = load_tokenized(data, MODEL, model_dir, cache)
+    facts, train = tokenized.facts, tokenized.train
+    assert (facts["train_rows"], facts["eval_rows"]) == (len(train), len(tokenized.eval)) == (40, 10)
     assert facts["train_tokens"] == len(train.tokens) == train.lengths().sum()
     assert facts["train_label_tokens"] == (train.labels != IGNORED_LABEL).sum()
-    assert facts["longest"] == max(train.lengths().max(), tokenised.eval.lengths().max())
+    assert facts["longest"] == max(train.lengths().max(), tokenized.eval.lengths().max())
     assert summary(facts).startswith("40 rows to learn, 10 held out; 0 cut at 512 tokens, 0 dropped;")
     assert "2 dropped (2 because it rained)" in summary(facts | {"dropped": {"it rained": 2}})
 
@@ -316,12 +315,12 @@ def test_more_rows_than_there_are_are_refused(tmp_path: Path) -> None:
         read_split(data_config(path, eval_rows=2, train_rows=9))
 
 
-def test_tokenising_can_be_stopped_and_leaves_nothing(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
+def test_tokenizing_can_be_stopped_and_leaves_nothing(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_tokenised(
+        load_tokenized(
             data_config(write_rows(tmp_path / "rows.jsonl", 50), eval_rows=10), MODEL, model_dir, cache, stop
         )
     assert not cache.path.exists()
@@ -355,4 +354,4 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(BadInput, match=r"gives token \d+, but the model has a vocabulary of 100"):
-        load_tokenised(data_config(write_rows(tmp_path / "rows.jsonl", 30), eval_rows=5), MODEL, model_dir, cache)
+        load_tokenized(data_config(write_rows(tmp_path / "rows.jsonl", 30), eval_rows=5), MODEL, model_dir, cache)

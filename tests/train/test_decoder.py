@@ -22,12 +22,13 @@ from transformers import (
 )
 
 import packs
-from train.base import PackedBase, pack_model
-from train.batches import MicroBatch, sequences_of
-from train.gradients import add_gradients
-from train.kernels import PLAIN, Kernels
-from train.linears import PackedLinear
-from train.loss import sums_per_run
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import sequences_of
+from train.nn.backends import PLAIN, Kernels
+from train.nn.gradients import add_gradients
+from train.nn.linear import PackedLinear
+from train.nn.loss import sums_per_run
+from train.nn.packed_model import PackedModel, pack_model
 
 NEEDS_TRITON = pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
 SHAPE: dict[str, Any] = {
@@ -99,12 +100,12 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
         at += len(tokens)
 
 
-def seated(kernels: Kernels, device: torch.device = packs.CPU) -> PackedBase:
+def seated(kernels: Kernels, device: torch.device = packs.CPU) -> PackedModel:
     """A pack of three runs over a float32 base that takes `kernels`."""
     return pack_model(packs.tiny_llama(torch.float32), packs.SIXTEEN_BIT, device, "resident", 64, kernels)
 
 
-def losses_and_gradient(base: PackedBase, folder: Path, token_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def losses_and_gradient(base: PackedModel, folder: Path, token_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     configs = [
         packs.run_config({"r": r, **targets})
         for r, targets in ((4, {}), (8, {}), (16, {"target_modules": "all-linear"}))
@@ -117,7 +118,7 @@ def losses_and_gradient(base: PackedBase, folder: Path, token_multiple: int = 1)
     sequences = [s for run in range(3) for s in sequences_of(run, table, range(3 * run, 3 * run + 3))]
     batch = MicroBatch(sequences, 3, base.device, token_multiple)
     losses = add_gradients(base, batch, torch.tensor([0.1, 0.2, 0.3, 0.0], device=base.device), None)
-    return sums_per_run(losses[: batch.real_targets], batch), loop.adapters.gradient
+    return sums_per_run(losses[: batch.num_targets], batch), loop.adapters.gradient
 
 
 @NEEDS_TRITON
@@ -136,7 +137,7 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
     def broken(*_arguments: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr("train.gpu.formulas.swiglu", broken)
+    monkeypatch.setattr("train.nn.triton.functional.swiglu", broken)
     assert seated(PLAIN)._decoder is not None
     with pytest.raises(RuntimeError, match="no kernel image"):
         seated(Kernels(fused=True))
@@ -144,7 +145,7 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
 
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.gpu.formulas.swiglu", lambda gate, up: gate * up)
+    monkeypatch.setattr("train.nn.triton.functional.swiglu", lambda gate, up: gate * up)
     assert seated(Kernels(fused=True))._decoder is None
 
 
@@ -164,8 +165,8 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
         batches.append(MicroBatch(sequences, 2, packs.CPU, token_multiple=256))
     one, other = batches
     groups = [(0, 1), (0,)]
-    one.make_routes(groups)
-    one.become(other)
+    one.prefetch_routes(groups)
+    one.copy_indices_from(other)
     for name in ("tokens", "positions", "sequence_starts", "learnt", "targets", "run_of_target", "run_of_token"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     for members in groups:
@@ -193,8 +194,8 @@ def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path)
         batches.append(MicroBatch(sequences, 3, base.device, token_multiple=256))
     one, other = batches
     assert one.total == other.total
-    one.make_routes(base.members())
-    one.become(other)
+    one.prefetch_routes(base.members())
+    one.copy_indices_from(other)
     one.attention = other.attention  # with graphs attention takes `sequence_starts`, which a CPU has no kernel for
     found = []
     for batch in (one, other):

@@ -5,19 +5,20 @@ import pytest
 import torch
 
 import packs
-from train.batches import MicroBatch, Sequence
-from train.dropout import Dropout, step_key
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
+from train.nn.dropout import Dropout, step_key
 
 FEATURES = 256
 
 
-def sequence(run: int, index: int, length: int) -> Sequence:
+def sequence(run: int, index: int, length: int) -> TokenSequence:
     tokens = np.arange(length, dtype=np.int32)
-    return Sequence(run, index, tokens, tokens)
+    return TokenSequence(run, index, tokens, tokens)
 
 
 def masks(
-    sequences: list[Sequence], pack_size: int, p: list[float], module_key: int = 7, step: int = 3
+    sequences: list[TokenSequence], pack_size: int, p: list[float], module_key: int = 7, step: int = 3
 ) -> torch.Tensor:
     """What ones [T, FEATURES] become, flat."""
     batch = MicroBatch(sequences, pack_size, packs.CPU)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.elementwise import (
+from train.nn.functional import (
     CHUNK_NUMBERS,
     gated,
     norm_and_pass,

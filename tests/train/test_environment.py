@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JOB = """
 import json, sys
 from pathlib import Path
-from train.environment import prepare_torch
+from train.runtime.environment import prepare_torch
 prepare_torch(Path(sys.argv[1]))
 import torch
 print(json.dumps([sys.pycache_prefix, sys.dont_write_bytecode]))
@@ -72,7 +72,7 @@ def test_modules_are_out_of_the_collectors_sight_until_python_ends() -> None:
     script = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))
-from train.environment import heavy_imports
+from train.runtime.environment import heavy_imports
 with heavy_imports():
     print(gc.isenabled())
 print(gc.isenabled(), gc.get_freeze_count() > 1000)

@@ -1,4 +1,4 @@
-"""A pack is an optimisation that no result may reveal: each run equals itself alone, and no run can hurt another."""
+"""A pack is an optimization that no result may reveal: each run equals itself alone, and no run can hurt another."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import packs
-from train.storage import read_lines
+from train.store.storage import read_lines
 
 
 def largest_relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

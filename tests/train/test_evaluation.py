@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import packs
-from train.data.token_table import TokenisedData, TokenTable
-from train.rundir import RunDir
-from train.storage import read_lines
+from train.data.token_table import TokenizedData, TokenTable
+from train.store.layout import RunDir
+from train.store.storage import read_lines
 
 
 def reference(model: Any, table: TokenTable) -> tuple[float, float]:
@@ -34,7 +34,7 @@ def evaluations(run: RunDir) -> dict[int, tuple[float, float]]:
     return {line["step"]: (line["eval_loss"], line["eval_exact_match"]) for line in lines}
 
 
-def easy_data() -> TokenisedData:
+def easy_data() -> TokenizedData:
     """Rows that always answer 7, so that a few steps answer some exactly, mixed with random ones."""
     table = packs.random_table(40, 3, longest=8)
     labels = table.labels.copy()
@@ -45,7 +45,7 @@ def easy_data() -> TokenisedData:
         labels[start + 1 : end] = 7
         labels[start] = -100
     easy = TokenTable(tokens, labels, table.offsets)
-    return TokenisedData(easy, easy, {})
+    return TokenizedData(easy, easy, {})
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 40], ids=["whole", "cut"])
@@ -80,7 +80,7 @@ def test_an_evaluation_that_is_not_finite_is_that_runs_divergence_alone(tmp_path
     table = packs.random_table(5, 9)
     odd = TokenTable(np.where(table.tokens == table.tokens[0], 13, table.tokens), table.labels, table.offsets)
     odd.tokens[0] = 96  # a word that only held-out rows have
-    data = TokenisedData(packs.random_data().train, odd, {})
+    data = TokenizedData(packs.random_data().train, odd, {})
     train = data.train.tokens
     train[train == 96] = 5
     base.model.get_input_embeddings().weight.data[96] = float("nan")

@@ -16,15 +16,15 @@ from peft import PeftModel
 from test_adapter_file import TOKENS, random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from train.adapter_file import write_adapter
 from train.config import ModelConfig, RunConfig, parse_run_config
-from train.data.prompts import alpaca_prompt
+from train.data.rendering import alpaca_prompt
 from train.errors import BadInput
 from train.export import Chat, chat, main, merge_run, prompt_text
+from train.lora.peft_files import write_adapter
+from train.model.source import model_fingerprint
 from train.model.staging import stage_model
-from train.rundir import CacheDir, RunDir
-from train.sources import model_fingerprint
-from train.storage import make_folder, write_folder, write_text
+from train.store.layout import CacheDir, RunDir
+from train.store.storage import make_folder, write_folder, write_text
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import packs
-from train.generation import generate
-from train.rundir import RunDir
-from train.signals import StopFlag, Stopped
+from train.nn.generation import generate
+from train.runtime.signals import StopFlag, Stopped
+from train.store.layout import RunDir
 
 MAX_TOKENS = 12
 PROMPTS = [np.random.default_rng(i).integers(0, packs.VOCABULARY, 2 + 3 * i).astype(np.int32) for i in range(4)]

@@ -12,11 +12,13 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train import attention
-from train.attention import attend
-from train.batches import CurrentBatch, MicroBatch, Sequence
-from train.gpu.attention import backward, forward
-from train.kernels import PLAIN, Kernels
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
+from train.nn import attention
+from train.nn.attention import attend
+from train.nn.backends import PLAIN, Kernels
+from train.nn.forward_context import ForwardContext
+from train.nn.triton.attention import backward, forward
 
 DEVICE = packs.DEVICES[-1]
 TOLERANCE = {torch.float16: 4e-3}
@@ -105,11 +107,11 @@ def test_a_strided_input_is_taken_for_what_it_says() -> None:
 def test_the_trainer_takes_the_kernels_for_heads_that_they_are_made_for() -> None:
     """Through `attend` and autograd, beside the padded way; in float16, where they round alike but not the same."""
     rows = [np.zeros(length, np.int32) for length in (5, 70, 9)]
-    batch = MicroBatch([Sequence(0, index, row, row) for index, row in enumerate(rows)], 1, DEVICE)
+    batch = MicroBatch([TokenSequence(0, index, row, row) for index, row in enumerate(rows)], 1, DEVICE)
     *qkv, gradient = inputs((5, 70, 9), HEADS[1], torch.float16)
     found = []
     for kernels in (Kernels(varlen=True, blocks=True), PLAIN):
-        current = CurrentBatch(kernels)
+        current = ForwardContext(kernels)
         current.begin(batch, None)
         leaves = [x.clone().requires_grad_() for x in qkv]
         out = attend(*leaves, current, SCALE)
@@ -131,7 +133,7 @@ def test_other_heads_are_left_to_flash_attention(
     for name in ("_InBlocks", "_Varlen"):
         monkeypatch.setattr(getattr(attention, name), "apply", lambda q, *_others, name=name: taken.append(name) or q)
     row = np.zeros(5, np.int32)
-    current = CurrentBatch(Kernels(varlen=True, blocks=True))
-    current.begin(MicroBatch([Sequence(0, 0, row, row)], 1, packs.CPU), None)
+    current = ForwardContext(Kernels(varlen=True, blocks=True))
+    current.begin(MicroBatch([TokenSequence(0, 0, row, row)], 1, packs.CPU), None)
     attend(torch.zeros(5, 2, dim), torch.zeros(5, 2, dim), torch.zeros(5, 2, of_values), current, SCALE)
     assert taken == ["_InBlocks" if in_blocks else "_Varlen"]

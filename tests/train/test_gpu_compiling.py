@@ -22,7 +22,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from train.gpu import attention, formulas, grouped
+from train.nn.triton import attention, formulas, grouped
 
 CAPABILITY = int(sys.argv[1])
 NARROW = {

@@ -14,8 +14,10 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train import elementwise, loss, optim
-from train.gpu import formulas
+from train.nn import functional as elementwise
+from train.nn import loss
+from train.nn.triton import functional as formulas
+from train.trainer import optim
 
 DEVICE = packs.DEVICES[-1]
 # The formula rounds once and so does its kernel: a last bit apart. (Interpreted, bfloat16 is cut off instead of rounded.)

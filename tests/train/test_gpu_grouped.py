@@ -10,7 +10,7 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train.gpu.grouped import LEAST_TOKENS_OF_A_PART, outer, times
+from train.nn.triton.grouped_mm import LEAST_TOKENS_OF_A_PART, outer, times
 
 DEVICE = packs.DEVICES[-1]
 TOLERANCE = {torch.float16: 2e-3}

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from train.activity import doing, read_bulletin
 from train.config import DataConfig, ModelConfig, parse_run_config
-from train.lease import read_lease
-from train.rundir import CacheDir, PackDir, RunDir
-from train.sources import data_fingerprint
-from train.storage import make_folder, read_json, read_lines, write_json, write_text
+from train.data.source import data_fingerprint
+from train.runtime.activity import doing, read_bulletin
+from train.store.layout import CacheDir, PackDir, RunDir
+from train.store.lease import read_lease
+from train.store.storage import make_folder, read_json, read_lines, write_json, write_text
 
 MakePack = Callable[..., Path]
 

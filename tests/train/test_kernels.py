@@ -13,7 +13,7 @@ import torch
 import packs
 from train.config import TrainConfig
 from train.errors import BadInput
-from train.kernels import PLAIN, Kernels, choose_kernels, lacks_a_compiler
+from train.nn.backends import PLAIN, Kernels, choose_kernels, lacks_a_compiler
 
 GPU = torch.device("cuda")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from train import lease as lease_module
-from train.attempts import open_attempt
 from train.errors import LeaseHeld
-from train.lease import STALE_SECONDS, Heartbeat, acquire, owns, process_started, read_lease, release
-from train.rundir import RunDir
-from train.storage import append_lines, read_lines
+from train.runtime.attempts import open_attempt
+from train.store import lease as lease_module
+from train.store.layout import RunDir
+from train.store.lease import STALE_SECONDS, Heartbeat, acquire, owns, process_started, read_lease, release
+from train.store.storage import append_lines, read_lines
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_release_leaves_a_successor_alone(run: RunDir) -> None:
 
 
 def test_the_heartbeat_beats(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.lease.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("train.store.lease.HEARTBEAT_SECONDS", 0.02)
     mine = acquire(run, job="1", attempt=1)
     os.utime(run.lease, (0, 0))
     with Heartbeat([(run, mine)]):

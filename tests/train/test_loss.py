@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 import packs
-from train.batches import MicroBatch, Sequence
-from train.head import Head
-from train.loss import CHUNK_TOKENS, sums_per_run, target_losses
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
+from train.nn.loss import CHUNK_TOKENS, Head, sums_per_run, target_losses
 
 
 def head_of(weight: torch.Tensor) -> Head:
@@ -57,9 +57,9 @@ def test_a_head_of_any_number_of_words_has_whole_rows_and_is_there_once() -> Non
     assert logits[:, 31].isneginf().all()
 
 
-def sequence(run: int, length: int) -> Sequence:
+def sequence(run: int, length: int) -> TokenSequence:
     tokens = np.arange(length, dtype=np.int32)
-    return Sequence(run, 0, tokens, tokens)
+    return TokenSequence(run, 0, tokens, tokens)
 
 
 def test_sums_stay_in_their_run() -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import packs
-from train.attempts import cause_of
 from train.config import RunConfig
-from train.loop import PackLoop
-from train.optim import FIRST_LOSS_SCALE, GROWTH_INTERVAL_STEPS, SMALLEST_LOSS_SCALE
-from train.signals import StopFlag, Stopped
-from train.storage import read_lines
+from train.runtime.attempts import cause_of
+from train.runtime.signals import StopFlag, Stopped
+from train.store.storage import read_lines
+from train.trainer.loop import PackLoop
+from train.trainer.optim import FIRST_LOSS_SCALE, GROWTH_INTERVAL_STEPS, SMALLEST_LOSS_SCALE
 
 ILL = 1  # the run that overflows
 TOO_LARGE = 2.0**26  # its gradients are infinite in float16 until the scale has halved a few times

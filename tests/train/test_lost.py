@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from packs import make_loop, remains, run_config, run_dirs, tiny_base, train
-from train.rundir import RunDir
-from train.signals import StopFlag
-from train.storage import read_lines
+from train.runtime.signals import StopFlag
+from train.store.layout import RunDir
+from train.store.storage import read_lines
 
 CONFIGS = [
     run_config(),

@@ -20,7 +20,7 @@ import pytest
 
 import paced_trainer
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
-from train.storage import read_json, write_json
+from train.store.storage import read_json, write_json
 from wandb_server import WandbServer
 
 OUTAGES = ["down", "500", "401", "silent"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
-from train.storage import make_folder
+from train.store.storage import make_folder
 from wandb_server import WandbServer
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until, wandb_command, without_pace
 from terminal import Terminal
-from train.storage import Record, read_json
+from train.store.storage import Record, read_json
 from wandb_server import KEY, WandbServer
 
 HEADER_BYTES = 7  # of W&B's files

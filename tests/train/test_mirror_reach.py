@@ -13,7 +13,7 @@ import pytest
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until
 from train.errors import BadInput
 from train.mirror.reach import PROBE_SECONDS, PUBLIC_SERVER, find_key, look_for_server, server_url
-from train.storage import read_json, write_json
+from train.store.storage import read_json, write_json
 from wandb_server import ENTITY, KEY, WandbServer
 
 CANARY = "ca" * 8 + "na" * 4 + "ry" * 8

@@ -8,7 +8,7 @@ from mirrored import EVAL_STEPS, WrittenPack, without_pace
 from train.config import read_run_config
 from train.errors import StorageError
 from train.mirror.rows import RunRows
-from train.storage import append_lines, read_lines
+from train.store.storage import append_lines, read_lines
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mirrored import EVAL_STEPS, WrittenPack, use_server, without_pace
-from train.rundir import RunDir
-from train.storage import append_lines
+from train.store.layout import RunDir
+from train.store.storage import append_lines
 from wandb_server import WandbServer
 
 STEPS = (0, EVAL_STEPS, 2 * EVAL_STEPS)

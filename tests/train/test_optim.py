@@ -8,9 +8,9 @@ from transformers import get_scheduler
 
 import packs
 from train.config import RunConfig
-from train.optim import PackedAdamW, scheduled_learning_rate
-from train.packed_lora import PackedAdapters
-from train.targets import adapted_modules
+from train.lora.parameters import PackedAdapters
+from train.lora.targets import adapted_modules
+from train.trainer.optim import PackedAdamW, scheduled_learning_rate
 
 SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (3, 5)}
 CONFIGS = [

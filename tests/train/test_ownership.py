@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from train.errors import BadInput
-from train.ownership import refuse_shared
-from train.rundir import SweepDir
+from train.store.layout import SweepDir
+from train.store.permissions import refuse_shared
 
 NOBODY = 0xFFFFFFFF
 WRITE, READ = 7, 5

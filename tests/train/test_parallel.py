@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import packs
-from train import loop
-from train.attempts import cause_of
-from train.batches import Sequence
+from train.data.sampling import TokenSequence
 from train.errors import PeerLost
-from train.parallel import Alone, deal, open_team
-from train.place import CalledOff, Place, place_in_job, publish_port, wait_for_port
-from train.rundir import PackDir, RunDir
-from train.signals import StopFlag, Stopped
-from train.storage import make_folder, read_lines
+from train.runtime.attempts import cause_of
+from train.runtime.rendezvous import NothingToDo, ProcessInfo, detect_process, publish_rendezvous, wait_for_rendezvous
+from train.runtime.signals import StopFlag, Stopped
+from train.store.layout import PackDir, RunDir
+from train.store.storage import make_folder, read_lines
+from train.trainer import loop
+from train.trainer.process_group import SingleProcess, deal, open_process_group
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -49,13 +49,13 @@ class Dies(StopFlag):
 
 
 def process_of_a_job(folder: str, rank: int, size: int, start: str, which: str, dies: int | None) -> None:
-    """What each process of a job does: the whole of `train.ranks`, with the tiny model in the place of a loaded one."""
+    """What each process of a job does: the whole of `train.trainer.pack`, with the tiny model in the place of a loaded one."""
     torch.set_num_threads(1)
     os.environ["TORCHELASTIC_RUN_ID"] = start
     loop.FLUSH_SECONDS = 0.0
-    stop, team, pack = (Dies() if rank == dies else StopFlag()).install(), Alone(), None
+    stop, team, pack = (Dies() if rank == dies else StopFlag()).install(), SingleProcess(), None
     try:
-        with open_team(Place(rank, size, rank), PackDir(Path(folder) / "job"), stop) as team:
+        with open_process_group(ProcessInfo(rank, size, rank), PackDir(Path(folder) / "job"), stop) as team:
             configs = packs.DIVERSE if which == "diverse" else ENDLESS
             pack = packs.make_loop(
                 Path(folder), packs.tiny_base(), configs, micro_batch_tokens=200, stop=stop, team=team
@@ -68,7 +68,7 @@ def process_of_a_job(folder: str, rank: int, size: int, start: str, which: str, 
                 if isinstance(session, packs.Recording):
                     save_file(flat(session), session.dir.path / FINAL)
     except Exception as exc:
-        team.tell(*cause_of(exc))
+        team.report_failure(*cause_of(exc))
         for session in pack.sessions if pack else []:
             session.end(*cause_of(exc))
 
@@ -80,7 +80,7 @@ Job = Callable[..., list[BaseProcess]]
 def start_job() -> Iterator[Job]:
     """Starts the processes of a job over a folder, forked from one that has torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.pack"])  # Python 3.11's server does not find what lies in tests/
+    context.set_forkserver_preload(["train.trainer.pack"])  # Python 3.11's server does not find what lies in tests/
     started: list[BaseProcess] = []
 
     def start(folder: Path, size: int, which: str = "diverse", dies: int | None = None) -> list[BaseProcess]:
@@ -212,10 +212,10 @@ def test_why_another_process_ended_is_written_down(tmp_path: Path, start_job: Jo
         assert line["detail"].startswith("process 1 of this job ended: MemoryError")
 
 
-def sequences(count: int, seed: int) -> list[Sequence]:
+def sequences(count: int, seed: int) -> list[TokenSequence]:
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 500, count)
-    return [Sequence(i % 3, i // 3, np.zeros(n, np.int32), np.zeros(n, np.int32)) for i, n in enumerate(lengths)]
+    return [TokenSequence(i % 3, i // 3, np.zeros(n, np.int32), np.zeros(n, np.int32)) for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -233,41 +233,43 @@ def test_every_sequence_is_dealt_once_and_hands_weigh_alike(count: int, size: in
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
-        ({}, Place()),
-        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Place(1, 4, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}, Place()),
+        ({}, ProcessInfo()),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ProcessInfo(1, 4, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}, ProcessInfo()),
         (
             {"SUBMITIT_EXECUTOR": "slurm", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"},
-            Place(2, 4, 2),
+            ProcessInfo(2, 4, 2),
         ),
         (
             {"SUBMITIT_LOCAL_GLOBALID": "0", "SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_LOCALID": "0"}
             | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
-            Place(),
+            ProcessInfo(),
         ),
     ],
     ids=["by hand", "torchrun", "by hand in an allocation", "Slurm", "local in an allocation"],
 )
-def test_a_process_knows_its_place(variables: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_knows_its_place(
+    variables: dict[str, str], place: ProcessInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_EXECUTOR", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place_in_job() == place
+    assert detect_process() == place
 
 
 def test_what_an_earlier_start_left_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack, stop = PackDir(tmp_path), StopFlag()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
-    publish_port(pack, 1234)
-    assert wait_for_port(pack, stop.check) == 1234
+    publish_rendezvous(pack, 1234)
+    assert wait_for_rendezvous(pack, stop.check) == 1234
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     stop.signal_name = "SIGTERM"
     with pytest.raises(Stopped):
-        wait_for_port(pack, stop.check)
-    publish_port(pack, None)
-    with pytest.raises(CalledOff):
-        wait_for_port(pack, StopFlag().check)
+        wait_for_rendezvous(pack, stop.check)
+    publish_rendezvous(pack, None)
+    with pytest.raises(NothingToDo):
+        wait_for_rendezvous(pack, StopFlag().check)
 
 
 def test_the_end_of_a_peer_has_the_cause_that_it_told() -> None:

@@ -15,13 +15,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import packs
-from train import attention
-from train.attention import attend
-from train.base import PackedBase, pack_model
-from train.batches import CurrentBatch, MicroBatch, Sequence
 from train.config import QuantConfig, parse_run_config
-from train.kernels import PLAIN, choose_kernels
-from train.storage import read_lines
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
+from train.nn import attention
+from train.nn.attention import attend
+from train.nn.backends import PLAIN, choose_kernels
+from train.nn.forward_context import ForwardContext
+from train.nn.packed_model import PackedModel, pack_model
+from train.store.storage import read_lines
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
 # by noise (measured: one sequence a step under dropout 0.5, 1.5e-5 in float32).
@@ -34,7 +36,9 @@ PEERS = [
 ]
 
 
-def base_as_in_training(dtype: torch.dtype, device: torch.device, quant: QuantConfig = packs.SIXTEEN_BIT) -> PackedBase:
+def base_as_in_training(
+    dtype: torch.dtype, device: torch.device, quant: QuantConfig = packs.SIXTEEN_BIT
+) -> PackedModel:
     kernels = choose_kernels(device, dtype)
     return pack_model(packs.tiny_llama(dtype), quant, device, "resident", longest=64, kernels=kernels)
 
@@ -44,7 +48,7 @@ def losses(folder: Path) -> list[list[float]]:
     return [[line["loss"] for line in read_lines(run.journal) if "loss" in line] for run in packs.run_dirs(folder)]
 
 
-def alone(folder: Path, base: PackedBase, **kwargs: int) -> tuple[list[list[float]], list[packs.Recording]]:
+def alone(folder: Path, base: PackedModel, **kwargs: int) -> tuple[list[list[float]], list[packs.Recording]]:
     """Every run in a pack of its own."""
     sessions = [packs.train(folder / f"{i:02d}", base, [config], **kwargs)[0] for i, config in enumerate(PEERS)]
     return [losses(folder / f"{i:02d}")[0] for i in range(len(PEERS))], sessions
@@ -115,8 +119,8 @@ def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(
     """Attention adds the parts of a long sequence up in any order unless it is told otherwise, and a resumed run has to repeat."""
     kernels = PLAIN if way == "as on a T4" else choose_kernels(device, dtype, compiles=way == "as in training")
     tokens = np.zeros(512, np.int32)
-    batch = MicroBatch([Sequence(0, index, tokens, tokens) for index in range(8)], 1, device)
-    current = CurrentBatch(kernels)
+    batch = MicroBatch([TokenSequence(0, index, tokens, tokens) for index in range(8)], 1, device)
+    current = ForwardContext(kernels)
     current.begin(batch, None)
     random = torch.Generator().manual_seed(0)
     q, k, v, gradient = (torch.randn(batch.total, 4, 64, generator=random).to(device, dtype) for _ in range(4))
@@ -129,7 +133,7 @@ def test_a_kernel_that_splits_keys_is_told_to_keep_an_order(monkeypatch: pytest.
     """The CPU's own kernel stands in for the one that only GPUs have."""
     monkeypatch.setattr(attention, "SPLITS_KEYS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
     tokens = np.zeros(9, np.int32)
-    batch, current = MicroBatch([Sequence(0, 0, tokens, tokens)], 1, packs.CPU), CurrentBatch(PLAIN)
+    batch, current = MicroBatch([TokenSequence(0, 0, tokens, tokens)], 1, packs.CPU), ForwardContext(PLAIN)
     current.begin(batch, None)
     q, k, v = (torch.randn(batch.total, 4, 8, requires_grad=True) for _ in range(3))
     attended = attend(q, k, v, current, scale=0.5)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from train.config import DataConfig, LoraConfig, ModelConfig
-from train.data.facts import read_facts
-from train.rundir import CacheDir
-from train.sources import data_fingerprint, model_fingerprint
+from train.data.source import data_fingerprint
+from train.data.stats import read_facts
+from train.model.source import model_fingerprint
+from train.store.layout import CacheDir
 
 TINY = ModelConfig(name="tiny", source="builtin:tiny")
 MODEL = TINY.model_copy(update={"fingerprint": model_fingerprint(TINY)})
@@ -64,7 +65,7 @@ def test_a_users_mistake_is_an_answer(tmp_path: Path) -> None:
     assert "Traceback" not in process.stderr
 
 
-def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenising(tmp_path: Path) -> None:
+def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenizing(tmp_path: Path) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", *["yes"] * 30), eval_rows=10)
     answer, _ = ask(document(tmp_path / "cache", data, target="c_attn"))
     assert (answer["error"], answer["exit_code"]) == ("BadInput", 2)

@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, get_scheduler
 
 import packs
-from train.batches import rows_of_step
 from train.config import QuantConfig, RunConfig
-from train.data.token_table import TokenisedData
-from train.storage import read_lines
+from train.data.sampling import rows_of_step
+from train.data.token_table import TokenizedData
+from train.store.storage import read_lines
 
 STEPS = 10
 CONFIGS = [
@@ -30,7 +30,7 @@ CONFIGS = [
 
 
 def reference_losses(
-    config: RunConfig, model: LlamaForCausalLM, data: TokenisedData, start: dict[str, Any]
+    config: RunConfig, model: LlamaForCausalLM, data: TokenizedData, start: dict[str, Any]
 ) -> list[float]:
     """The textbook loop: padded batches, PEFT's layers, torch's optimizer, transformers' schedule."""
     lora, train = config.lora, config.train
@@ -83,7 +83,7 @@ def mend(model: LlamaForCausalLM) -> None:
 def test_losses_equal_those_of_the_textbook(tmp_path: Path, quant: QuantConfig) -> None:
     data = packs.random_data()
     packs.tiny_llama(torch.float32).save_pretrained(tmp_path / "model")
-    quantised = BitsAndBytesConfig(
+    quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -100,7 +100,7 @@ def test_losses_equal_those_of_the_textbook(tmp_path: Path, quant: QuantConfig) 
             tmp_path / "model",
             dtype=torch.float32,
             device_map="cpu",
-            quantization_config=quantised if quant.load_in_4bit else None,
+            quantization_config=quantized if quant.load_in_4bit else None,
         )
         mend(model)
         expected = reference_losses(config, model, data, starts[row])

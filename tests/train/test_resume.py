@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import packs
-from train import loop
-from train.attempts import last_step
-from train.checkpoint import load_checkpoint, sound_checkpoints
-from train.rundir import RunDir
-from train.signals import Stopped
-from train.storage import read_lines
+from train.runtime.attempts import last_step
+from train.runtime.signals import Stopped
+from train.store.layout import RunDir
+from train.store.storage import read_lines
+from train.trainer import loop
+from train.trainer.checkpoint import load_checkpoint, sound_checkpoints
 
 KILLS = 20
 

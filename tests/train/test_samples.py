@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import packs
-from train.rundir import RunDir
-from train.samples import answer_start, without_shared_lines
-from train.signals import Stopped
-from train.storage import append_lines, read_lines
+from train.runtime.signals import Stopped
+from train.store.layout import RunDir
+from train.store.storage import append_lines, read_lines
+from train.trainer.samples import answer_start, without_shared_lines
 
 
 def answered_steps(run: RunDir) -> list[int]:
@@ -79,7 +79,7 @@ def test_none_are_given_where_none_are_wanted(tmp_path: Path) -> None:
 
 
 def test_no_run_gets_more_tokens_than_it_asked_for(tmp_path: Path) -> None:
-    words = packs.Words(packs.WORDS.decode, frozenset())
+    words = packs.AnswerDecoder(packs.WORDS.decode, frozenset())
     configs = [packs.run_config(train={"max_steps": 1, "sample_tokens": tokens}) for tokens in (1, 5)]
     packs.train(tmp_path, packs.tiny_base(torch.float32), configs, words=words)
     lengths = [

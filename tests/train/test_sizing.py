@@ -46,7 +46,7 @@ def test_a_sequence_longer_than_what_fits_is_recomputed() -> None:
     assert chosen(H200, longest=kept + 1).checkpoint_activations
 
 
-def test_a_cpu_never_recomputes_and_what_is_not_quantised_is_resident() -> None:
+def test_a_cpu_never_recomputes_and_what_is_not_quantized_is_resident() -> None:
     assert not chosen(LAPTOP, longest=100_000).checkpoint_activations
     assert chosen(T4, load_in_4bit=False, residency="nf4").residency == "resident"
 

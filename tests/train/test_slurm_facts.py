@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.slurm import (
+from train.runtime.slurm import (
     END_WAIT_SECONDS,
     SlurmJob,
     cause_of_signal,
@@ -61,7 +61,7 @@ def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, mon
     """In the grace time of a preemption Slurm requeues what it kills, and not what ended by itself."""
     said: list[str] = []
     waits: list[float] = []
-    monkeypatch.setattr("train.slurm.time.sleep", waits.append)
+    monkeypatch.setattr("train.runtime.slurm.time.sleep", waits.append)
     monkeypatch.setenv("PATH", str(tmp_path))
     requeue(JOB, said.append)
     assert sum(waits) >= END_WAIT_SECONDS

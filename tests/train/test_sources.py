@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from train.config import DataConfig, ModelConfig
+from train.data.source import data_fingerprint, data_path
 from train.errors import BadInput
 from train.model.folder import check_model_folder, decoder_numbers, linear_modules, linear_shapes, parameter_count
-from train.rundir import CacheDir
-from train.sources import data_fingerprint, data_path, model_fingerprint, model_key, source_kind, staged_model
+from train.model.source import model_fingerprint, model_key, source_kind, staged_model
+from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 
@@ -46,7 +47,7 @@ def torch_linears(module: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def test_importing_sources_and_targets_is_light() -> None:
-    code = "import sys, train.sources, train.targets; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    code = "import sys, train.model.source, train.lora.targets; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -133,10 +134,10 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         model_fingerprint(model(tmp_path / "nowhere"))
 
 
-def test_quantised_weights_are_refused(folder: Path) -> None:
+def test_quantized_weights_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="quantised already"):
+    with pytest.raises(BadInput, match="quantized already"):
         model_fingerprint(model(folder))
 
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.config import ModelConfig
 from train.errors import BadInput, StorageError
 from train.model import staging
-from train.model.saving import save_model
+from train.model.folder import save_model
+from train.model.source import model_key
 from train.model.staging import stage_model
 from train.model.tiny import CHAT_TEMPLATE, save_tiny_model
-from train.rundir import CacheDir
-from train.sources import model_key
+from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

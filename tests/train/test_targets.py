@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
+from train.lora.targets import adapted_modules, parameter_line, trainable_parameters
 from train.model.folder import linear_modules, linear_shapes
-from train.rundir import CacheDir
-from train.targets import adapted_modules, parameter_line, trainable_parameters
+from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 

@@ -1,1 +1,1 @@
-"""From instructions to tokens: read, check, render, tokenise, cache. The way in is `loading.load_tokenised`."""
+"""Rows: reading, rendering, tokenizing, sampling, and how a micro-batch lies in memory."""

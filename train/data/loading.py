@@ -1,8 +1,8 @@
-"""Data for one run: read, split, tokenise, cache.
+"""Data for one run: read, split, tokenize, cache.
 
     source file or hub -> rows -> train and held-out rows -> text -> tokens and labels -> arrays in the cache
 
-The cache's key is a fingerprint of everything that decides the tokens, so the runs of a sweep tokenise once.
+The cache's key is a fingerprint of everything that decides the tokens, so the runs of a sweep tokenize once.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from rich.console import Console
 from rich.progress import Progress
 
 from train.config import DataConfig, ModelConfig
-from train.data.facts import tokens_key
 from train.data.reading import read_split
-from train.data.token_table import IGNORED_LABEL, TokenisedData, TokenTable, read_tokenised, write_tokenised
-from train.data.tokenising import Advance, Tokeniser
+from train.data.stats import tokens_key
+from train.data.token_table import IGNORED_LABEL, TokenizedData, TokenTable, read_tokenized, write_tokenized
+from train.data.tokenizing import Advance, RowTokenizer
 from train.errors import BadInput
 from train.model.folder import decoder_numbers
-from train.rundir import CacheDir
+from train.store.layout import CacheDir
 
 QUANTILES = (0.5, 0.9, 0.99)
 LINE_SECONDS = 10.0  # between lines in a log
 
 
-def load_tokenised(
+def load_tokenized(
     data: DataConfig, model: ModelConfig, model_dir: Path, cache: CacheDir, stop: Callable[[], None] = lambda: None
-) -> TokenisedData:
-    """The tokenised data from the cache, made now if it is not there. `stop` may raise, between batches of rows.
+) -> TokenizedData:
+    """The tokenized data from the cache, made now if it is not there. `stop` may raise, between batches of rows.
 
     Raises:
         BadInput: the data cannot be read or leave nothing to learn.
         StorageError: the cache cannot be written.
     """
     folder = cache.tokens(tokens_key(data, model))
-    cached = read_tokenised(folder)
+    cached = read_tokenized(folder)
     if cached is not None:
         return cached
-    made = tokenise(data, model, model_dir, stop)
-    write_tokenised(folder, made)
-    return read_tokenised(folder) or made
+    made = tokenize(data, model, model_dir, stop)
+    write_tokenized(folder, made)
+    return read_tokenized(folder) or made
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -60,24 +60,24 @@ def summary(facts: dict[str, Any]) -> str:
     )
 
 
-def tokenise(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callable[[], None]) -> TokenisedData:
-    """Read, split and tokenise, with a progress bar where somebody watches, and a line now and then in a log."""
+def tokenize(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callable[[], None]) -> TokenizedData:
+    """Read, split and tokenize, with a progress bar where somebody watches, and a line now and then in a log."""
     from train.model.loading import load_tokenizer  # heavy
 
     train_rows, eval_rows, dropped = read_split(data)
-    tokeniser = Tokeniser(load_tokenizer(model_dir, model), data)
-    with _watched(f"tokenising {data.name}", len(train_rows) + len(eval_rows)) as advance:
+    tokenizer = RowTokenizer(load_tokenizer(model_dir, model), data)
+    with _watched(f"tokenizing {data.name}", len(train_rows) + len(eval_rows)) as advance:
         train, held_out = (
-            tokeniser.tokenise(rows, stop, advance, called)
+            tokenizer.tokenize(rows, stop, advance, called)
             for rows, called in ((train_rows, "rows"), (eval_rows, "held-out rows"))
         )
     _refuse_foreign_tokens(model_dir, train, held_out)
     facts = {
         "max_length": data.max_length,
-        "cut": tokeniser.tally.cut,
-        "dropped": dict(dropped + tokeniser.tally.dropped),
+        "cut": tokenizer.tally.cut,
+        "dropped": dict(dropped + tokenizer.tally.dropped),
     }
-    return TokenisedData(train, held_out, _facts(train, held_out) | facts)
+    return TokenizedData(train, held_out, _facts(train, held_out) | facts)
 
 
 @contextmanager

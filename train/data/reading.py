@@ -11,8 +11,8 @@ from contextlib import nullcontext
 from train.config import DataConfig
 from train.data.row_files import read_rows
 from train.data.rows import EmptyAnswer, Row, parse_row
+from train.data.source import data_path
 from train.errors import BadInput
-from train.sources import data_path
 
 Dropped = Counter[str]
 
@@ -51,7 +51,7 @@ def read_hub(source: str, data: DataConfig) -> tuple[list[Row], Dropped]:
     """
     import datasets
 
-    from train.hub import hub_trouble, offline
+    from train.model.hub import hub_trouble, offline
 
     trouble = hub_trouble()
     try:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from train.data.prompts import alpaca_prompt, user_content
 from train.data.rows import AlpacaRow, ChatRow, Row
 from train.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 Messages = list[dict[str, str]]
 
@@ -26,7 +26,7 @@ class Rendered:
     """A row as text.
 
     Attributes:
-        text: what is tokenised.
+        text: what is tokenized.
         answers: (start, end) characters of everything that the model says, with the marks that close it.
         closed: whether the text itself holds the last closing mark; otherwise the end-of-text token has to follow.
     """
@@ -107,5 +107,28 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """How to tokenise what `render` wrote: a chat template writes special tokens itself."""
+    """How to tokenize what `render` wrote: a chat template writes special tokens itself."""
     return {"add_special_tokens": not tokenizer.chat_template}
+
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def alpaca_prompt(instruction: str, input: str) -> str:
+    """Stanford Alpaca's prompt (``train.py`` of tatsu-lab/stanford_alpaca), for tokenizers without a chat template."""
+    template = ALPACA_WITH_INPUT if input else ALPACA_WITHOUT_INPUT
+    return template.format(instruction=instruction, input=input)
+
+
+def user_content(instruction: str, input: str) -> str:
+    """What the user says in a chat: the instruction and, after a blank line, its input."""
+    return f"{instruction}\n\n{input}" if input else instruction

@@ -19,7 +19,7 @@ from typing import Any
 
 from train.data.rows import COLUMNS_HELP, Format, Row, parse_row
 from train.errors import BadInput
-from train.storage import readable
+from train.store.storage import readable
 
 BLANKS = re.compile(r"\s*")
 LONGEST_FIELD = 2**31 - 1  # of a CSV; the module's own limit is 128 KiB, less than a long answer

@@ -1,4 +1,4 @@
-"""Tokenised rows as flat arrays, and their folder in the cache."""
+"""Tokenized rows as flat arrays, and their folder in the cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from train.rundir import TokensDir
-from train.storage import read_json, write_folder, write_json
+from train.store.layout import TokensDir
+from train.store.storage import read_json, write_folder, write_json
 
 IGNORED_LABEL = -100  # of tokens that are read but not learnt
 PARTS = ("tokens", "labels", "offsets")
@@ -43,7 +43,7 @@ class TokenTable:
 
 
 @dataclass(frozen=True)
-class TokenisedData:
+class TokenizedData:
     """What a run learns, what it is evaluated on, and the facts that the user reads about both."""
 
     train: TokenTable
@@ -51,14 +51,14 @@ class TokenisedData:
     facts: dict[str, Any]
 
 
-def read_tokenised(folder: Path) -> TokenisedData | None:
-    """Tokenised data from its folder in the cache, memory-mapped; None if there is none."""
+def read_tokenized(folder: Path) -> TokenizedData | None:
+    """Tokenized data from its folder in the cache, memory-mapped; None if there is none."""
     files = TokensDir(folder)
     facts = read_json(files.facts)
-    return None if facts is None else TokenisedData(_read_table(files, "train"), _read_table(files, "eval"), facts)
+    return None if facts is None else TokenizedData(_read_table(files, "train"), _read_table(files, "eval"), facts)
 
 
-def write_tokenised(folder: Path, data: TokenisedData) -> None:
+def write_tokenized(folder: Path, data: TokenizedData) -> None:
     """Write `data` to its folder in the cache, complete or not at all.
 
     Raises:

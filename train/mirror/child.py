@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from train.rundir import PackDir
-from train.signals import STOP_SIGNALS
-from train.storage import Record
+from train.runtime.signals import STOP_SIGNALS
+from train.store.layout import PackDir
+from train.store.storage import Record
 
 PATIENCE_SECONDS = 25.0  # above the supervisor's own END_SECONDS
 

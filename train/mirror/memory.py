@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from train.mirror.request import MirroredRun
-from train.rundir import RunDir
-from train.storage import read_json, write_json, write_text
+from train.store.layout import RunDir
+from train.store.storage import read_json, write_json, write_text
 
 NOTHING = -1  # steps count from 0
 

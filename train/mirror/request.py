@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from train.config import TrackingConfig, parse_section, read_run_config
-from train.lease import read_lease
-from train.rundir import RunDir, SweepDir
-from train.storage import Record, last_line, read_json, read_lines
+from train.store.layout import RunDir, SweepDir
+from train.store.lease import read_lease
+from train.store.storage import Record, last_line, read_json, read_lines
 
 DEFAULT_PROJECT = "lorapack"
 PAUSED, RUNNING, DONE, FAILED, CANCELLED = "paused", "running", "done", "failed", "cancelled"

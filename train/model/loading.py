@@ -29,7 +29,9 @@ from train.errors import BadInput, LorapackError
 from train.model.architecture import CHOOSE_ANOTHER, HEAD_WITH_BIAS, refuse_by_config
 from train.model.folder import linear_shapes
 
-PLAIN_ATTENTION = "sdpa"  # asked for, since transformers might look for other kernels; `train.base` exchanges it
+PLAIN_ATTENTION = (
+    "sdpa"  # asked for, since transformers might look for other kernels; `train.nn.packed_model` exchanges it
+)
 PROBE_ATTENTION = "lorapack_probe"
 PROBE_TOKENS = 4
 LONGEST_REASON = 300  # characters; some messages of transformers list all that it knows

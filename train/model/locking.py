@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from train.storage import storage_errors
+from train.store.storage import storage_errors
 
 LOCK_POLL_SECONDS = 0.2
 

@@ -53,7 +53,7 @@ function drawInterval(best, x, y) {
 }
 
 function drawPoint(run, cx, cy, loss) {
-  const point = svg("circle", { class: "point", cx, cy, r: 4.5, fill: colour(run), "data-run": run.id });
+  const point = svg("circle", { class: "point", cx, cy, r: 4.5, fill: color(run), "data-run": run.id });
   pointable(point, run, `${runLabel(run)}\neval loss ${fixed(4)(loss)}, rank ${run.rank}`);
   return point;
 }

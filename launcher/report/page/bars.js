@@ -34,7 +34,7 @@ function drawBars() {
 
 function drawBar(row, value, most, text) {
   const bar = html("div", { class: "bar" });
-  bar.style.background = colour(row);
+  bar.style.background = color(row);
   bar.style.width = `${most ? (100 * (value ?? 0)) / most : 0}%`;
   return html("div", { class: "bar-row" }, html("span", { class: "name", title: runLabel(row) }, runLabel(row)),
     html("div", { class: "bar-track" }, bar), html("span", { class: "value" }, has(value) ? text(value) : MISSING));

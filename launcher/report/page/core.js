@@ -1,4 +1,4 @@
-// What every part shares: the data, the state with its listeners, elements, colours and numbers as text.
+// What every part shares: the data, the state with its listeners, elements, colors and numbers as text.
 const doc = JSON.parse(document.getElementById("data").textContent);
 const SVG = document.getElementById("logo").namespaceURI;
 const SEED = "train.seed";
@@ -30,7 +30,7 @@ const state = {
   on: new Set((runs.length > MANY_CURVES ? bestOfEach() : runs).map((run) => run.id)),
   passing: new Set(runs.map((run) => run.id)),
   focus: null,
-  colourBy: firstAxis?.key ?? "",
+  colorBy: firstAxis?.key ?? "",
 };
 const listeners = { draw: [], focus: [] };
 const redraw = () => listeners.draw.forEach((draw) => draw());
@@ -51,9 +51,9 @@ function fill(element, attributes, children) {
 }
 const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
-function swatch(colour) {
+function swatch(color) {
   const box = html("span", { class: "swatch", "aria-hidden": "true" });
-  box.style.background = colour;
+  box.style.background = color;
   return box;
 }
 /** Buttons of which one is pressed. `options` are [value, text]. */
@@ -67,7 +67,7 @@ function segments(label, options, chosen, choose) {
   return html("div", { class: "segments", role: "group", "aria-label": label }, ...buttons);
 }
 
-// ---- colours that colour-blind eyes tell apart: Okabe and Ito's for words, viridis for numbers
+// ---- colors that color-blind eyes tell apart: Okabe and Ito's for words, viridis for numbers
 const WORDS = {
   light: ["#0072b2", "#d55e00", "#009e73", "#b5578f", "#b87b00", "#2f93c9"],
   dark: ["#5aa9e6", "#ff8a4c", "#2fc79a", "#e39ac6", "#f0b429", "#8fd3ff"],
@@ -83,8 +83,8 @@ function ramp(position) {
 }
 const palette = () => WORDS[isDark() ? "dark" : "light"];
 const shade = (axis, index) => (axis.scale === "category" ? palette()[index % palette().length] : ramp(axis.positions[index]));
-function colour(run) {
-  const axis = axisByKey.get(state.colourBy);
+function color(run) {
+  const axis = axisByKey.get(state.colorBy);
   return axis ? shade(axis, axis.labels.indexOf(valueLabel(run, axis.key))) : palette()[runs.indexOf(run) % palette().length];
 }
 

@@ -89,13 +89,13 @@ function drawLine(line) {
   const drawable = line.losses.map((loss, index) => [line.steps[index], loss]).filter(([, loss]) => loss > 0 || !curveView.logarithmic);
   const points = drawable.map(([step, loss]) => `${curveFrame.x(step).toFixed(1)},${curveFrame.y(loss).toFixed(1)}`);
   const names = ["run", "curve", line.kind, curveView.kind === "training" ? "alone" : "", isRanked(line.run) ? "" : "unfinished"];
-  return svg("path", { class: names.filter(Boolean).join(" "), d: through(points), stroke: colour(line.run), "data-run": line.run.id });
+  return svg("path", { class: names.filter(Boolean).join(" "), d: through(points), stroke: color(line.run), "data-run": line.run.id });
 }
 
 function drawEvaluations({ run, kind, steps, losses }) {
   if (kind !== "evaluation" || losses.length > FEW_POINTS || curveLines.length > MANY_CURVES) return [];
   return losses.flatMap((loss, index) => (loss > 0 || !curveView.logarithmic
-    ? [svg("circle", { class: "point", cx: curveFrame.x(steps[index]), cy: curveFrame.y(loss), r: 3.5, fill: colour(run), "data-run": run.id })] : []));
+    ? [svg("circle", { class: "point", cx: curveFrame.x(steps[index]), cy: curveFrame.y(loss), r: 3.5, fill: color(run), "data-run": run.id })] : []));
 }
 
 function markCurves() {
@@ -106,7 +106,7 @@ function markCurves() {
 function drawCursor({ line, index }) {
   const [x, y] = [curveFrame.x(line.steps[index]), curveFrame.y(line.losses[index])];
   return [svg("line", { class: "cursor", x1: x, x2: x, y1: PADDING.top, y2: CURVE_HEIGHT - PADDING.bottom }),
-    svg("circle", { cx: x, cy: y, r: 5, fill: colour(line.run) })];
+    svg("circle", { cx: x, cy: y, r: 5, fill: color(line.run) })];
 }
 
 // ---- which point is meant
@@ -173,7 +173,7 @@ function drawLegend() {
   const listed = runs.length > MANY_CURVES ? passing.filter((run) => inLegend.has(run.id)) : passing;
   byId("legend").replaceChildren(...listed.map((run) => {
     const button = html("button", { type: "button", "aria-pressed": String(state.on.has(run.id)), "data-run": run.id,
-      onclick: () => { toggleRun(run); byId("legend").querySelector(`[data-run="${run.id}"]`)?.focus(); } }, swatch(colour(run)), runLabel(run));
+      onclick: () => { toggleRun(run); byId("legend").querySelector(`[data-run="${run.id}"]`)?.focus(); } }, swatch(color(run)), runLabel(run));
     button.addEventListener("pointerenter", () => setFocus(run.id));
     button.addEventListener("pointerleave", () => setFocus(null));
     return button;

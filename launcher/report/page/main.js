@@ -71,20 +71,20 @@ async function copyText(code, button) {
   }
 }
 
-function colourChoice() {
-  const select = byId("colour");
+function colorChoice() {
+  const select = byId("color");
   select.append(...doc.axes.map((axis) => html("option", { value: axis.key }, axis.key)), html("option", { value: "" }, "run"));
-  select.value = state.colourBy;
-  select.addEventListener("change", () => { state.colourBy = select.value; redraw(); });
+  select.value = state.colorBy;
+  select.addEventListener("change", () => { state.colorBy = select.value; redraw(); });
 }
 
 const MOST_KEYS = 6;  // of more values the first and the last
-/** What the colours mean, beside the choice of what they mean. */
+/** What the colors mean, beside the choice of what they mean. */
 function drawKey() {
-  const axis = axisByKey.get(state.colourBy);
+  const axis = axisByKey.get(state.colorBy);
   const all = axis ? axis.labels.map((text, index) => [text, shade(axis, index)]) : [];
   const shown = all.length > MOST_KEYS ? [all[0], ["…", "transparent"], all[all.length - 1]] : all;
-  byId("key").replaceChildren(...shown.map(([text, colour]) => html("span", {}, swatch(colour), clipped(text))));
+  byId("key").replaceChildren(...shown.map(([text, color]) => html("span", {}, swatch(color), clipped(text))));
 }
 
 function setTheme(theme) {
@@ -109,7 +109,7 @@ byId("sweep").textContent = doc.sweep;
 byId("subtitle").textContent = [`${runs.length} ${runs.length === 1 ? "run" : "runs"}`,
   doc.axes.length ? `over ${doc.axes.map((axis) => axis.key).join(", ")}` : ""].filter(Boolean).join(" ");
 if (doc.axes.length) byId("filter").placeholder = `Filter: ${shortKey(doc.axes[0].key)}=${doc.axes[0].labels[0]}`;
-colourChoice();
+colorChoice();
 curveControls();
 barControls();
 answerControls();

@@ -40,7 +40,7 @@ function drawParallel() {
   const passing = doc.rows.filter((row) => state.passing.has(row.id)).reverse();  // the best one is drawn last, on top
   const lines = passing.map((row) => {
     const points = all.map((column, index) => [x(index), y(column.place(row))]);
-    const path = svg("path", { class: "run curve", d: smooth(points), stroke: colour(row), "data-run": row.id });
+    const path = svg("path", { class: "run curve", d: smooth(points), stroke: color(row), "data-run": row.id });
     pointable(path, row, `${runLabel(row)}\neval loss ${fixed(4)(row.eval_loss)}, rank ${row.rank}`);
     return path;
   });

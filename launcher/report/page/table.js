@@ -85,7 +85,7 @@ function nameCell(run, name) {
   const box = html("input", { type: "checkbox", "aria-label": `Show the curve of ${run.name}`, onchange: () => switchCurve(run, box) });
   box.checked = state.on.has(run.id);
   name.title = `${run.name}-${run.id}`;
-  return html("td", { class: "run-cell" }, html("label", {}, box, swatch(colour(run)), name));
+  return html("td", { class: "run-cell" }, html("label", {}, box, swatch(color(run)), name));
 }
 
 /** Only the curves change: the table stays, and the box keeps the focus. */

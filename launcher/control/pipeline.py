@@ -1,0 +1,157 @@
+"""compose -> plan -> submit -> train -> track -> report, for one sweep: here to its end, or into Slurm's queue."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from rich.console import Console
+
+from launcher.cluster.choice import explain_choice, on_slurm
+from launcher.cluster.slurm import Submitted, array_number
+from launcher.control.follow import follow, watch
+from launcher.plan.planner import make_plan
+from launcher.records import Plan, State, Sweep, Verdict
+from launcher.report.job import submit_missing_report, submit_report
+from launcher.report.writer import print_report, write_report
+from launcher.submit.prepare import prepare, unprepared
+from launcher.submit.sole import sole_launcher
+from launcher.submit.submission import plan_numbers, submit, submit_to_slurm
+from launcher.terminal.interrupts import Interrupts
+from launcher.terminal.tables import print_plan, print_statuses
+from launcher.track.tracker import track
+from train.errors import LeaseHeld
+from train.mirror.reach import refuse_missing_key
+from train.store.layout import SweepDir
+from train.store.permissions import refuse_unwritable
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wait: bool = False) -> int:
+    """Plan the sweep, train what is to be trained, compare all of it; the exit code of the program.
+
+    On Slurm this returns once the jobs are in the queue; `wait` stays until they have ended.
+
+    Raises:
+        BadInput: something cannot be trained; nothing was written below the root.
+        LeaseHeld: another launcher is at work on the sweep.
+        ClusterError: Slurm refused.
+    """
+    refuse_missing_key(sweep.tracking.mode, sweep.tracking.key_file)
+    slurm, plans = on_slurm(sweep.cluster), plan_numbers(sweep.dir)
+    plan = ready_plan(sweep, retry_failed=retry_failed)
+    console.print(explain_choice(sweep.cluster, slurm=slurm))
+    print_plan(plan, console)
+    if slurm and not plan.packs and _in_training(plan):
+        _complete_submission(plan, console)
+    if not plan.packs and not (slurm and wait and _in_training(plan)):
+        return _nothing_to_train(plan, console)
+    interrupts = Interrupts()
+    if slurm:
+        if plan.packs:
+            _submit_once(plan, plans, console, retry_failed=retry_failed)
+        if not wait:
+            return 0
+        with interrupts.counted():
+            watch(sweep.dir, console, interrupts)
+    else:
+        with sole_launcher(sweep.dir), interrupts.counted():
+            follow(submit(plan), sweep.dir, console, interrupts)
+    if interrupts.count:
+        return _still_on_slurm(sweep, console) if slurm else _stopped(sweep, console)
+    compare(sweep.dir, console)
+    return _exit_code(sweep.dir, plan)
+
+
+def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed: bool) -> None:
+    """Put the plan's jobs into the queue; what another launcher submitted since it was made is left to that one's jobs."""
+    with sole_launcher(plan.sweep.dir):
+        if plans or plan_numbers(plan.sweep.dir):  # the one before may have been between its plan and its jobs
+            plan = make_plan(plan.sweep, retry_failed=retry_failed)
+        if not plan.packs:
+            console.print("Another launcher has submitted these runs meanwhile; nothing to submit.")
+            return
+        submitted = submit_to_slurm(plan, console.print)
+        submit_report(plan, submitted, console.print)
+    _say_submitted(plan, submitted, console)
+
+
+def _complete_submission(plan: Plan, console: Console) -> None:
+    """Do what is left of the submission of jobs that are in the queue; one that is still under way is its launcher's business."""
+    with suppress(LeaseHeld), sole_launcher(plan.sweep.dir):
+        submit_missing_report(plan.sweep, console.print)
+
+
+def _say_submitted(plan: Plan, submitted: Submitted, console: Console) -> None:
+    arrays = dict.fromkeys(map(array_number, submitted.jobs.values()))
+    jobs, name = len(submitted.jobs), plan.sweep.name
+    if jobs:
+        console.print(
+            f"{jobs} job{'s' if jobs > 1 else ''} in the queue ({', '.join(arrays)}); "
+            f"watch with 'python -m launcher status {name}'.",
+            highlight=False,
+        )
+    if submitted.left:
+        console.print(
+            f"{len(submitted.left)} more do not fit into the queue now (Slurm says: {submitted.why}); "
+            "the same command submits them later.",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _in_training(plan: Plan) -> bool:
+    return any(planned.verdict is Verdict.RUNNING for planned in plan.runs)
+
+
+def _still_on_slurm(sweep: Sweep, console: Console) -> int:
+    console.print(f"The jobs go on; 'python -m launcher status {sweep.name}' shows them, cancel stops them.")
+    return INTERRUPTED
+
+
+def ready_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
+    """A plan of which everything could be checked: models and data of what will train lie in the cache."""
+    plan = make_plan(sweep, retry_failed=retry_failed)
+    missing = unprepared((planned.run.config for planned in plan.runs if planned.pack is not None), sweep.cache)
+    if not missing:
+        return plan
+    refuse_unwritable(sweep.dir.path)
+    prepare(missing, sweep.cache)
+    return make_plan(sweep, retry_failed=retry_failed)
+
+
+def compare(sweep: SweepDir, console: Console) -> None:
+    """Write the report and print its table; without a finished run print where the runs are."""
+    statuses = track(sweep)
+    if all(status.state is not State.DONE for status in statuses):
+        print_statuses(statuses, sweep.path.name, console)
+        return
+    print_report(write_report(sweep), console)
+    console.print(f"report: {sweep.report}", soft_wrap=True, highlight=False)
+
+
+def _nothing_to_train(plan: Plan, console: Console) -> int:
+    """Say why, and show what there is."""
+    verdicts = {planned.verdict for planned in plan.runs}
+    name = plan.sweep.name
+    if Verdict.RUNNING in verdicts:
+        console.print(f"Nothing to start: runs are in training; watch them with 'python -m launcher status {name}'.")
+    elif Verdict.FAILED in verdicts:
+        console.print(f"Nothing to train: the rest failed; try again with 'python -m launcher resume {name}'.")
+    else:
+        console.print("Every run of this sweep is done; nothing to train.")
+    compare(plan.sweep.dir, console)
+    return int(Verdict.FAILED in verdicts)
+
+
+def _stopped(sweep: Sweep, console: Console) -> int:
+    print_statuses(track(sweep.dir), sweep.name, console)
+    console.print("Stopped. The same command goes on from the last checkpoint:")
+    console.print(f"  {sweep.command}", markup=False, highlight=False, soft_wrap=True)
+    return INTERRUPTED
+
+
+def _exit_code(sweep: SweepDir, plan: Plan) -> int:
+    """0 if all that was asked for is done or runs elsewhere, else 1: a run whose folder was deleted is not done."""
+    well = {status.id for status in track(sweep) if status.state in {State.DONE, State.RUNNING}}
+    return int(any(planned.run.id not in well for planned in plan.runs))

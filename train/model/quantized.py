@@ -1,0 +1,100 @@
+"""A base in 4 bits as tensors by name, and a model around them that never held its weights in full width.
+
+The names are those under which transformers saves a model with `BitsAndBytesConfig`: for each linear layer of the decoder the packed
+weight and bitsandbytes' own serialization of its `QuantState` beside it, and everything else as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from train.config import ModelConfig, QuantConfig
+from train.model.loading import PLAIN_ATTENTION, load_decoder
+from train.model.nf4 import quantize, state_from
+
+
+class QuantizedBase:
+    """The tensors of a quantized base; each is brought to `device` when it is asked for.
+
+    Args:
+        names: of all tensors.
+        read: gives the tensor of a name.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor], device: torch.device) -> None:
+        self._read, self._device = read, device
+        self._parts: dict[str, list[str]] = {}
+        names = list(names)
+        for name in names:
+            layer, weight, part = name.partition(".weight.")
+            if weight:
+                self._parts.setdefault(layer, []).append(part)
+        in_four_bits = {f"{layer}.weight" for layer in self._parts}
+        self.others = [name for name in names if ".weight." not in name and name not in in_four_bits]
+
+    def linear(self, name: str) -> tuple[torch.Tensor, Any]:
+        """The packed weight of a linear layer and its `QuantState`, as `quantize` gave them."""
+        parts = {part: self.tensor(f"{name}.weight.{part}") for part in self._parts[name]}
+        return self.tensor(f"{name}.weight"), state_from(parts, self._device)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its own name; `others` are those that belong to no layer in 4 bits, as ``state_dict`` names them."""
+        return self._read(name).to(self._device)
+
+
+def frozen_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every linear layer that an adapter may sit on: all but the output embedding."""
+    head = model.get_output_embeddings()
+    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+
+
+def load_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The unquantized model; on a GPU its weights go there straight from their files."""
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    return load_decoder(model_dir, model, dtype=dtype, **placed)
+
+
+@torch.no_grad()
+def quantized_tensors(
+    model: PreTrainedModel, quant: QuantConfig, device: torch.device, stop: Callable[[], None] = lambda: None
+) -> dict[str, torch.Tensor]:
+    """All that a `QuantizedBase` reads, on the CPU, quantized on `device`; `model` loses its linear weights on the way.
+
+    `stop` is called between layers and may raise.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, linear in frozen_linears(model).items():
+        stop()
+        packed, state = quantize(linear.weight.detach().to(device), quant)
+        linear.weight = None  # type: ignore[assignment]  # frees it
+        parts = state.as_dict(packed=True)
+        tensors |= {f"{name}.weight": packed.cpu()} | {f"{name}.weight.{p}": t.cpu() for p, t in parts.items()}
+    return tensors | {name: tensor.detach().cpu() for name, tensor in _distinct(model.state_dict(keep_vars=True))}
+
+
+def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: QuantizedBase) -> PreTrainedModel:
+    """The model around `base`: complete but for the weights of its `frozen_linears`, which take no memory (device ``meta``)."""
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        hollow: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code, attn_implementation=PLAIN_ATTENTION
+        )
+    for name in base.others:
+        owner, _, attribute = name.rpartition(".")
+        place, value = hollow.get_submodule(owner), base.tensor(name)
+        is_parameter = isinstance(getattr(place, attribute), nn.Parameter)
+        setattr(place, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    hollow.tie_weights()
+    return hollow.eval()
+
+
+def _distinct(state: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
+    """Entries of a ``state_dict``, a tied tensor once, under its first name."""
+    return {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}.values()

@@ -1,0 +1,116 @@
+"""What a job is doing just now, and how long it took to come to its first step.
+
+Whoever works says in turn what it does and how much of that is done: assignments in memory, so a step pays nothing. `Bulletin` tells
+those who look into the pack's folder, from this host or another: a thread rewrites a small file at most every `POST_SECONDS`, and only
+where something has changed, so while steps are made it writes nothing. Light on purpose: the launcher reads it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from train.errors import StorageError
+from train.store.layout import PackDir
+from train.store.lease import Lease, process_age
+from train.store.storage import Record, read_json, write_note
+
+POST_SECONDS = 2.0
+TRAINING = "training"
+
+Now = tuple[str, int, int]  # what, how much of it is done, and of how much; 0 of 0 where nothing is counted
+
+
+class Activity:
+    """What one process of a job does, from the start of the process on.
+
+    Args:
+        say: gets a line for the job's log after the first step.
+        age: seconds since the process started.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda _text: None, age: float | None = None) -> None:
+        self._say = say
+        self._since = time.monotonic() - (process_age() if age is None else age)
+        self._seconds: dict[str, float] = {}
+        self.now: Now = ("importing", 0, 0)
+
+    def begin(self, what: str, total: int = 0) -> None:
+        """From now on the process does `what`, of which there are `total` pieces."""
+        self._account()
+        self.now = (what, 0, total)
+
+    def advance(self, pieces: int = 1) -> None:
+        """So many pieces more are done."""
+        what, done, total = self.now
+        self.now = (what, min(total, done + pieces), total)
+
+    def first_step(self) -> Record:
+        """Say that the first step is done, and how long that took; the same for `RunDir.pace`, in seconds."""
+        self._account()
+        parts = {name: round(seconds, 3) for name, seconds in self._seconds.items()}
+        parts["first_step"] = parts.pop(TRAINING, 0.0)
+        total = sum(parts.values())
+        words = (f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in parts.items())
+        self._say(f"first step done {total:.1f} s after the process started: {', '.join(words)}")
+        return {"seconds_to_first_step": round(total, 3), "start_seconds": parts}
+
+    def _account(self) -> None:
+        """Give the time since the last call to what was done in it."""
+        now = time.monotonic()
+        self._seconds[self.now[0]] = self._seconds.get(self.now[0], 0.0) + now - self._since
+        self._since = now
+
+
+class Bulletin:
+    """A thread that keeps `PackDir.activity` up to date for the process that holds `lease`, and removes it at the end."""
+
+    def __init__(self, pack: PackDir, activity: Activity, lease: Lease) -> None:
+        self._path, self._activity = pack.activity, activity
+        self._who = {"host": lease.host, "pid": lease.pid, "pid_started": lease.pid_started}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._post, name="bulletin", daemon=True)
+
+    def __enter__(self) -> Bulletin:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _post(self) -> None:
+        posted: Now | None = None
+        while True:
+            now = self._activity.now
+            if now != posted:
+                with suppress(StorageError, OSError):  # nothing depends on it; what does will say what is wrong
+                    write_note(self._path, self._who | dict(zip(("doing", "done", "total"), now, strict=True)))
+                    posted = now
+            if self._stop.wait(POST_SECONDS):
+                return
+
+
+def read_bulletin(pack: PackDir) -> Record | None:
+    """What a job of the pack last said, None where there is nothing."""
+    try:
+        note: Record | None = read_json(pack.activity)
+    except StorageError:  # it is not flushed, so a power cut can leave an empty file
+        return None
+    return note
+
+
+def doing(note: Record | None, lease: Lease | None) -> str | None:
+    """``evaluating 12/64``: what the process with this lease does besides steps.
+
+    None while it makes steps, where another process wrote the note, and where the lease's process is dead.
+    """
+    if note is None or lease is None or note["doing"] == TRAINING or not lease.alive():
+        return None
+    if (note["host"], note["pid"], note["pid_started"]) != (lease.host, lease.pid, lease.pid_started):
+        return None
+    return f"{note['doing']} {note['done']}/{note['total']}" if note["total"] else str(note["doing"])

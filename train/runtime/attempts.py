@@ -1,0 +1,189 @@
+"""Attempts: a run folder is taken by one process, and every attempt leaves one line that says how it ended.
+
+Causes: ``done preempted timeout node_fail out_of_memory diverged bad_input storage crash cancelled``. A process that was killed or
+lost its node cannot write its line; the next attempt finds the dead lease and writes it: with the cause that the dead one noted
+when it was asked to stop (`train.runtime.signals`), that of Slurm's accounting where it was killed for its memory, else
+``node_fail``. Light: imports no torch.
+
+When to give up (`why_held`). A run is tried again as long as it gets anywhere, however often it is preempted. An attempt is
+fruitless if the next one has to begin where it began (`saved_step` did not grow). Two fruitless attempts in a row that computed steps
+and lost them hold the run. Attempts that never computed a step (preempted while the model loads, say) are cheap and often somebody
+else's doing: of those that end at the same step `PATIENCE` are allowed, by the cause of the last. A job counts only its own attempts,
+so that `resume` begins anew; the launcher counts all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from train.errors import BadInput, LorapackError, PeerLost, StorageError
+from train.runtime.signals import Stopped
+from train.runtime.slurm import killed_for_memory, this_job
+from train.store.layout import RunDir
+from train.store.lease import Lease, acquire, read_lease
+from train.store.storage import Record, append_lines, last_line, read_json, read_lines
+
+LOST_STEPS_PATIENCE = 2
+PATIENCE = {"preempted": 8, "node_fail": 3}  # attempts in a row that end at one step; two of all others
+# Ends that the same run would come to again; and those after which a job that goes on does not take the run up again.
+HOPELESS = {"diverged", "bad_input", "out_of_memory", "crash"}
+FINAL = HOPELESS | {"cancelled"}
+USER_STOPS = {"SIGINT", "cancelled"}  # details and causes that say that somebody wanted the run to stop
+
+
+def open_attempt(run: RunDir) -> Lease:
+    """Take the run folder for this process, and account for a predecessor that died without a word.
+
+    Raises:
+        LeaseHeld: another live process trains the run.
+    """
+    attempts = read_lines(run.attempts)
+    before = read_lease(run)
+    job = this_job()
+    lease = acquire(run, job=job_id(), attempt=_next_number(attempts, before), restarts=job.restarts if job else 0)
+    if before is not None and all(line["attempt"] != before.attempt for line in attempts):
+        cause, detail = _cause_of_loss(run, before)
+        line = attempt_line(run, before, cause, detail, None, last_step(run), ended=before.heartbeat, device="unknown")
+        append_lines(run.attempts, [line])
+    run.stop_note.unlink(missing_ok=True)
+    return lease
+
+
+def why_held(attempts: Sequence[Record], job: str | None = None) -> str | None:
+    """Why another attempt would be a waste, None if it would not: see the rule above.
+
+    `attempts` in the order of their ends; `job` counts only that job's.
+    """
+    counted = [line for line in attempts if not USER_STOPS & {line["cause"], line["detail"]}]
+    fruitless = _fruitless_tail(counted, job)
+    if not fruitless:
+        return None
+    last = fruitless[-1]
+    if sum(line.get("trained", False) for line in fruitless) >= LOST_STEPS_PATIENCE:
+        return f"two attempts in a row could save nothing beyond step {_saved_step(last)}, the last ended by {last['cause']}"
+    came_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].get("job"))
+    ends = len(fruitless) + came_there
+    if ends >= PATIENCE.get(last["cause"], 2):
+        return f"{ends} attempts in a row ended at step {_saved_step(last)}, the last by {last['cause']}"
+    return None
+
+
+def _fruitless_tail(attempts: list[Record], job: str | None) -> list[Record]:
+    """The attempts at the end that left the run where they found it."""
+    tail: list[Record] = []
+    begun = [0, *map(_saved_step, attempts)]
+    for line, before in reversed([*zip(attempts, begun, strict=False)]):
+        if _saved_step(line) > before or job not in (None, line.get("job")):
+            break
+        tail.insert(0, line)
+    return tail
+
+
+def _saved_step(line: Record) -> int:
+    """Where the attempt left the run; a diverged one lost its last checkpoints, so that it may be less than before."""
+    return int(line["saved_step"] if "saved_step" in line else line["last_step"])
+
+
+def _next_number(attempts: list[Record], before: Lease | None) -> int:
+    """One more than every attempt that has a line, or will get one."""
+    return max([line["attempt"] for line in attempts] + ([before.attempt] if before is not None else []), default=0) + 1
+
+
+def _left_a_pace(run: RunDir, lease: Lease) -> bool:
+    return (last_line(run.pace) or {}).get("attempt") == lease.attempt
+
+
+def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[str, str]:
+    """Why a process left a lease behind and no line: by what it noted when it was asked to stop."""
+    note = read_json(run.stop_note)
+    if note is not None and note["token"] == dead.token:
+        return note["cause"], f"{note['detail']}; killed before it could save"
+    if this_job() is not None and killed_for_memory(dead.job):
+        return (
+            "out_of_memory",
+            f"Slurm killed job {dead.job} for using more memory than it had asked for (cluster.ram_gib)",
+        )
+    if dead.alive():
+        return "node_fail", f"Slurm started the job again while process {dead.pid} on {dead.host} was still running"
+    return "node_fail", f"process {dead.pid} on {dead.host} was killed or its node was lost"
+
+
+def attempt_line(
+    run: RunDir,
+    lease: Lease,
+    cause: str,
+    detail: str | None,
+    first_step: int | None,
+    last_step: int,
+    *,
+    ended: float | None = None,
+    device: str,
+) -> Record:
+    """The line of one ended attempt; times in Unix seconds, `first_step` None where nobody knows.
+
+    `saved_step` is where the next attempt will begin; `trained` says whether this one computed any step.
+    """
+    ended = time.time() if ended is None else ended
+    return {
+        "attempt": lease.attempt,
+        "cause": cause,
+        "detail": detail,
+        "first_step": first_step,
+        "last_step": last_step,
+        "saved_step": max(run.checkpoint_steps(), default=0),
+        "trained": last_step > first_step if first_step is not None else _left_a_pace(run, lease),
+        "seconds": round(ended - lease.started, 3),
+        "started": lease.started,
+        "ended": ended,
+        "node": lease.host,
+        "device": device,
+        "job": lease.job,
+        "restart_count": lease.restarts,
+    }
+
+
+def cause_of(error: Exception) -> tuple[str, str]:
+    """The cause of an attempt that ended by `error`, and the detail for its line."""
+    if isinstance(error, Stopped):
+        return error.cause()
+    detail = str(error) if isinstance(error, LorapackError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, PeerLost):
+        return error.cause, detail
+    if isinstance(error, BadInput):
+        return "bad_input", detail
+    if isinstance(error, StorageError):
+        return "storage", detail
+    return ("out_of_memory" if _is_out_of_memory(error) else "crash"), detail
+
+
+def stop_cause(run: RunDir, cause: str, detail: str | None) -> tuple[str, str | None]:
+    """The cause for one run of a job that was asked to stop: its user's wish outweighs what the job was told."""
+    wished = cause in {"preempted", "timeout", "cancelled"} and run.cancel_request.exists()
+    return ("cancelled", "cancel was asked for") if wished else (cause, detail)
+
+
+def device_in_use() -> str:
+    """The GPU that this process computes on, or cpu; torch is not imported for the question."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_initialized() else "cpu"
+
+
+def last_step(run: RunDir) -> int:
+    """The last step that the journal speaks of."""
+    line = last_line(run.journal)
+    return 0 if line is None else int(line["step"])
+
+
+def job_id() -> str:
+    """The id of the job that this process belongs to, as its user knows it; a local job may run inside a Slurm allocation."""
+    job = this_job()
+    return job.id if job else os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's words for it and Python's; torch is not imported for the question."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

@@ -1,0 +1,84 @@
+"""Which process of its job this one is, and where the processes of a job find each other. Light: it runs before torch is imported.
+
+The processes of a job are the tasks that submitit starts (on Slurm or here), or torchrun's. They share one machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from train.errors import LorapackError
+from train.runtime.attempts import job_id
+from train.store.layout import PackDir
+from train.store.storage import read_json, write_json
+
+JOIN_SECONDS = 600.0  # the longest that a process waits for the leader, which takes leases first
+POLL_SECONDS = 0.1
+
+STARTERS = (  # environment variables of rank, number of processes and rank on the machine; the first that is set counts
+    ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID"),
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+)
+SLURM_STARTER = (
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+)  # also set where one process was started in an allocation
+
+
+class NothingToDo(Exception):
+    """The leader of this job has nothing to do."""
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """A process among the `size` processes of its job; process 0 leads."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def detect_process() -> ProcessInfo:
+    """This process's place, by the variables of whoever started it."""
+    starters = (*STARTERS, SLURM_STARTER) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else STARTERS
+    for names in starters:
+        if names[0] in os.environ:
+            return ProcessInfo(*(int(os.environ[name]) for name in names))
+    return ProcessInfo()
+
+
+def publish_rendezvous(pack: PackDir, port: int | None) -> None:
+    """Tell the other processes of this job where the leader listens; None tells that there is nothing to do.
+
+    Raises:
+        StorageError: the pack's folder cannot be written.
+    """
+    write_json(pack.rendezvous, {"job": _this_start(), "port": port})
+
+
+def wait_for_rendezvous(pack: PackDir, stop: Callable[[], None]) -> int:
+    """Where the leader of this job listens.
+
+    Raises:
+        NothingToDo: there is nothing to do.
+        LorapackError: the leader does not come.
+    """
+    give_up_at = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < give_up_at:
+        stop()
+        found = read_json(pack.rendezvous)
+        if found is not None and found["job"] == _this_start():
+            if found["port"] is None:
+                raise NothingToDo
+            return int(found["port"])
+        time.sleep(POLL_SECONDS)
+    raise LorapackError(f"process 0 of this job did not come within {JOIN_SECONDS:.0f} s; see its log.")
+
+
+def _this_start() -> str:
+    """A name of this start of the job, so that what an earlier one left is not believed. torchrun's processes share its run id."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID') or job_id()}/{os.environ.get('SLURM_RESTART_COUNT', 0)}"

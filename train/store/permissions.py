@@ -1,0 +1,99 @@
+"""Whether other users could write into a folder: jobs run code from the sweep's folder, so nobody else may put any there.
+
+Light on purpose: the launcher asks before anything is submitted. Counted are the owner, the permissions and POSIX ACLs (acl(5)),
+which Linux keeps in an extended attribute: a version, then per entry a tag, its permissions and whom it is for. A parent
+folder is left to the user: on a cluster it is often a project's, shared with a group.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shlex
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.errors import BadInput
+from train.store.layout import SweepDir
+from train.store.storage import readable
+
+ACL = "system.posix_acl_access"
+ACL_VERSION, ACL_ENTRY = struct.Struct("<I"), struct.Struct("<HHI")
+NAMED_USER, OWNING_GROUP, NAMED_GROUP, MASK = 0x02, 0x04, 0x08, 0x10
+WRITE = 0x02
+
+
+def refuse_shared(sweep: SweepDir) -> None:
+    """Refuse a sweep if others could write into its root, or where its code and its jobs lie.
+
+    Raises:
+        BadInput: naming the folder, who can write there, and how to end that.
+    """
+    for folder in (sweep.path.parent, sweep.path, sweep.jobs, sweep.code):
+        with readable(folder):
+            if folder.exists():
+                _refuse_shared_folder(folder)
+    with readable(sweep.code):
+        for folder in sweep.code.glob("*"):
+            _refuse_shared_folder(folder)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that the user may not write or make, before hours go into fetching what its runs need.
+
+    Raises:
+        BadInput: naming the nearest folder that is there.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{there} is not writable for you, so nothing can be kept in {folder}; choose another root=.")
+
+
+def _refuse_shared_folder(folder: Path) -> None:
+    info = folder.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise BadInput(f"{folder} is no folder; choose another root=.")
+    if info.st_uid != os.getuid():
+        raise BadInput(f"{folder} belongs to another user (uid {info.st_uid}); choose a root= of your own.")
+    for who in _other_writers(folder, info):
+        path = shlex.quote(str(folder))
+        remedy = f"setfacl -b {path} && chmod -R go-w {path}" if _acl(folder) else f"chmod -R go-w {path}"
+        raise BadInput(f"{folder} can be written by others ({who}); run '{remedy}' or choose another root=.")
+
+
+def _other_writers(folder: Path, info: os.stat_result) -> Iterator[str]:
+    """Whoever may write besides the owner. With an ACL the mode's bits of the group are the ACL's mask."""
+    if info.st_mode & stat.S_IWOTH:
+        yield "everybody"
+    if not info.st_mode & stat.S_IWGRP:
+        return
+    entries = _acl(folder) or [(OWNING_GROUP, WRITE, 0)]
+    for tag, permissions, number in entries:
+        gid = info.st_gid if tag == OWNING_GROUP else number
+        if not permissions & WRITE:
+            continue
+        if tag in {OWNING_GROUP, NAMED_GROUP} and not _is_own_group(gid):
+            yield f"group {gid}"
+        if tag == NAMED_USER and number != os.getuid():
+            yield f"user {number}"
+
+
+def _acl(folder: Path) -> list[tuple[int, int, int]]:
+    """Tag, permissions and user or group of each entry; empty where there is no ACL or the file system knows none."""
+    try:
+        content = os.getxattr(folder, ACL)
+    except OSError:
+        return []
+    return list(ACL_ENTRY.iter_unpack(content[ACL_VERSION.size :]))
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether it is the group that many systems make for each user alone, named like the user."""
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+    except KeyError:  # neither has a name, as in some containers
+        return gid == os.getgid() == os.getuid()
+    return (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}

@@ -1,0 +1,196 @@
+"""A run's checkpoints: what must survive is one object, and a file that does not match its manifest is never resumed from.
+
+A checkpoint belongs to a run, not to its pack: its tensors are the run's own, unpadded, so that unfinished runs can be packed
+differently later. No pickle (CVE-2025-32434, CVE-2026-24747).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
+
+from train.lora.parameters import AdapterTensors, PackedAdapters
+from train.store.layout import RunDir
+from train.store.storage import storage_errors, write_folder, write_json
+from train.trainer.optim import PackedAdamW
+
+KEPT = 2
+TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The numbers of a run after `step` optimizer steps.
+
+    `journal_bytes` and `samples_bytes` are the lengths of these files then: a resume cuts them back to that. `seconds` were
+    spent by all attempts so far, `gpu_seconds` is the run's share of its packs' GPUs. `evaluated_step` was the last one
+    to be evaluated.
+    `applied`, `good_steps`, `loss_scale` and `alive` are the run's entries of `PackedAdamW`'s tensors of these names.
+    """
+
+    step: int
+    journal_bytes: int
+    tokens: int
+    seconds: float
+    gpu_seconds: float
+    evaluated_step: int | None
+    applied: float
+    good_steps: float
+    loss_scale: float
+    alive: bool
+    best_eval_loss: float | None
+    best_eval_step: int | None
+    samples_bytes: int = 0  # in checkpoints from before there were samples
+
+
+class OptimizerNumbers(TypedDict):
+    """The numbers of `Progress` that belong to the optimizer."""
+
+    applied: float
+    good_steps: float
+    loss_scale: float
+    alive: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's whole state. That of step 0 has no tensors: they follow from the seed."""
+
+    progress: Progress
+    tensors: dict[str, torch.Tensor]
+
+
+def save_checkpoint(run: RunDir, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint and drop all but the newest two.
+
+    Raises:
+        StorageError: it could not be written; the ones before are untouched.
+    """
+    with write_folder(run.checkpoint(checkpoint.progress.step)) as folder, storage_errors(folder):
+        if checkpoint.tensors:
+            save_file(checkpoint.tensors, folder / TENSORS)
+        write_json(folder / NUMBERS, asdict(checkpoint.progress))
+        files = [file for file in (folder / TENSORS, folder / NUMBERS) if file.exists()]
+        manifest = [{"name": f.name, "size": f.stat().st_size, "sha256": _sha256(f.read_bytes())} for f in files]
+        write_json(folder / MANIFEST, manifest)
+    for old in run.checkpoint_steps()[:-KEPT]:
+        shutil.rmtree(run.checkpoint(old))
+
+
+def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
+    """The checkpoint of `step`, or None if it does not match its manifest, or the journal does not reach it."""
+    folder = run.checkpoint(step)
+    try:
+        contents = {}
+        for entry in json.loads((folder / MANIFEST).read_bytes()):
+            content = (folder / entry["name"]).read_bytes()
+            if len(content) != entry["size"] or _sha256(content) != entry["sha256"]:
+                return None
+            contents[entry["name"]] = content
+        progress = Progress(**json.loads(contents[NUMBERS]))
+        if run.journal.stat().st_size < progress.journal_bytes:
+            return None
+        return Checkpoint(progress, load(contents[TENSORS]) if TENSORS in contents else {})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def to_bytes(states: Sequence[Checkpoint | None]) -> bytes:
+    """States of several runs as one message: the length of a JSON document, the document, and tensors as safetensors."""
+    numbers = json.dumps([None if state is None else asdict(state.progress) for state in states]).encode()
+    tensors = {f"{i}/{name}": t for i, state in enumerate(states) if state for name, t in state.tensors.items()}
+    return len(numbers).to_bytes(8, "little") + numbers + save(tensors)
+
+
+def from_bytes(message: bytes) -> list[Checkpoint | None]:
+    """The inverse of `to_bytes`."""
+    end = 8 + int.from_bytes(message[:8], "little")
+    tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, tensor in load(message[end:]).items():
+        index, _, name = key.partition("/")
+        tensors[index][name] = tensor
+    numbers = json.loads(message[8:end])
+    return [None if n is None else Checkpoint(Progress(**n), tensors[str(i)]) for i, n in enumerate(numbers)]
+
+
+def sound_checkpoints(run: RunDir, warn: Callable[[str], None]) -> dict[int, Checkpoint]:
+    """Every sound checkpoint by step; damaged ones are moved aside and named in a warning."""
+    found: dict[int, Checkpoint] = {}
+    for step in run.checkpoint_steps():
+        checkpoint = load_checkpoint(run, step)
+        if checkpoint is not None:
+            found[step] = checkpoint
+        else:
+            aside = _set_aside(run.checkpoint(step))
+            warn(f"{run.path.name}: the checkpoint of step {step} is damaged; set aside as {aside.name}")
+    return found
+
+
+def common_step(steps_per_run: list[set[int]]) -> int | None:
+    """The newest step of which every run has a checkpoint, None if there is none.
+
+    Runs of a pack that resume at the same step repeat the very batches of the uninterrupted job, so that even the last bit is the
+    same; from different steps each run is still right, to rounding.
+    """
+    common = set.intersection(*steps_per_run) if steps_per_run else set()
+    return max(common, default=None)
+
+
+def run_tensors(run: int, adapters: PackedAdapters, optimizer: PackedAdamW) -> dict[str, torch.Tensor]:
+    """Copies of everything that a run needs to go on: its weights and AdamW's averages, unpadded."""
+    matrices = {"theta": adapters.theta, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+    return {
+        f"{kind}/{name}/{part}": tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for kind, matrix in matrices.items()
+        for name, pair in adapters.tensors(run, matrix).items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def optimizer_numbers(run: int, optimizer: PackedAdamW) -> OptimizerNumbers:
+    """A run's entries of the optimizer's tensors [runs]."""
+    return {
+        "applied": float(optimizer.applied[run]),
+        "good_steps": float(optimizer.good_steps[run]),
+        "loss_scale": float(optimizer.loss_scale[run]),
+        "alive": bool(optimizer.alive[run]),
+    }
+
+
+@torch.no_grad()
+def restore_run(run: int, checkpoint: Checkpoint, adapters: PackedAdapters, optimizer: PackedAdamW) -> None:
+    """The inverse of `run_tensors`, with the optimizer's numbers; a checkpoint of step 0 has no tensors to restore."""
+    matrices = {"theta": adapters.theta, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+    if checkpoint.tensors:
+        for kind, matrix in matrices.items():
+            _copy_into(adapters.tensors(run, matrix), checkpoint.tensors, kind)
+    optimizer.applied[run] = checkpoint.progress.applied
+    optimizer.good_steps[run] = checkpoint.progress.good_steps
+    optimizer.loss_scale[run] = checkpoint.progress.loss_scale
+    optimizer.alive[run] = checkpoint.progress.alive
+
+
+def _copy_into(places: AdapterTensors, tensors: dict[str, torch.Tensor], kind: str) -> None:
+    for name, pair in places.items():
+        for part, place in zip("AB", pair, strict=True):
+            place.copy_(tensors[f"{kind}/{name}/{part}"])
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

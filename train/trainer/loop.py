@@ -1,0 +1,285 @@
+"""The training loop of a pack.
+
+    while runs are left:  evaluate what is due -> save what is due -> end what is over -> one optimizer step of every run
+
+The runs march in step: whenever the set of runs changes, all of them are saved, so that a job killed at any moment repeats the
+very batches it would have computed. Signals only set a flag, which is looked at between micro-batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from train.data.micro_batch import to_device
+from train.data.sampling import TokenSequence, rows_of_step, sequences_of
+from train.data.token_table import TokenTable
+from train.lora.parameters import PackedAdapters
+from train.nn.dropout import step_key
+from train.nn.gradients import gradients_of
+from train.nn.packed_model import PackedModel
+from train.runtime.activity import TRAINING, Activity
+from train.runtime.signals import StopFlag, Stopped
+from train.store.storage import Record
+from train.trainer.checkpoint import Checkpoint, optimizer_numbers, restore_run, run_tensors
+from train.trainer.evaluation import evaluate, evaluate_untrained
+from train.trainer.optim import PackedAdamW, scheduled_learning_rate
+from train.trainer.process_group import SINGLE_PROCESS, SingleProcess
+from train.trainer.recorder import StepRecord, StepRecorder, peak_memory_gib
+from train.trainer.samples import Sampler
+from train.trainer.session import RunSession
+
+FLUSH_SECONDS = 1.0
+POLL_SECONDS = 1.0  # between looks for requests to cancel, which cost a network file system a call per run
+
+
+class PackLoop:
+    """Trains the runs of a pack to their ends, or until it is asked to stop.
+
+    Args:
+        base: the frozen model.
+        seats: adapters and optimizer; row i is `sessions[i]`.
+        sessions: the runs, where they shall begin.
+        stop: looked at between micro-batches.
+        micro_batch_tokens: the most tokens of all runs together that go through the base at once.
+        facts: what results shall say of device, dtype and versions.
+        sampler: asks the runs for sample answers at every evaluation; None leaves that out.
+        team: the processes that share every step; all of them run this loop.
+        activity: is told what goes on besides steps.
+    """
+
+    def __init__(
+        self,
+        base: PackedModel,
+        seats: PackState,
+        sessions: Sequence[RunSession],
+        stop: StopFlag,
+        micro_batch_tokens: int,
+        facts: Record,
+        sampler: Sampler | None = None,
+        team: SingleProcess = SINGLE_PROCESS,
+        activity: Activity | None = None,
+    ) -> None:
+        self.team, self.activity = team, activity or Activity()
+        self.base, self.sessions, self.stop = base, list(sessions), stop
+        self.micro_batch_tokens, self.facts = micro_batch_tokens, facts
+        self.sampler = sampler
+        self.recorder = StepRecorder(base.device, seats.optimizer.scale_losses, self.activity)
+        self._clock = time.monotonic()
+        self._looked_for_cancels = 0.0
+        self._install(seats)
+
+    def run(self) -> None:
+        """Train until no run is left.
+
+        Raises:
+            Stopped: the job was asked to stop; every run is saved as far as it came.
+        """
+        try:
+            while self.sessions:
+                self._evaluate_due()
+                self._save_due()
+                self._end_what_is_over()
+                self._let_go_of_cancelled()
+                if self.sessions:
+                    self._train_step()
+        except Stopped:
+            self.recorder.flush(self.sessions)
+            self._save_all()
+            raise
+
+    # The chapters of the loop
+
+    def _evaluate_due(self) -> None:
+        due = [s for s in self.sessions if s.evaluation_due]
+        if not due:
+            return
+        self.recorder.flush(self.sessions)
+        untrained, trained = [s for s in due if s.step == 0], [s for s in due if s.step > 0]
+        self.base.attach(None)
+        common = (self.pack_size, self.micro_batch_tokens, self.stop, self.team, self.activity)
+        found = evaluate_untrained(self.base, _tables(untrained), *common)
+        answers = self.sampler.ask_untrained(self.base, untrained, self.pack_size) if self.sampler else {}
+        self.base.attach(self.adapters)
+        found |= evaluate(self.base, _tables(trained), *common)
+        answers |= self.sampler.ask(self.base, trained, self.pack_size) if self.sampler else {}
+        for session in self.sessions:
+            if session.row in found:
+                session.note_evaluation(found[session.row], answers.get(session.row, []))
+            if session.diverged is not None:
+                self.optimizer.alive[session.row] = False
+        self.recorder.flush(self.sessions)  # nothing is pending: the next pace counts from here
+        self._tick()
+
+    def _save_due(self) -> None:
+        if any(s.save_due for s in self.sessions):
+            self.recorder.flush(self.sessions)
+            self._save_all()
+
+    def _end_what_is_over(self) -> None:
+        """Finish runs that are done, and let go of those that diverged or were lost once nobody learns beside them.
+
+        Until then they keep their seats: the shapes of the pack, and so the last bits of the others' numbers, stay what they were.
+        """
+        somebody_learns = any(s.learning for s in self.sessions)
+        over = self._agreed([s.finished or not somebody_learns for s in self.sessions])
+        for session in over:
+            if session.diverged is None and session.lost is None:
+                facts = self.facts | {"peak_memory_gib": peak_memory_gib(self.base.device)}
+                session.complete(self.adapters.tensors(session.row), facts)
+            else:
+                session.end_diverged()
+        self._repack(over)
+
+    def _train_step(self) -> None:
+        """One optimizer step of every run in training, in as many micro-batches as memory asks for."""
+        self.activity.begin(TRAINING)
+        batches = {s.row: self._sequences(s) for s in self.sessions}
+        try:
+            losses = self._accumulate(batches)
+        except Stopped:
+            self.adapters.gradient.zero_()
+            raise
+        self._apply(losses, {row: sum(len(s.tokens) for s in batch) for row, batch in batches.items()})
+        if not self.recorder.began:
+            self.recorder.flush(self.sessions)
+        elif self.recorder.seconds_since_flush > FLUSH_SECONDS:
+            self.recorder.flush(self.sessions, keep=1)
+
+    # One optimizer step
+
+    def _sequences(self, session: RunSession) -> list[TokenSequence]:
+        rows = rows_of_step(session.config.train, len(session.data.train), session.step)
+        return sequences_of(session.row, session.data.train, rows)
+
+    def _accumulate(self, batches: dict[int, list[TokenSequence]]) -> torch.Tensor:
+        """Forward and backward of every run's mean loss; the losses [runs]."""
+        share = torch.zeros(self.pack_size + 1, dtype=torch.float64)  # the last is the fillers'
+        for row, sequences in batches.items():
+            share[row] = 1 / sum(sequence.targets for sequence in sequences)
+        share = to_device(share, self.base.device)
+        weights = share.to(self.adapters.theta.dtype)
+        weights[:-1] *= self.optimizer.loss_scale
+        dropout_keys = self._dropout_keys()
+        self.adapters.refresh()
+        sums = torch.zeros_like(share[:-1])
+        sequences = [s for of_run in batches.values() for s in of_run]
+        for chunk in self.team.micro_batches(sequences, self.micro_batch_tokens, self.stop):
+            sums += self.gradients.add(chunk, weights, dropout_keys)
+        self.team.all_reduce(self.adapters.gradient, sums)
+        return (sums * share[:-1]).to(self.adapters.theta.dtype)
+
+    def _dropout_keys(self) -> torch.Tensor | None:
+        """Random keys [runs] of the present step, None where no run drops anything."""
+        if not any(s.config.lora.lora_dropout for s in self.sessions):
+            return None
+        keys = [step_key(session.config.train.seed, session.step) for session in self.sessions]
+        return to_device(torch.tensor(keys, dtype=torch.int32), self.base.device)
+
+    def _apply(self, losses: torch.Tensor, tokens: dict[int, int]) -> None:
+        """Move every run's weights and count its step."""
+        rates = [scheduled_learning_rate(s.config.train, s.step, s.total_steps) for s in self.sessions]
+        outcome = self.optimizer.step(rates, losses)
+        for session in self.sessions:
+            session.step += 1
+            session.tokens += tokens[session.row]
+        steps = {session.row: session.step for session in self.sessions}
+        self.recorder.add(StepRecord(steps, rates, tokens, losses, outcome))
+        self._tick()
+
+    # PackState and states
+
+    def _install(self, seats: PackState) -> None:
+        self.adapters, self.optimizer, self.pack_size = seats.adapters, seats.optimizer, len(self.sessions)
+        self.base.attach(self.adapters)
+        self.gradients = gradients_of(self.base, self.pack_size)
+
+    def _repack(self, leaving: list[RunSession]) -> None:
+        """Close the ranks: the runs that stay sit as they would in a pack of their own."""
+        if not leaving:
+            return
+        staying = [s for s in self.sessions if s not in leaving]
+        states = [self._state(session) for session in staying]
+        self.sessions = staying
+        if staying:
+            self._install(build_pack_state(self.base, staying, states))
+
+    def _let_go_of_cancelled(self) -> None:
+        cancelled = self._agreed(self._asked_to_cancel())
+        if cancelled:
+            self.recorder.flush(self.sessions)
+            self._save_all()
+        for session in cancelled:
+            session.end("cancelled", "cancel was asked for")
+        self._repack(cancelled)
+
+    def _agreed(self, flags: list[bool]) -> list[RunSession]:
+        """The sessions whose flags are set where the leader of the team stands."""
+        return [s for s, flag in zip(self.sessions, self.team.broadcast_flags(flags), strict=True) if flag]
+
+    def _asked_to_cancel(self) -> list[bool]:
+        """For each run whether somebody asked to cancel it, as far as it was time to look."""
+        if not self.team.is_main or time.monotonic() - self._looked_for_cancels < POLL_SECONDS:
+            return [False] * len(self.sessions)
+        self._looked_for_cancels = time.monotonic()
+        return [session.dir.cancel_request.exists() for session in self.sessions]
+
+    def _save_all(self) -> None:
+        self.activity.begin("saving", len(self.sessions))
+        for session in self.sessions:
+            session.save(self._state(session))
+            self.activity.advance()
+
+    def _state(self, session: RunSession) -> Checkpoint:
+        """A copy of everything that the run needs to go on."""
+        progress = session.progress(optimizer_numbers(session.row, self.optimizer))
+        tensors = run_tensors(session.row, self.adapters, self.optimizer) if session.step else {}
+        return Checkpoint(progress, tensors)
+
+    def _tick(self) -> None:
+        """Give every run in training the seconds since the last time."""
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        for session in self.sessions:
+            session.seconds += seconds
+            on_gpus = self.team.size if self.base.device.type == "cuda" else 0
+            session.gpu_seconds += seconds * on_gpus / len(self.sessions)
+
+
+def _tables(sessions: list[RunSession]) -> dict[int, TokenTable]:
+    """The held-out rows of each session, by row of the pack."""
+    return {session.row: session.data.eval for session in sessions}
+
+
+@dataclass(frozen=True)
+class PackState:
+    """The trainable side of a pack."""
+
+    adapters: PackedAdapters
+    optimizer: PackedAdamW
+
+
+def build_pack_state(
+    base: PackedModel, sessions: Sequence[RunSession], states: Sequence[Checkpoint | None]
+) -> PackState:
+    """Give each session the row of its place in the list, and its state; None is the beginning.
+
+    What a pack of runs computes depends on these runs and their states alone: whether others sat here before leaves no trace.
+    """
+    configs = [session.config for session in sessions]
+    adapters = PackedAdapters(
+        [s.targets for s in sessions], base.shapes, [c.lora.lora_dropout for c in configs], base.dtype, base.device
+    )
+    optimizer = PackedAdamW(
+        adapters, [(c.train, c.lora) for c in configs], base.dtype == torch.float16, base.current.kernels.fused
+    )
+    for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
+        session.row = row
+        if state is None or not state.tensors:
+            adapters.initialize(row, session.config.train.seed)
+        if state is not None:
+            restore_run(row, state, adapters, optimizer)
+    return PackState(adapters, optimizer)

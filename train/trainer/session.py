@@ -1,0 +1,308 @@
+"""One run while it trains: its journal, its place in time, its checkpoints and its end.
+
+A session owns everything in the run folder that is written during training, and keeps the order that makes a kill at any moment
+harmless: journal, then checkpoint, then adapter, then result.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec
+
+from train.config import RunConfig
+from train.data.token_table import TokenizedData
+from train.errors import StorageError
+from train.lora.parameters import AdapterTensors
+from train.lora.peft_files import write_adapter
+from train.lora.targets import Target
+from train.runtime.attempts import attempt_line, device_in_use, stop_cause
+from train.store.layout import RunDir
+from train.store.lease import Lease, owns, release
+from train.store.storage import Record, append_lines, read_lines, storage_errors, write_folder, write_json
+from train.trainer.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
+from train.trainer.evaluation import Evaluation
+
+P = ParamSpec("P")
+
+RESULT_LOSS_SHARE = 0.1  # `train_loss` of the result is the mean over this share of the last steps
+
+
+def guard_storage(write: Callable[Concatenate[RunSession, P], None]) -> Callable[Concatenate[RunSession, P], None]:
+    """A write to the run's folder that never raises: a run whose folder refuses one is lost, and writes nothing more."""
+
+    @wraps(write)
+    def guarded(session: RunSession, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if session.lost is not None:
+            return
+        try:
+            write(session, *args, **kwargs)
+        except (StorageError, OSError) as exc:
+            session.lose(exc)
+
+    return guarded
+
+
+class RunSession:
+    """A run in the hands of one attempt.
+
+    Attributes:
+        row: the run's row in the pack.
+        step, tokens: optimizer steps done and real tokens seen.
+        seconds, gpu_seconds: spent training by all attempts; the latter is this run's share of its packs.
+        evaluated_step, saved_step: where the run was last evaluated and saved.
+        diverged: why, once its loss or gradient was not finite.
+        lost: the error of its folder, once one could not be written there (full, deleted, out of reach).
+    """
+
+    def __init__(
+        self, run: RunDir, config: RunConfig, data: TokenizedData, targets: dict[str, Target], lease: Lease
+    ) -> None:
+        self.dir, self.config, self.data, self.targets = run, config, data, targets
+        self.lease = lease
+        self.row = -1
+        self.total_steps = config.train.total_steps(len(data.train))
+        self.step = self.tokens = 0
+        self.seconds = self.gpu_seconds = 0.0
+        self.evaluated_step: int | None = None
+        self.saved_step: int | None = None
+        self.best_eval_loss: float | None = None
+        self.best_eval_step: int | None = None
+        self.diverged: str | None = None
+        self.lost: Exception | None = None
+        self.diverged_step = 0
+        self.first_step = 0
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Before the first step, every `train.eval_steps` and after the last; once each."""
+        every = self.config.train.eval_steps
+        due = self.step in (0, self.total_steps) or (every > 0 and self.step % every == 0)
+        return due and self.evaluated_step != self.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return self.step >= self.total_steps
+
+    @property
+    def save_due(self) -> bool:
+        """At the start (a disk that refuses is found before training), every `train.save_steps`, and after the last step."""
+        due = self.step == 0 or self.finished or self.step % self.config.train.save_steps == 0
+        return due and self.saved_step != self.step and self.lost is None
+
+    @property
+    def learning(self) -> bool:
+        """Whether there is anything left for it to do."""
+        return not self.finished and self.diverged is None and self.lost is None
+
+    @guard_storage
+    def begin(self, header: Record) -> None:
+        """Start the run's journal from nothing."""
+        with storage_errors(self.dir.journal):
+            self.dir.journal.unlink(missing_ok=True)
+            self.dir.samples.unlink(missing_ok=True)
+        append_lines(self.dir.journal, [header])
+
+    @guard_storage
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: what journal and samples say of later steps will be said again, so it is cut off."""
+        progress = checkpoint.progress
+        self.take_up(progress)
+        with storage_errors(self.dir.journal):
+            for newer in [step for step in self.dir.checkpoint_steps() if step > progress.step]:
+                shutil.rmtree(self.dir.checkpoint(newer))  # its journal is about to be cut off
+            os.truncate(self.dir.journal, progress.journal_bytes)
+            if _size(self.dir.samples) > progress.samples_bytes:
+                os.truncate(self.dir.samples, progress.samples_bytes)
+        if self.diverged is not None:
+            self.diverged = next(
+                line["diverged"] for line in reversed(read_lines(self.dir.journal)) if "diverged" in line
+            )
+
+    def take_up(self, progress: Progress) -> None:
+        """Count from where a checkpoint stands."""
+        self.step = self.saved_step = self.first_step = progress.step
+        self.tokens, self.seconds, self.gpu_seconds = progress.tokens, progress.seconds, progress.gpu_seconds
+        self.evaluated_step = progress.evaluated_step
+        self.best_eval_loss, self.best_eval_step = progress.best_eval_loss, progress.best_eval_step
+        self.diverged = None if progress.alive else "before this attempt"
+
+    @guard_storage
+    def note(self, lines: list[Record]) -> None:
+        """Write step lines to the journal; a run that diverged has said its last."""
+        if lines and self.diverged is None:
+            append_lines(self.dir.journal, lines)
+
+    def note_evaluation(self, evaluation: Evaluation, samples: list[Record]) -> None:
+        """Write an evaluation at the present step to the journal, and the answers given there, if any, to the samples."""
+        self.evaluated_step = self.step
+        if self.diverged is not None or self.lost is not None:
+            return
+        if not math.isfinite(evaluation.loss):
+            self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
+            return
+        if samples:  # first, so that whoever follows the journal finds them
+            self.note_samples({"step": self.step, "samples": samples})
+        self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
+        if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
+            self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
+
+    @guard_storage
+    def note_samples(self, line: Record) -> None:
+        """Write the answers of one evaluation."""
+        append_lines(self.dir.samples, [line])
+
+    @guard_storage
+    def note_divergence(self, step: int, reason: str) -> None:
+        """Write the last line of a run that diverged."""
+        self.note([{"step": step, "diverged": reason}])
+        self.diverged, self.diverged_step = reason, step
+
+    @guard_storage
+    def note_pace(self, line: Record) -> None:
+        """Write how fast it goes."""
+        append_lines(self.dir.pace, [line | {"attempt": self.lease.attempt}])
+
+    def written_bytes(self) -> tuple[int, int]:
+        """How long journal and samples are now; a lost run has none."""
+        try:
+            if self.lost is None:
+                return self.dir.journal.stat().st_size, _size(self.dir.samples)
+        except OSError as exc:
+            self.lose(exc)
+        return 0, 0
+
+    def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
+        """Where the run stands, with its journal up to here; a lost run has none."""
+        journal_bytes, samples_bytes = self.written_bytes()
+        return Progress(
+            step=self.step,
+            journal_bytes=journal_bytes,
+            samples_bytes=samples_bytes,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            gpu_seconds=self.gpu_seconds,
+            evaluated_step=self.evaluated_step,
+            best_eval_loss=self.best_eval_loss,
+            best_eval_step=self.best_eval_step,
+            **optimizer_numbers,
+        )
+
+    @guard_storage
+    def save(self, state: Checkpoint) -> None:
+        """Make everything up to the present step durable."""
+        save_checkpoint(self.dir, state)
+        self.saved_step = self.step
+
+    @guard_storage
+    def complete(self, adapter: AdapterTensors, facts: Record) -> None:
+        """Write the adapter and, last, the result; then the run is done and its folder free."""
+        with write_folder(self.dir.adapter) as folder, storage_errors(folder):
+            write_adapter(folder, self.config.lora, self.config.model, adapter)
+        self._note_attempt("done", None, self.step)
+        write_json(self.dir.result, self._result(facts))
+        release(self.dir, self.lease)
+        with storage_errors(self.dir.checkpoints):
+            shutil.rmtree(self.dir.checkpoints)
+
+    @guard_storage
+    def end_diverged(self) -> None:
+        """End a run that diverged; a `resume` shall begin before the divergence, so later checkpoints go."""
+        with storage_errors(self.dir.checkpoints):
+            for step in [step for step in self.dir.checkpoint_steps() if step >= self.diverged_step]:
+                shutil.rmtree(self.dir.checkpoint(step))
+        self._note_attempt("diverged", self.diverged, self.diverged_step)
+        release(self.dir, self.lease)
+
+    @guard_storage
+    def end(self, cause: str, detail: str | None) -> None:
+        """Write the attempt's line and give the run folder back, unless it is somebody else's by now."""
+        if owns(self.dir, self.lease):
+            self._note_attempt(*stop_cause(self.dir, cause, detail), self.step)
+            release(self.dir, self.lease)
+
+    def lose(self, error: Exception) -> None:
+        """Let go of a folder that cannot be written. The run keeps its seat: the others' numbers stay what they were, to the bit."""
+        self.lost = error
+        with suppress(OSError):  # the job's log may lie on the same disk
+            print(f"{self.dir.path.name} ends: storage: {error}", flush=True)
+        with suppress(StorageError, OSError):  # what refused the last write may refuse this one
+            self._note_attempt("storage", str(error), self.step)
+        with suppress(OSError):
+            release(self.dir, self.lease)
+
+    def _note_attempt(self, cause: str, detail: str | None, last_step: int) -> None:
+        line = attempt_line(self.dir, self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
+        append_lines(self.dir.attempts, [line])
+
+    def _result(self, facts: Record) -> Record:
+        lines = read_lines(self.dir.journal)
+        losses = [line["loss"] for line in lines if "loss" in line]
+        evaluations = [line for line in lines if "eval_loss" in line]
+        tail = losses[-max(1, math.ceil(len(losses) * RESULT_LOSS_SHARE)) :]
+        return {
+            "run_id": self.dir.id,
+            "name": self.dir.name,
+            "steps": self.step,
+            "train_loss": sum(tail) / len(tail),
+            "eval_loss": evaluations[-1]["eval_loss"],
+            "eval_exact_match": evaluations[-1]["eval_exact_match"],
+            "best_eval_loss": self.best_eval_loss,
+            "best_eval_step": self.best_eval_step,
+            "base_eval_loss": evaluations[0]["eval_loss"],
+            "base_eval_exact_match": evaluations[0]["eval_exact_match"],
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "gpu_hours": self.gpu_seconds / 3600,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "trainable_parameters": lines[0]["trainable_parameters"],
+            "total_parameters": lines[0]["total_parameters"],
+            "adapter_mb": sum(file.stat().st_size for file in self.dir.adapter.iterdir()) / 1e6,
+            "attempts": len(read_lines(self.dir.attempts)),
+            **facts,
+        }
+
+
+def _size(path: Path) -> int:
+    """The length of a file in bytes; a missing one has none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+class FollowerSession(RunSession):
+    """`RunSession` without its files. What it would read there comes from the leader (`train.trainer.process_group`)."""
+
+    def begin(self, header: Record) -> None:
+        """Nothing to count."""
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Count from where the leader's checkpoint stands."""
+        self.take_up(checkpoint.progress)
+
+    def note(self, lines: list[Record]) -> None:
+        """The leader writes the journal."""
+
+    def note_pace(self, line: Record) -> None:
+        """The leader writes the pace."""
+
+    def written_bytes(self) -> tuple[int, int]:
+        """Numbers for checkpoints that are never saved."""
+        return 0, 0
+
+    def save(self, state: Checkpoint) -> None:  # noqa: ARG002
+        """The leader saves."""
+        self.saved_step = self.step
+
+    def complete(self, adapter: AdapterTensors, facts: Record) -> None:
+        """The leader writes adapter and result."""
+
+    def end_diverged(self) -> None:
+        """The leader ends the run."""
+
+    def end(self, cause: str, detail: str | None) -> None:
+        """The leader ends the run."""
