@@ -29,10 +29,11 @@ browser: # Chromium, for the tests of report.html; installed where that takes no
 		echo "no Chromium, so report.html is tried in no browser: install one (apt-get install chromium, dnf, brew)" >&2; \
 	fi
 
-lint: $(VENV)/.tested ## check style and types (ruff, mypy --strict)
+lint: $(VENV)/.tested ## check style, types and imports between rooms (ruff, mypy --strict, import-linter)
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(VENV)/.tested ## bring the code into its form
 	$(BIN)/ruff check --fix .

@@ -12,12 +12,13 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from train.errors import BadInput
 from train.store.storage import readable, storage_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
