@@ -1,9 +1,20 @@
-"""``python -m launcher``."""
+"""``python -m launcher`` and the command ``lorapack``."""
 
 import os
 import sys
 
-from launcher.cli import main
+from launcher.installation import put_own_packages_first
 
-os.umask(0o077)  # whatever this process writes, and its jobs too, its owner alone can read
-sys.exit(main(sys.argv[1:]))
+
+def main() -> int:
+    """Run the program on the words of the command line; the exit code."""
+    put_own_packages_first()
+    # Whatever this process and its jobs write, its owner alone can read.
+    os.umask(0o077)
+    from launcher.cli import main as run
+
+    return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

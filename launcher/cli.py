@@ -11,7 +11,7 @@ import textwrap
 
 from launcher import verbs
 from launcher.arguments import PROGRAM, Verb, parse
-from launcher.submit.freeze import SOURCE_DIR
+from launcher.installation import conf_folders, find_groups
 from train.errors import BadInput, LorapackError
 
 OVERRIDES = "[key=value ...]"
@@ -159,6 +159,8 @@ verbs:
 choices (any other key of the configuration can be given too, as in lora.r=32):
 {_choices()}
 
+Your own files add choices: ./conf/model/mine.yaml is model=mine. A file of yours wins over a shipped one of the same name.
+
 examples:
   {PROGRAM} sweep=rank                        four LoRA ranks on a small model, on this machine
   {PROGRAM} plan sweep=rank model=llama2_7b   what that would take
@@ -167,10 +169,9 @@ examples:
 
 
 def _choices() -> str:
-    """A line per group of the configuration with the files in it."""
-    groups = sorted(folder for folder in (SOURCE_DIR / "conf").iterdir() if folder.is_dir())
-    names = {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
-    return "\n".join(f"  {group}={'|'.join(options)}" for group, options in names.items())
+    """A line per group of the configuration with its options."""
+    groups = find_groups(conf_folders())
+    return "\n".join(f"  {group}={'|'.join(options)}" for group, options in groups.items())
 
 
 def _unknown_verb(name: str) -> str:

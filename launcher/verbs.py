@@ -149,15 +149,15 @@ def report(request: Request) -> int:
 
 def doctor(request: Request) -> int:
     """Say what cluster and machine will do; ``write=NAME`` writes a file for the cluster."""
-    from launcher.compose.composer import CONF_DIR
     from launcher.doctor.examine import examination_json, examine, print_examination
     from launcher.doctor.site import write_site
+    from launcher.installation import user_conf
 
     site = next((word.removeprefix("write=") for word in request.words if word.startswith("write=")), None)
     rest = [word for word in request.words if not word.startswith("write=")]
     _, root, cache = replace(request, words=rest).places(names=0)
     found = examine(root, cache or Path(os.environ.get("LORAPACK_CACHE", "cache")).absolute())
-    written = None if site is None else write_site(site, found.inventory, CONF_DIR)
+    written = None if site is None else write_site(site, found.inventory, user_conf())
     if request.json:
         return _print_json(examination_json(found) | {"written": written and str(written)})
     print_examination(found, _console())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from launcher.compose.overrides import Groups, check_option, did_you_mean, one_of, run_keys
+from launcher.compose.overrides import check_option, did_you_mean, one_of, run_keys
+from launcher.installation import Groups
 from train.config import HOW_KEYS, RunConfig
 from train.errors import BadInput
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from launcher.compose.axes import RUN_GROUPS, Point, span
 from launcher.compose.naming import run_name, source_name, sweep_name
-from launcher.compose.overrides import Request, find_groups, read_overrides
+from launcher.compose.overrides import Request, read_overrides
 from launcher.compose.tree import Composer, Values, resolved
+from launcher.installation import conf_folders, find_groups, replaced_files
 from launcher.records import ClusterConfig, Run, Sweep
 from train.config import RunConfig, Section, TrackingConfig, check_name, parse_run_config, parse_section
 from train.data.source import data_fingerprint
@@ -20,8 +21,6 @@ from train.store.layout import CacheDir, SweepDir
 from train.store.permissions import refuse_shared
 from train.store.storage import local_path, named_folder
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-
 
 class Places(Section):
     """The folders that everything is written below."""
@@ -30,15 +29,26 @@ class Places(Section):
     cache: str
 
 
-def compose(overrides: list[str], *, conf_dir: Path = CONF_DIR) -> Sweep:
+def compose(overrides: list[str]) -> Sweep:
     """The sweep that `overrides` ask for, in Hydra's override grammar, checked to the last run.
 
     Raises:
         BadInput: a mistake in keys, options, values, axes, names, files or the root, in one paragraph.
     """
-    groups = find_groups(conf_dir)
+    folders = conf_folders()
+    try:
+        return _compose(overrides, folders)
+    except BadInput as exc:
+        replaced = ", ".join(map(str, replaced_files(folders)))
+        if not replaced:
+            raise
+        raise BadInput(f"{exc} Note that you replace shipped files by your own of the same name: {replaced}.") from exc
+
+
+def _compose(overrides: list[str], folders: tuple[Path, ...]) -> Sweep:
+    groups = find_groups(folders)
     request = read_overrides(overrides, groups)
-    composer = Composer(request, conf_dir, groups)
+    composer = Composer(request, folders, groups)
     axes = composer.axes()
     points = span(axes.grid, axes.zip, groups)
     _refuse_fixed_axes(request, points[0])

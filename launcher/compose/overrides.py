@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from launcher.installation import Groups
 from train.config import CONTROL_CHARACTER, RunConfig
 from train.errors import BadInput
 
@@ -25,8 +26,6 @@ TEXT_KEYS = {"root", "cache", "sweep.name", "model.name", "model.source", "model
 # A source of the user's own means the option without the held-out rows and the name of another.
 OWN_OPTIONS = {"model": "own", "data": "file"}
 LONGEST_QUOTE = 200  # characters of a wrong override that a message repeats
-
-Groups = dict[str, list[str]]
 
 
 @dataclass
@@ -50,15 +49,6 @@ def run_keys() -> list[str]:
         if field.annotation is not None
         for key in field.annotation.model_fields
     ]
-
-
-def find_groups(conf_dir: Path) -> Groups:
-    """The options of every group: the YAML files in each folder of `conf_dir`."""
-    return {
-        folder.name: sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-        for folder in sorted(conf_dir.iterdir())
-        if folder.is_dir()
-    }
 
 
 def read_overrides(overrides: list[str], groups: Groups) -> Request:

@@ -13,26 +13,30 @@ from typing import Any, cast
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.compose.axes import RUN_GROUPS, Point, flatten
-from launcher.compose.overrides import Groups, Request, own_options
+from launcher.compose.overrides import Request, own_options
+from launcher.installation import Groups
 from launcher.records import SweepConfig
 from train.config import parse_section
 from train.errors import BadInput
 
 Values = dict[str, Any]
 
+PRIMARY = "lorapack-config"
+
 
 class Composer:
     """Composes the configuration of any point of the sweep; Hydra is asked once per combination of groups."""
 
-    def __init__(self, request: Request, conf_dir: Path, groups: Groups) -> None:
+    def __init__(self, request: Request, folders: tuple[Path, ...], groups: Groups) -> None:
         self._request, self._groups = request, groups
         self._lines = request.lines + own_options(request.given, request, groups)
-        self._conf_dir = conf_dir.absolute()
+        self._folders = folders
         self._composed: dict[tuple[str, ...], tuple[Values, Values]] = {}
 
     def axes(self) -> SweepConfig:
@@ -64,7 +68,7 @@ class Composer:
         """Hydra's tree and its chosen options for the groups that `point` names."""
         lines = (*self._lines, *(f"{key}={option}" for key, option in point.items() if key in RUN_GROUPS))
         if lines not in self._composed:
-            self._composed[lines] = _ask_hydra(list(lines), self._conf_dir)
+            self._composed[lines] = _ask_hydra(list(lines), self._folders)
         return self._composed[lines]
 
 
@@ -76,23 +80,32 @@ def resolved(values: Values) -> Values:
         raise BadInput(_one_sentence(exc)) from exc
 
 
-def _ask_hydra(lines: list[str], conf_dir: Path) -> tuple[Values, Values]:
-    """Compose `lines` over ``config.yaml``: the tree as plain values, and the option chosen of each group."""
+def _ask_hydra(lines: list[str], folders: tuple[Path, ...]) -> tuple[Values, Values]:
+    """Compose `lines` over the shipped ``config.yaml``: the tree as plain values, and the option chosen of each group.
+
+    An option is the first file of its name in `folders`.
+    """
+    first, *others = folders
     try:
-        with initialize_config_dir(str(conf_dir), version_base="1.3"):
-            config = hydra_compose("config", lines, return_hydra_config=True)
+        # Hydra would take config.yaml from the user's folder, where another program's may lie; one that is stored under a name of our
+        # own is found in no folder.
+        primary = OmegaConf.load(folders[-1] / "config.yaml")
+        searchpath = {"hydra": {"searchpath": [f"file://{folder}" for folder in others]}}
+        ConfigStore.instance().store(PRIMARY, OmegaConf.merge(primary, searchpath))
+        with initialize_config_dir(str(first), version_base="1.3"):
+            config = hydra_compose(PRIMARY, lines, return_hydra_config=True)
         values = cast(Values, OmegaConf.to_container(config, resolve=False))
     except UnicodeDecodeError as exc:
-        raise BadInput(f"{_not_utf8(conf_dir)} is not UTF-8 text ({exc}); save it as UTF-8.") from exc
+        raise BadInput(f"{_not_utf8(folders)} is not UTF-8 text ({exc}); save it as UTF-8.") from exc
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError) as exc:
         raise BadInput(_one_sentence(exc)) from exc
     return {key: value for key, value in values.items() if key != "hydra"}, values["hydra"]["runtime"]["choices"]
 
 
-def _not_utf8(conf_dir: Path) -> str:
-    """The YAML files that are not UTF-8; Hydra does not tell which it read."""
+def _not_utf8(folders: tuple[Path, ...]) -> str:
+    """The YAML files that are not UTF-8; Hydra does not say which it read."""
     wrong = []
-    for path in sorted(conf_dir.rglob("*.yaml")):
+    for path in sorted(path for folder in folders for path in folder.rglob("*.yaml")):
         try:
             path.read_text(encoding="utf-8")
         except UnicodeDecodeError:

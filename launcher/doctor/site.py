@@ -9,9 +9,10 @@ import yaml
 from launcher.cluster.inventory import Inventory
 from launcher.cluster.parsing import LivePartition
 from launcher.estimate.gpus import known_gpu
+from launcher.installation import shipped_conf
 from train.config import check_name
 from train.errors import BadInput
-from train.store.storage import write_text
+from train.store.storage import make_folder, write_text
 
 HEADER = """# Written by `python -m launcher doctor write={name}`; conf/cluster/slurm.yaml says what else can be set.
 # Add usd_per_gpu_hour to every partition, and the cheapest one that holds a pack is taken instead of the smallest.
@@ -20,19 +21,26 @@ kind: slurm
 
 
 def write_site(name: str, inventory: Inventory | None, conf_dir: Path) -> Path:
-    """Write ``cluster/<name>.yaml`` below `conf_dir`; its path.
+    """Write ``cluster/<name>.yaml`` below `conf_dir`, the user's configuration folder; its path.
 
     Raises:
-        BadInput: no Slurm answers, there is such a file already, or no partition with GPUs is open to the user.
+        BadInput: no Slurm answers, there is such a file already, it would replace a shipped one, or no partition with GPUs is open to
+            the user.
     """
     path = conf_dir / "cluster" / f"{check_name(name, 'write')}.yaml"
     if inventory is None:
         raise BadInput(f"write={name}: no Slurm answers here; run this on the cluster's login node.")
     if path.exists():
         raise BadInput(f"write={name}: {path} exists already; remove it, or choose another name.")
+    shipped = shipped_conf() / "cluster" / path.name
+    if shipped.exists():
+        raise BadInput(
+            f"write={name}: cluster={name} is shipped ({shipped}) and would be replaced; choose another name."
+        )
     partitions = [partition for partition in inventory.open_partitions() if partition.gpus]
     if not partitions:
         raise BadInput(f"write={name}: no partition with working GPUs is open to you here.")
+    make_folder(path.parent)
     write_text(path, site_text(name, partitions))
     return path
 

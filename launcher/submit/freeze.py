@@ -7,46 +7,57 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.installation import SOURCE_DIR, shipped_conf
 from train.store.layout import SweepDir
 from train.store.storage import make_folder, write_folder
 
-SOURCE_DIR = Path(__file__).resolve().parents[2]
-FROZEN = ("launcher", "train", "conf")
-
 
 def freeze_code(sweep: SweepDir, source: Path = SOURCE_DIR) -> Path:
-    """Copy the packages and the configuration into the sweep once per content; the folder to import them from.
+    """Copy the packages in `source` and the shipped configuration into the sweep, once per content.
+
+    Returns:
+        The folder to import them from. It is laid out like a checkout, also where the program is installed.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
-    files = list(_source_files(source))
-    frozen = sweep.code / tree_hash(source, files)
+    files = _source_files(source)
+    frozen = sweep.code / tree_hash(files)
     if not frozen.exists():
         make_folder(sweep.code)
         with write_folder(frozen) as folder:
-            for file in files:
-                copy = folder / file.relative_to(source)
-                make_folder(copy.parent)
-                shutil.copyfile(file, copy)
+            for name, file in files.items():
+                make_folder((folder / name).parent)
+                shutil.copyfile(file, folder / name)
     return frozen
 
 
-def tree_hash(source: Path, files: list[Path]) -> str:
+def tree_hash(files: dict[str, Path]) -> str:
     """Sixteen hexadecimal digits over the names and contents of `files`."""
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files.items():
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(source)}\0{len(content)}\0".encode())
+        digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
 
 
-def _source_files(source: Path) -> Iterator[Path]:
-    """Every file of the frozen folders, in order; compiled and hidden ones left out."""
-    for name in FROZEN:
-        for path in sorted((source / name).rglob("*")):
-            parts = path.relative_to(source).parts
-            hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-            if path.is_file() and not hidden:
-                yield path
+def _source_files(source: Path) -> dict[str, Path]:
+    """Every file to copy, under the path that it gets in the copy."""
+    conf = shipped_conf(source)
+    files: dict[str, Path] = {}
+    for name, folder in (("launcher", source / "launcher"), ("train", source / "train"), ("conf", conf)):
+        for path in _visible_files(folder):
+            # An installed program has its configuration in launcher/conf/; the copy has it once, in conf/.
+            if name == "conf" or conf not in path.parents:
+                files[f"{name}/{path.relative_to(folder)}"] = path
+    return files
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Every file below `folder`, in order; compiled and hidden ones left out."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+        if path.is_file() and not hidden:
+            yield path

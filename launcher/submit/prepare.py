@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launcher.submit.freeze import SOURCE_DIR
+from launcher.installation import child_environment
 from train.config import RunConfig
 from train.data.stats import read_facts
 from train.errors import BadInput, LorapackError, StorageError
@@ -55,12 +54,6 @@ def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:
     return [config for alike in groups if not _is_prepared(alike[0], CacheDir(cache)) for config in alike]
 
 
-def train_environment() -> dict[str, str]:
-    """The environment in which ``python -m train.…`` finds this launcher's own train package, wherever it is started."""
-    paths = [str(SOURCE_DIR), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-
-
 def _by_model_and_data(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
     """The configurations that share model and data, in the order of their first appearance."""
     groups: dict[str, list[RunConfig]] = {}
@@ -87,7 +80,7 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
         input=json.dumps(question),
         stdout=subprocess.PIPE,
         text=True,
-        env=train_environment(),
+        env=child_environment(),
         check=False,
     )
     try:

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from launcher.installation import child_environment
 from launcher.report.differences import swept_axes
 from launcher.report.writer import read_configs
 from launcher.submit.frozen import frozen_cache
-from launcher.submit.prepare import train_environment
 from launcher.terminal.interrupts import Interrupts
 from train.store.layout import RunDir, SweepDir
 
@@ -28,7 +28,7 @@ def export(action: Literal["merge", "chat"], run: RunDir, cache: Path | None, *p
     options = ["--json"] if json_output else []
     command = [sys.executable, "-m", "train.export", action, str(run.path), str(cache), *prompt, *options]
     with Interrupts().counted():
-        code = subprocess.run(command, env=train_environment(), check=False).returncode
+        code = subprocess.run(command, env=child_environment(), check=False).returncode
     return code if code >= 0 else 1
 
 
@@ -43,7 +43,7 @@ def make_dashboard(sweep: SweepDir, *, json_output: bool) -> int:
             [sys.executable, "-W", "ignore", "-m", "train.mirror.dashboard"],
             input=json.dumps(request),
             text=True,
-            env=train_environment(),
+            env=child_environment(),
             check=False,
         ).returncode
     return code if code >= 0 else 1

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launcher.submit.prepare import train_environment
+from launcher.installation import child_environment
 from launcher.track.jobs import jobs_of, newest_job_per_run
 from train.errors import BadInput, LorapackError
 from train.store.layout import SweepDir
@@ -68,7 +68,7 @@ def _uploader(request: dict[str, Any]) -> Iterator[Iterator[Answer]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=train_environment(),
+        env=child_environment(),
     )
     assert process.stdin is not None
     assert process.stdout is not None

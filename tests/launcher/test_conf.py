@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic_core import PydanticUndefined
 
-from launcher.compose.composer import CONF_DIR, compose
+from launcher.compose.composer import compose
+from launcher.installation import shipped_conf
 from launcher.records import ClusterConfig, SweepConfig
 from train.config import RunConfig, TrackingConfig
 
@@ -15,7 +16,7 @@ SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.ite
     "tracking": TrackingConfig,
     "sweep": SweepConfig,
 }
-OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF_DIR.glob("*/*.yaml"))]
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(shipped_conf().glob("*/*.yaml"))]
 GIVEN_BY_USER = {("model", "own"): "model.source=acme/llama", ("data", "file"): "data.source={folder}/rows.jsonl"}
 ROW = '{"instruction": "Say hello.", "output": "hello"}\n'
 
@@ -35,7 +36,7 @@ def test_every_option_composes(group: str, option: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_no_option_repeats_a_default_of_its_class(group: str, option: str) -> None:
-    values = yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text())
+    values = yaml.safe_load((shipped_conf() / group / f"{option}.yaml").read_text())
     fields = SECTIONS[group].model_fields
     assert values.keys() <= fields.keys()
     for key, value in values.items():

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from launcher.compose.composer import CONF_DIR, compose
+from launcher.compose.composer import compose
+from launcher.installation import shipped_conf
 from launcher.records import Sweep
 from train.config import ModelConfig
 from train.job import PackJob
@@ -25,7 +26,7 @@ from train.store.storage import make_folder, read_json, write_json, write_text
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
 
-OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF_DIR.glob("*/*.yaml"))]
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(shipped_conf().glob("*/*.yaml"))]
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
