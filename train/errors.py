@@ -9,6 +9,13 @@
 Foreign errors are translated at one seam each, with ``raise … from exc``.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.store.causes import Cause
+
 
 class LorapackError(Exception):
     """Base of every error with a message meant for the user; `exit_code` is what the process ends with."""
@@ -33,6 +40,6 @@ class LeaseHeld(LorapackError):
 class PeerLost(LorapackError):
     """Another process of this job ended; `cause` is that of its attempt, as far as it could tell."""
 
-    def __init__(self, cause: str, detail: str) -> None:
+    def __init__(self, cause: Cause, detail: str) -> None:
         super().__init__(detail)
         self.cause = cause

@@ -20,25 +20,23 @@ from train.errors import LeaseHeld, StorageError
 from train.mirror.child import mirrored
 from train.runtime.activity import Activity, Bulletin
 from train.runtime.attempts import (
-    FINAL,
     attempt_line,
     cause_of,
     device_in_use,
+    give_up_reason,
     job_id,
     last_step,
     open_attempt,
     stop_cause,
-    why_held,
 )
 from train.runtime.environment import heavy_imports, prepare_torch
 from train.runtime.rendezvous import ProcessInfo, detect_process, publish_rendezvous
 from train.runtime.signals import StopFlag, Stopped, StopSignalListener
 from train.runtime.slurm import SlurmJob, cause_of_signal, job_facts, requeue, this_job
+from train.store.causes import STOPPED_AND_REQUEUED, TERMINAL, Cause
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
 from train.store.storage import append_lines, read_json, read_lines
-
-STOPS = {"preempted", "timeout"}  # ends after which the job goes on later
 
 Leases = list[tuple[RunDir, Lease]]
 
@@ -71,10 +69,10 @@ class PackJob:
         todo = [run for run in _runs(pack) if not run.result.exists()]
         if not todo:
             say("every run of this pack is done; nothing to train")
-            return "done"
+            return Cause.DONE
         if all(run.cancel_request.exists() for run in todo):
             say("cancel was asked for; nothing to train")
-            return "cancelled"
+            return Cause.CANCELLED
         job, wanted = this_job(), [run for run in todo if not _is_held(run)]
         leases, superseded = _take(wanted, stop)
         if not leases:
@@ -121,8 +119,8 @@ def _runs(pack: dict[str, object]) -> list[RunDir]:
 def _is_held(run: RunDir) -> bool:
     """Whether this job has ended with the run, or tried it often enough; says so."""
     attempts = read_lines(run.attempts)
-    reason = why_held(attempts, job_id())
-    if attempts and attempts[-1]["job"] == job_id() and attempts[-1]["cause"] in FINAL:
+    reason = give_up_reason(attempts, job_id())
+    if attempts and attempts[-1]["job"] == job_id() and attempts[-1]["cause"] in TERMINAL:
         reason = f"it ended with {attempts[-1]['cause']}"
     if reason is not None:
         say(f"{run.path.name} is left alone: {reason}")
@@ -169,7 +167,7 @@ def _end_empty_handed(job: SlurmJob | None, runs: list[RunDir], stop: StopFlag) 
 
 def _go_on_later(job: SlurmJob | None, cause: str, runs: list[RunDir]) -> None:
     """On Slurm: have a job that was stopped queued again, if any of its runs is to go on."""
-    if job and cause in STOPS and any(map(_goes_on, runs)):
+    if job and cause in STOPPED_AND_REQUEUED and any(map(_goes_on, runs)):
         requeue(job, say)
 
 
@@ -223,10 +221,10 @@ def _train(
         for run, lease in leases:
             _end_unseated(run, lease, cause, detail)
         return cause
-    return "done"
+    return Cause.DONE
 
 
-def _end_unseated(run: RunDir, lease: Lease, cause: str, detail: str) -> None:
+def _end_unseated(run: RunDir, lease: Lease, cause: Cause, detail: str) -> None:
     """Write the cause to a run that never came to train, or whose session could not write its own."""
     if not owns(run, lease):
         return
@@ -238,10 +236,10 @@ def _end_unseated(run: RunDir, lease: Lease, cause: str, detail: str) -> None:
     release(run, lease)
 
 
-def _why_stopped(job: SlurmJob | None, signal_name: str) -> tuple[str, str]:
+def _why_stopped(job: SlurmJob | None, signal_name: str) -> tuple[Cause, str]:
     """The cause of an end by a signal."""
     if job is None:
-        return "preempted", signal_name
+        return Cause.PREEMPTED, signal_name
     return cause_of_signal(signal_name, job, job_facts(job), time.time())
 
 

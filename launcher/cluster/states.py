@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.records import State
+from train.store.causes import Cause
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class SlurmState:
     """What a word of Slurm says of a job's runs that have no result: their state, and the cause of the end if it was one."""
 
     state: State
-    cause: str | None = None
+    cause: Cause | None = None
 
     @property
     def over(self) -> bool:
@@ -25,7 +26,7 @@ class SlurmState:
 
 
 PENDING, RUNNING, UNKNOWN = SlurmState(State.PENDING), SlurmState(State.RUNNING), SlurmState(State.UNKNOWN)
-FAILED, OUT_OF_MEMORY = SlurmState(State.FAILED, "crash"), SlurmState(State.FAILED, "out_of_memory")
+FAILED, OUT_OF_MEMORY = SlurmState(State.FAILED, Cause.CRASH), SlurmState(State.FAILED, Cause.OUT_OF_MEMORY)
 
 SLURM_STATES = {
     "PENDING": PENDING,
@@ -43,15 +44,15 @@ SLURM_STATES = {
     "STOPPED": RUNNING,  # SIGSTOP, keeps its place
     "SUSPENDED": RUNNING,
     "COMPLETED": SlurmState(State.STOPPED),
-    "CANCELLED": SlurmState(State.CANCELLED, "cancelled"),
-    "TIMEOUT": SlurmState(State.STOPPED, "timeout"),
-    "DEADLINE": SlurmState(State.STOPPED, "timeout"),
-    "PREEMPTED": SlurmState(State.STOPPED, "preempted"),
+    "CANCELLED": SlurmState(State.CANCELLED, Cause.CANCELLED),
+    "TIMEOUT": SlurmState(State.STOPPED, Cause.TIMEOUT),
+    "DEADLINE": SlurmState(State.STOPPED, Cause.TIMEOUT),
+    "PREEMPTED": SlurmState(State.STOPPED, Cause.PREEMPTED),
     "REVOKED": SlurmState(State.STOPPED),  # runs on another cluster of the federation
-    "NODE_FAIL": SlurmState(State.STOPPED, "node_fail"),
-    "BOOT_FAIL": SlurmState(State.STOPPED, "node_fail"),
-    "LAUNCH_FAILED": SlurmState(State.STOPPED, "node_fail"),
-    "RECONFIG_FAIL": SlurmState(State.STOPPED, "node_fail"),
+    "NODE_FAIL": SlurmState(State.STOPPED, Cause.NODE_FAIL),
+    "BOOT_FAIL": SlurmState(State.STOPPED, Cause.NODE_FAIL),
+    "LAUNCH_FAILED": SlurmState(State.STOPPED, Cause.NODE_FAIL),
+    "RECONFIG_FAIL": SlurmState(State.STOPPED, Cause.NODE_FAIL),
     "OUT_OF_MEMORY": OUT_OF_MEMORY,
     "FAILED": FAILED,
 }

@@ -18,15 +18,16 @@ from launcher.terminal.interrupts import Interrupts
 from launcher.terminal.progress import open_progress
 from launcher.track.logs import JobVoice, complaint
 from launcher.track.tracker import track
+from train.store.causes import Cause
 from train.store.layout import PackDir, RunDir, SweepDir, runs_of_pack
 from train.store.storage import last_line
 
 TICK_SECONDS = 0.5
-SILENT_ENDS = {
+SILENT_ENDS: dict[str | None, str] = {
     None: "its job ended before it began",
-    "node_fail": "its process was killed (out of memory?); the same command goes on from its checkpoint",
+    Cause.NODE_FAIL: "its process was killed (out of memory?); the same command goes on from its checkpoint",
 }
-EXPLAINED_BY_STDERR = {None, "crash", "out_of_memory"}  # the other causes come with a sentence of their own
+EXPLAINED_BY_STDERR = {None, Cause.CRASH, Cause.OUT_OF_MEMORY}  # the other causes come with a sentence of their own
 
 
 def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:

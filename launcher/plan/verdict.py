@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from launcher.errors import ClusterError
 from launcher.records import Verdict
 from launcher.track.jobs import JobRecord
-from train.runtime.attempts import FINAL, HOPELESS, why_held
+from train.runtime.attempts import give_up_reason
+from train.store.causes import NON_RETRYABLE, TERMINAL, Cause
 from train.store.layout import RunDir
 from train.store.lease import Lease, read_lease
 from train.store.storage import Record, read_json, read_lines
@@ -57,7 +58,7 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
         return _unfinished(run, attempts)
     if retry_failed:
         again = _unfinished(run, attempts)
-        out_of_memory = killed or (attempts and attempts[-1]["cause"] == "out_of_memory")
+        out_of_memory = killed or (attempts and attempts[-1]["cause"] == Cause.OUT_OF_MEMORY)
         most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
         return Judgement(again.verdict, f"tried again: {failure}", again.step, most_runs)
     return Judgement(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
@@ -75,7 +76,7 @@ def _is_over(lease: Lease, job: JobRecord | None) -> bool:
 
 def _let_go(attempts: list[Record], job: JobRecord) -> bool:
     """Whether the job has ended with this run for good, though it may go on with others."""
-    return bool(attempts) and attempts[-1]["ended"] >= job.submitted and attempts[-1]["cause"] in FINAL
+    return bool(attempts) and attempts[-1]["ended"] >= job.submitted and attempts[-1]["cause"] in TERMINAL
 
 
 def _in_the_queue(job: JobRecord) -> str:
@@ -95,17 +96,17 @@ def _failure(attempts: list[Record]) -> str | None:
     if not attempts:
         return None
     last = attempts[-1]
-    if last["cause"] in HOPELESS:
+    if last["cause"] in NON_RETRYABLE:
         detail = f": {last['detail']}" if last["detail"] else ""
         return f"ended with {last['cause']} at step {last['last_step']}{detail}"
-    return why_held(attempts)
+    return give_up_reason(attempts)
 
 
 def _killed_for_memory(lease: Lease, attempts: list[Record], job: JobRecord | None) -> str | None:
     """What Slurm says of a process that it killed for its memory, and that could not say so itself."""
     view = job.slurm.view if job is not None and job.slurm is not None else None
     unwritten = all(line["attempt"] != lease.attempt for line in attempts)
-    if view is None or not unwritten or view.state.cause != "out_of_memory":
+    if view is None or not unwritten or view.state.cause is not Cause.OUT_OF_MEMORY:
         return None
     return f"Slurm killed job {view.id} for using more memory than it had asked for (cluster.ram_gib)"
 

@@ -16,22 +16,17 @@ from launcher.records import RunStatus, State
 from launcher.terminal.units import seconds
 from launcher.track.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from train.runtime.activity import doing, read_bulletin
-from train.runtime.attempts import FINAL, why_held
+from train.runtime.attempts import give_up_reason
+from train.store.causes import TERMINAL, Cause, Next, consequence
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import Lease, read_lease
 from train.store.storage import Record, read_first_line, read_json, read_lines, tail_lines
 
 STATE_AFTER = {
-    "done": State.STOPPED,  # without a result it died in between, and goes on from its last checkpoint
-    "preempted": State.STOPPED,
-    "timeout": State.STOPPED,
-    "node_fail": State.STOPPED,
-    "storage": State.STOPPED,
-    "cancelled": State.CANCELLED,
-    "out_of_memory": State.FAILED,
-    "diverged": State.FAILED,
-    "bad_input": State.FAILED,
-    "crash": State.FAILED,
+    Next.NOTHING: State.STOPPED,  # without a result it died in between, and continues from its last checkpoint
+    Next.RETRY: State.STOPPED,
+    Next.HOLD: State.CANCELLED,
+    Next.GIVE_UP: State.FAILED,
 }
 
 
@@ -107,7 +102,7 @@ def _reason(
     if state is State.PENDING and view is not None:
         return view.reason
     if state is State.STOPPED:
-        return why_held(attempts)
+        return give_up_reason(attempts)
     if state is State.UNKNOWN:
         times = [lease.heartbeat if lease else 0.0, job.submitted if job else 0.0, run.config.stat().st_mtime]
         times += [line["ended"] for line in attempts[-1:]]
@@ -127,7 +122,7 @@ def _done_status(run: RunDir, result: Record, attempts: list[Record]) -> RunStat
         tokens_per_second=result["tokens_per_second"],
         seconds_left=0.0,
         attempts=max(len(attempts), 1),
-        cause="done",
+        cause=Cause.DONE,
         job=last.get("job"),
         node=last.get("node"),
     )
@@ -135,7 +130,7 @@ def _done_status(run: RunDir, result: Record, attempts: list[Record]) -> RunStat
 
 def _state(lease: Lease | None, attempts: list[Record], job: JobRecord | None) -> tuple[State, str | None]:
     """The state of a run without a result, and the cause of its last end."""
-    cause = attempts[-1]["cause"] if attempts else None
+    cause: str | None = attempts[-1]["cause"] if attempts else None
     ended_in_job = job is not None and bool(attempts) and attempts[-1]["ended"] >= job.submitted
     if job is not None and job.slurm is not None:
         return _slurm_state(lease, cause, ended_in_job, job)
@@ -145,9 +140,15 @@ def _state(lease: Lease | None, attempts: list[Record], job: JobRecord | None) -
         return State.PENDING, cause
     if cause is None:
         return State.STOPPED, None
-    if cause == "done" and job is not None and job.alive:  # its result is being written
+    if cause == Cause.DONE and job is not None and job.alive:  # its result is being written
         return State.RUNNING, None
-    return STATE_AFTER.get(cause, State.UNKNOWN), cause
+    return _state_after(cause), cause
+
+
+def _state_after(cause: str) -> State:
+    """The state of a run that nobody trains, by its last end; a later version's cause tells nothing here."""
+    follows = consequence(cause)
+    return State.UNKNOWN if follows is None else STATE_AFTER[follows.next]
 
 
 def _slurm_state(
@@ -158,17 +159,17 @@ def _slurm_state(
     if job.alive is None and view is None:  # squeue does not answer
         if lease is not None:
             return _leased_state(lease, cause)
-        return (STATE_AFTER[cause], cause) if ended_in_job and cause in FINAL else (State.UNKNOWN, cause)
+        return (_state_after(cause), cause) if ended_in_job and cause in TERMINAL else (State.UNKNOWN, cause)
     if view is not None and not view.state.over and view.state.state is not State.UNKNOWN:
         if lease is not None and lease.alive() and view.state.state is State.RUNNING:
             return State.RUNNING, cause
         return (
-            (STATE_AFTER[cause], cause)
-            if ended_in_job and cause in FINAL and lease is None
+            (_state_after(cause), cause)
+            if ended_in_job and cause in TERMINAL and lease is None
             else (view.state.state, cause)
         )
     if lease is None and ended_in_job and cause is not None:
-        return STATE_AFTER.get(cause, State.UNKNOWN), cause
+        return _state_after(cause), cause
     if view is None:
         return (State.STOPPED, cause) if job.id is None else (State.UNKNOWN, cause)
     return view.state.state, view.state.cause or cause
@@ -178,7 +179,7 @@ def _leased_state(lease: Lease, cause: str | None) -> tuple[State, str | None]:
     """Of a run that some process took: on this host we can see that it was killed, on others only that it is silent."""
     if lease.alive():
         return State.RUNNING, cause
-    return (State.STOPPED, "node_fail") if lease.host == socket.gethostname() else (State.UNKNOWN, cause)
+    return (State.STOPPED, Cause.NODE_FAIL) if lease.host == socket.gethostname() else (State.UNKNOWN, cause)
 
 
 def _unwritten_attempts(lease: Lease | None, attempts: list[Record]) -> int:

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from train.config import TrackingConfig, parse_section, read_run_config
+from train.store.causes import Next, consequence
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import read_lease
 from train.store.storage import Record, last_line, read_json, read_lines
 
 DEFAULT_PROJECT = "lorapack"
-PAUSED, RUNNING, DONE, FAILED, CANCELLED = "paused", "running", "done", "failed", "cancelled"
-END_OF_CAUSE = {"done": DONE, "cancelled": CANCELLED, "preempted": PAUSED, "timeout": PAUSED, "node_fail": PAUSED}
-EXIT_CODES = {DONE: 0, FAILED: 1, CANCELLED: 255}  # W&B shows 255 as killed; the other ends are no ends
+
+
+class Shown(StrEnum):
+    """How W&B shows a run: in training, waiting to continue, or ended."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+SHOWN_AFTER = {
+    Next.NOTHING: Shown.DONE,
+    Next.RETRY: Shown.PAUSED,
+    Next.HOLD: Shown.CANCELLED,
+    Next.GIVE_UP: Shown.FAILED,
+}
+EXIT_CODES = {
+    Shown.DONE: 0,
+    Shown.FAILED: 1,
+    Shown.CANCELLED: 255,
+}  # W&B shows 255 as killed; the others have not ended
 
 
 @dataclass(frozen=True)
@@ -54,15 +76,20 @@ def runs_of_pack(pack_file: Path) -> list[MirroredRun]:
     ]
 
 
-def end_of(run: RunDir) -> str:
-    """How the run stands: `running`, `paused` (it will go on), or one of the ends."""
+def shown(run: RunDir) -> Shown:
+    """How the run stands. One that waits for its user to free a disk is shown as failed, since nothing continues by itself."""
     if run.result.exists():
-        return DONE
+        return Shown.DONE
     lease = read_lease(run)
     if lease is not None:
-        return RUNNING if lease.alive() else PAUSED
+        return Shown.RUNNING if lease.alive() else Shown.PAUSED
     attempt = last_line(run.attempts)
-    return PAUSED if attempt is None else END_OF_CAUSE.get(attempt["cause"], FAILED)
+    if attempt is None:
+        return Shown.PAUSED
+    follows = consequence(attempt["cause"])
+    if follows is None or (follows.next is Next.RETRY and not follows.by_itself):
+        return Shown.FAILED
+    return SHOWN_AFTER[follows.next]
 
 
 def tags(run: MirroredRun) -> list[str]:

@@ -21,7 +21,7 @@ from train.mirror.memory import (
     remember,
     went_online,
 )
-from train.mirror.request import DONE, EXIT_CODES, RUNNING, MirroredRun, end_of, summary
+from train.mirror.request import EXIT_CODES, MirroredRun, Shown, shown, summary
 from train.mirror.rows import SAMPLES, Row, RunRows
 from train.runtime.attempts import job_id
 from train.store.layout import RunDir
@@ -89,7 +89,7 @@ class RunMirror(ABC):
         """
         with self._held:
             self.advance()
-            end = end_of(self.run.dir)
+            end = shown(self.run.dir)
             if self._session is None and self._lacks(end):
                 self._begin()
                 self._log(self._take())
@@ -106,12 +106,12 @@ class RunMirror(ABC):
     def _open(self) -> wandb.Run:
         """Open the run in W&B, and let `_rows` begin with the first that it lacks."""
 
-    def _lacks(self, _end: str) -> bool:
+    def _lacks(self, _end: Shown) -> bool:
         """Whether W&B has every row, but does not know that the run stands at `_end`."""
         return False
 
     @abstractmethod
-    def _close(self, end: str) -> None:
+    def _close(self, end: Shown) -> None:
         """Close the open run."""
 
     # What they share
@@ -127,8 +127,10 @@ class RunMirror(ABC):
         self.opened = True
 
     def _take(self) -> list[Row]:
-        end = end_of(self.run.dir)
-        return self._rows.take(ended=end != RUNNING, final=end == DONE or self._rows.diverged is not None)
+        end = shown(self.run.dir)
+        return self._rows.take(
+            ended=end is not Shown.RUNNING, final=end is Shown.DONE or self._rows.diverged is not None
+        )
 
     def _log(self, rows: list[Row]) -> None:
         for row in rows:
@@ -136,7 +138,7 @@ class RunMirror(ABC):
             self._opened.log(values, step=row.step, commit=True)
         self.sent += len(rows)
 
-    def _finish(self, end: str) -> None:
+    def _finish(self, end: Shown) -> None:
         """Finish the session; a run that will go on is no crash."""
         session, self._session = self._opened, None
         session.summary.update(summary(self.run, self._rows.header, self._rows.diverged))
@@ -170,12 +172,12 @@ class OnlineMirror(RunMirror):
         self._rows = RunRows(self.run.dir, self._train, confirmed)
         return session
 
-    def _lacks(self, end: str) -> bool:
+    def _lacks(self, end: Shown) -> bool:
         memory = recall_online(self.run.dir)
         told = memory.told if memory is not None and memory.destination == self._destination else None
         return end in EXIT_CODES and self._told(end) != told and self.run.dir.journal.exists()
 
-    def _close(self, end: str) -> None:
+    def _close(self, end: Shown) -> None:
         """Finish, then look at what the server has: a finish that fails on the way says nothing."""
         self._finish(end)
         if end not in EXIT_CODES and not self._verify:
@@ -191,7 +193,7 @@ class OnlineMirror(RunMirror):
                 return
         raise TimeoutError(f"{self.run.dir.path.name}: W&B still lacks rows after {TRIES} tries")
 
-    def _told(self, end: str) -> str:
+    def _told(self, end: Shown) -> str:
         return f"{end} after {len(read_lines(self.run.dir.attempts))} attempts"
 
 
@@ -210,7 +212,7 @@ class OfflineMirror(RunMirror):
         mark_if_sent(self.run.dir, self._client.folder(session))
         return session
 
-    def _close(self, end: str) -> None:
+    def _close(self, end: Shown) -> None:
         folder = self._client.folder(self._opened)
         self._finish(end)
         memory = recall_offline(self.run.dir)

@@ -1,14 +1,13 @@
 """Attempts: a run folder is taken by one process, and every attempt leaves one line that says how it ended.
 
-Causes: ``done preempted timeout node_fail out_of_memory diverged bad_input storage crash cancelled``. A process that was killed or
-lost its node cannot write its line; the next attempt finds the dead lease and writes it: with the cause that the dead one noted
-when it was asked to stop (`train.runtime.signals`), that of Slurm's accounting where it was killed for its memory, else
-``node_fail``. Light: imports no torch.
+`train.store.causes` lists the causes. A process that was killed or lost its node cannot write its line; the next attempt finds
+the dead lease and writes it: with the cause that the dead one noted when it was asked to stop (`train.runtime.signals`), that of
+Slurm's accounting where it was killed for its memory, else ``node_fail``. Light: imports no torch.
 
-When to give up (`why_held`). A run is tried again as long as it gets anywhere, however often it is preempted. An attempt is
+When to give up (`give_up_reason`). A run is tried again as long as it gets anywhere, however often it is preempted. An attempt is
 fruitless if the next one has to begin where it began (`saved_step` did not grow). Two fruitless attempts in a row that computed steps
 and lost them hold the run. Attempts that never computed a step (preempted while the model loads, say) are cheap and often somebody
-else's doing: of those that end at the same step `PATIENCE` are allowed, by the cause of the last. A job counts only its own attempts,
+else's doing: of those that end at the same step a few are allowed, by the cause of the last. A job counts only its own attempts,
 so that `resume` begins anew; the launcher counts all.
 """
 
@@ -22,16 +21,13 @@ from collections.abc import Sequence
 from train.errors import BadInput, LorapackError, PeerLost, StorageError
 from train.runtime.signals import Stopped
 from train.runtime.slurm import killed_for_memory, this_job
+from train.store.causes import STOPPED_AND_REQUEUED, Cause, consequence
 from train.store.layout import RunDir
 from train.store.lease import Lease, acquire, read_lease
 from train.store.storage import Record, append_lines, last_line, read_json, read_lines
 
 LOST_STEPS_PATIENCE = 2
-PATIENCE = {"preempted": 8, "node_fail": 3}  # attempts in a row that end at one step; two of all others
-# Ends that the same run would come to again; and those after which a job that goes on does not take the run up again.
-HOPELESS = {"diverged", "bad_input", "out_of_memory", "crash"}
-FINAL = HOPELESS | {"cancelled"}
-USER_STOPS = {"SIGINT", "cancelled"}  # details and causes that say that somebody wanted the run to stop
+USER_STOPS = {"SIGINT", Cause.CANCELLED}  # details and causes that say that somebody wanted the run to stop
 
 
 def open_attempt(run: RunDir) -> Lease:
@@ -52,7 +48,7 @@ def open_attempt(run: RunDir) -> Lease:
     return lease
 
 
-def why_held(attempts: Sequence[Record], job: str | None = None) -> str | None:
+def give_up_reason(attempts: Sequence[Record], job: str | None = None) -> str | None:
     """Why another attempt would be a waste, None if it would not: see the rule above.
 
     `attempts` in the order of their ends; `job` counts only that job's.
@@ -66,7 +62,8 @@ def why_held(attempts: Sequence[Record], job: str | None = None) -> str | None:
         return f"two attempts in a row could save nothing beyond step {_saved_step(last)}, the last ended by {last['cause']}"
     came_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].get("job"))
     ends = len(fruitless) + came_there
-    if ends >= PATIENCE.get(last["cause"], 2):
+    follows = consequence(last["cause"])
+    if ends >= (follows.patience if follows else 2):
         return f"{ends} attempts in a row ended at step {_saved_step(last)}, the last by {last['cause']}"
     return None
 
@@ -96,25 +93,25 @@ def _left_a_pace(run: RunDir, lease: Lease) -> bool:
     return (last_line(run.pace) or {}).get("attempt") == lease.attempt
 
 
-def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[str, str]:
+def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause, str]:
     """Why a process left a lease behind and no line: by what it noted when it was asked to stop."""
     note = read_json(run.stop_note)
     if note is not None and note["token"] == dead.token:
-        return note["cause"], f"{note['detail']}; killed before it could save"
+        return Cause(note["cause"]), f"{note['detail']}; killed before it could save"
     if this_job() is not None and killed_for_memory(dead.job):
         return (
-            "out_of_memory",
+            Cause.OUT_OF_MEMORY,
             f"Slurm killed job {dead.job} for using more memory than it had asked for (cluster.ram_gib)",
         )
     if dead.alive():
-        return "node_fail", f"Slurm started the job again while process {dead.pid} on {dead.host} was still running"
-    return "node_fail", f"process {dead.pid} on {dead.host} was killed or its node was lost"
+        return Cause.NODE_FAIL, f"Slurm started the job again while process {dead.pid} on {dead.host} was still running"
+    return Cause.NODE_FAIL, f"process {dead.pid} on {dead.host} was killed or its node was lost"
 
 
 def attempt_line(
     run: RunDir,
     lease: Lease,
-    cause: str,
+    cause: Cause,
     detail: str | None,
     first_step: int | None,
     last_step: int,
@@ -145,7 +142,7 @@ def attempt_line(
     }
 
 
-def cause_of(error: Exception) -> tuple[str, str]:
+def cause_of(error: Exception) -> tuple[Cause, str]:
     """The cause of an attempt that ended by `error`, and the detail for its line."""
     if isinstance(error, Stopped):
         return error.cause()
@@ -153,16 +150,16 @@ def cause_of(error: Exception) -> tuple[str, str]:
     if isinstance(error, PeerLost):
         return error.cause, detail
     if isinstance(error, BadInput):
-        return "bad_input", detail
+        return Cause.BAD_INPUT, detail
     if isinstance(error, StorageError):
-        return "storage", detail
-    return ("out_of_memory" if _is_out_of_memory(error) else "crash"), detail
+        return Cause.STORAGE, detail
+    return (Cause.OUT_OF_MEMORY if _is_out_of_memory(error) else Cause.CRASH), detail
 
 
-def stop_cause(run: RunDir, cause: str, detail: str | None) -> tuple[str, str | None]:
+def stop_cause(run: RunDir, cause: Cause, detail: str | None) -> tuple[Cause, str | None]:
     """The cause for one run of a job that was asked to stop: its user's wish outweighs what the job was told."""
-    wished = cause in {"preempted", "timeout", "cancelled"} and run.cancel_request.exists()
-    return ("cancelled", "cancel was asked for") if wished else (cause, detail)
+    wished = cause in STOPPED_AND_REQUEUED | {Cause.CANCELLED} and run.cancel_request.exists()
+    return (Cause.CANCELLED, "cancel was asked for") if wished else (cause, detail)
 
 
 def device_in_use() -> str:

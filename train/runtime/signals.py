@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from train.errors import StorageError
+from train.store.causes import Cause
 from train.store.layout import RunDir
 from train.store.lease import Lease
 from train.store.storage import write_json
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
-Explain = Callable[[str], tuple[str, str]]
+Explain = Callable[[str], tuple[Cause, str]]
 
 
 class Stopped(Exception):
@@ -30,7 +31,7 @@ class Stopped(Exception):
         super().__init__(signal_name)
         self._explain = explain
 
-    def cause(self) -> tuple[str, str]:
+    def cause(self) -> tuple[Cause, str]:
         """The cause of the attempt's end, and its detail; asking the cluster for it may take seconds, so save first."""
         return self._explain(str(self))
 
@@ -40,7 +41,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self.explain: Explain = lambda name: ("preempted", name)
+        self.explain: Explain = lambda name: (Cause.PREEMPTED, name)
 
     def install(self) -> StopFlag:
         """Set the handlers, instead of those that submitit set; call it before anything heavy is imported, in the main thread."""
@@ -66,7 +67,7 @@ class StopSignalListener:
 
     def __init__(self, leases: Sequence[tuple[RunDir, Lease]], explain: Explain) -> None:
         self._leases, self._explain = leases, explain
-        self._cause: tuple[str, str] | None = None
+        self._cause: tuple[Cause, str] | None = None
         self._heard, self._known = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, name="witness", daemon=True)
 
@@ -83,7 +84,7 @@ class StopSignalListener:
         self._thread.join(ANSWER_SECONDS)
         os.close(self._read_end)
 
-    def cause(self, signal_name: str) -> tuple[str, str]:
+    def cause(self, signal_name: str) -> tuple[Cause, str]:
         """Why the job was asked to stop by that signal: the cause of the attempt's end, and its detail."""
         if self._heard.is_set() and self._known.wait(ANSWER_SECONDS) and self._cause is not None:
             return self._cause
@@ -95,13 +96,13 @@ class StopSignalListener:
             stops = [signal.Signals(number) for number in numbers if number in STOP_SIGNALS]
             if stops:
                 self._heard.set()
-                self._note(stops[0].name, "preempted", stops[0].name)  # asking may take longer than we have
+                self._note(stops[0].name, Cause.PREEMPTED, stops[0].name)  # asking may take longer than we have
                 self._cause = self._explain(stops[0].name)
                 self._note(stops[0].name, *self._cause)
                 self._known.set()
                 return
 
-    def _note(self, name: str, cause: str, detail: str) -> None:
+    def _note(self, name: str, cause: Cause, detail: str) -> None:
         for run, lease in self._leases:
             note = {"token": lease.token, "signal": name, "cause": cause, "detail": detail, "time": time.time()}
             try:

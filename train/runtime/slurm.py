@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from train.store.causes import Cause
+
 COMMAND_TIMEOUT_SECONDS = 10.0
 MOST_WARNING_SECONDS = 120  # how long before the time limit a job is warned: time to end an evaluation step and to save
 LIVE_STATES = {"RUNNING", "SIGNALING"}
@@ -98,21 +100,21 @@ def parse_job(line: str) -> JobFacts | None:
     )
 
 
-def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now: float) -> tuple[str, str]:
+def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now: float) -> tuple[Cause, str]:
     """Why Slurm asks a job to stop: the cause of the attempt's end, and the detail for its line."""
     if facts is None:  # our own warning is the only USR2 on most clusters
-        return ("timeout" if signal_name == "SIGUSR2" else "preempted"), signal_name
+        return (Cause.TIMEOUT if signal_name == "SIGUSR2" else Cause.PREEMPTED), signal_name
     if facts.preempted:
-        return "preempted", f"{signal_name}: a job of higher priority takes its place"
+        return Cause.PREEMPTED, f"{signal_name}: a job of higher priority takes its place"
     if facts.restarts > job.restarts:
-        return "preempted", f"{signal_name}: Slurm puts it back into the queue"
+        return Cause.PREEMPTED, f"{signal_name}: Slurm puts it back into the queue"
     ended = facts.state not in LIVE_STATES  # at the limit, or by scancel before it
     near = CLOCKS_APART_SECONDS if ended else NEAR_THE_LIMIT_SECONDS
     if facts.limit_at is not None and facts.limit_at - now < near:
-        return "timeout", f"{signal_name}: the time limit"
+        return Cause.TIMEOUT, f"{signal_name}: the time limit"
     if ended:
-        return "cancelled", f"{signal_name}: scancel"
-    return "preempted", signal_name
+        return Cause.CANCELLED, f"{signal_name}: scancel"
+    return Cause.PREEMPTED, signal_name
 
 
 def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:

@@ -23,6 +23,7 @@ from train.nn.gradients import gradients_of
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import TRAINING, Activity
 from train.runtime.signals import StopFlag, Stopped
+from train.store.causes import Cause
 from train.store.storage import Record
 from train.trainer.checkpoint import Checkpoint, optimizer_numbers, restore_run, run_tensors
 from train.trainer.evaluation import evaluate, evaluate_untrained
@@ -213,7 +214,7 @@ class PackLoop:
             self.recorder.flush(self.sessions)
             self._save_all()
         for session in cancelled:
-            session.end("cancelled", "cancel was asked for")
+            session.end(Cause.CANCELLED, "cancel was asked for")
         self._repack(cancelled)
 
     def _agreed(self, flags: list[bool]) -> list[RunSession]:

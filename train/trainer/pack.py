@@ -31,6 +31,7 @@ from train.runtime.attempts import cause_of
 from train.runtime.rendezvous import NothingToDo, ProcessInfo
 from train.runtime.signals import StopFlag, Stopped
 from train.sizing import Fit
+from train.store.causes import Cause
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import Lease
 from train.store.storage import Record, read_json
@@ -267,7 +268,7 @@ def follow(pack: PackDir, stop: StopFlag, place: ProcessInfo) -> str:
         cause, detail = cause_of(exc)
         team.report_failure(cause, detail)
         return f"{cause}: {detail}"
-    return "done"
+    return Cause.DONE
 
 
 def _silent(_text: str) -> None:

@@ -22,6 +22,7 @@ from train.data.sampling import TokenSequence, cut
 from train.errors import PeerLost
 from train.runtime.rendezvous import ProcessInfo, publish_rendezvous, wait_for_rendezvous
 from train.runtime.signals import STOP_SIGNALS, StopFlag, Stopped
+from train.store.causes import Cause
 from train.store.layout import PackDir
 
 HOST = "127.0.0.1"
@@ -137,8 +138,8 @@ class ProcessGroup(SingleProcess):
             for rank in range(1, self.size):
                 if self._store.check([f"ended/{rank}"]):
                     cause, detail = json.loads(self._store.get(f"ended/{rank}"))
-                    return PeerLost(cause, f"process {rank} of this job ended: {detail}")
-        return PeerLost("node_fail", "a process of this job was killed; see its log")
+                    return PeerLost(Cause(cause), f"process {rank} of this job ended: {detail}")
+        return PeerLost(Cause.NODE_FAIL, "a process of this job was killed; see its log")
 
 
 def deal(sequences: Sequence[TokenSequence], size: int) -> list[list[TokenSequence]]:

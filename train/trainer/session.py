@@ -22,6 +22,7 @@ from train.lora.parameters import AdapterTensors
 from train.lora.peft_files import write_adapter
 from train.lora.targets import Target
 from train.runtime.attempts import attempt_line, device_in_use, stop_cause
+from train.store.causes import Cause
 from train.store.layout import RunDir
 from train.store.lease import Lease, owns, release
 from train.store.storage import Record, append_lines, read_lines, storage_errors, write_folder, write_json
@@ -205,7 +206,7 @@ class RunSession:
         """Write the adapter and, last, the result; then the run is done and its folder free."""
         with write_folder(self.dir.adapter) as folder, storage_errors(folder):
             write_adapter(folder, self.config.lora, self.config.model, adapter)
-        self._note_attempt("done", None, self.step)
+        self._note_attempt(Cause.DONE, None, self.step)
         write_json(self.dir.result, self._result(facts))
         release(self.dir, self.lease)
         with storage_errors(self.dir.checkpoints):
@@ -217,11 +218,11 @@ class RunSession:
         with storage_errors(self.dir.checkpoints):
             for step in [step for step in self.dir.checkpoint_steps() if step >= self.diverged_step]:
                 shutil.rmtree(self.dir.checkpoint(step))
-        self._note_attempt("diverged", self.diverged, self.diverged_step)
+        self._note_attempt(Cause.DIVERGED, self.diverged, self.diverged_step)
         release(self.dir, self.lease)
 
     @guard_storage
-    def end(self, cause: str, detail: str | None) -> None:
+    def end(self, cause: Cause, detail: str | None) -> None:
         """Write the attempt's line and give the run folder back, unless it is somebody else's by now."""
         if owns(self.dir, self.lease):
             self._note_attempt(*stop_cause(self.dir, cause, detail), self.step)
@@ -233,11 +234,11 @@ class RunSession:
         with suppress(OSError):  # the job's log may lie on the same disk
             print(f"{self.dir.path.name} ends: storage: {error}", flush=True)
         with suppress(StorageError, OSError):  # what refused the last write may refuse this one
-            self._note_attempt("storage", str(error), self.step)
+            self._note_attempt(Cause.STORAGE, str(error), self.step)
         with suppress(OSError):
             release(self.dir, self.lease)
 
-    def _note_attempt(self, cause: str, detail: str | None, last_step: int) -> None:
+    def _note_attempt(self, cause: Cause, detail: str | None, last_step: int) -> None:
         line = attempt_line(self.dir, self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
         append_lines(self.dir.attempts, [line])
 
@@ -304,5 +305,5 @@ class FollowerSession(RunSession):
     def end_diverged(self) -> None:
         """The leader ends the run."""
 
-    def end(self, cause: str, detail: str | None) -> None:
+    def end(self, cause: Cause, detail: str | None) -> None:
         """The leader ends the run."""
