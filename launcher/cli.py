@@ -6,15 +6,30 @@ Exit codes: 0; 2 for a mistake of the user; 1 for anything that failed; 130 afte
 from __future__ import annotations
 
 import difflib
+import shlex
 import sys
 import textwrap
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 
 from launcher import verbs
-from launcher.arguments import PROGRAM, Verb, parse
-from launcher.installation import conf_folders, find_groups
+from launcher.arguments import PROGRAM, Verb, parse, refuse_foreign_options
+from launcher.installation import SOURCE_DIR, conf_folders, find_groups
 from train.errors import BadInput, LorapackError
 
 OVERRIDES = "[key=value ...]"
+
+# First words of other tools, and what to type here.
+FOREIGN_VERBS = {
+    **dict.fromkeys(
+        ("train", "run", "start", "launch", "fit", "finetune", "sft", "submit"),
+        f"training needs no verb: '{PROGRAM} sweep=rank'",
+    ),
+    **dict.fromkeys(("stop", "kill", "scancel"), "write 'cancel'"),
+    **dict.fromkeys(("download", "fetch", "prepare"), "write 'stage'"),
+    **dict.fromkeys(("config", "params", "parameters"), "write 'keys'"),
+    **dict.fromkeys(("squeue", "show", "watch"), "write 'status'"),
+}
 
 VERBS = {
     "": Verb(
@@ -26,7 +41,7 @@ VERBS = {
   python -m launcher sweep=rank model=llama2_7b data=alpaca
   python -m launcher 'sweep.grid={lora.r:[8,16],train.learning_rate:[1e-4,3e-4]}'
 
-Ctrl-C saves a checkpoint; the same command goes on from it.""",
+Ctrl-C saves a checkpoint; the same command continues from it.""",
         json=True,
         wait=True,
     ),
@@ -66,10 +81,20 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
     "report": Verb(
         verbs.report, "[SWEEP] [root=DIR]", "Rank the finished runs; write report.html and plots/*.png", json=True
     ),
+    "keys": Verb(
+        verbs.keys,
+        "[SECTION or KEY]",
+        "Print every key of the configuration: type, default and meaning",
+        """examples:
+  python -m launcher keys lora     # one section, as a table
+  python -m launcher keys lora.r   # one key
+Without a name it prints docs/configuration.md.""",
+        json=True,
+    ),
     "doctor": Verb(
         verbs.doctor,
         "[write=NAME] [root=DIR] [cache=DIR]",
-        "Say what this cluster and this machine will do with a sweep",
+        "Check what this cluster and this machine will do with a sweep",
         "example:\n  python -m launcher doctor write=site   # describes the cluster for cluster=site",
         json=True,
     ),
@@ -77,14 +102,14 @@ Ctrl-C saves a checkpoint; the same command goes on from it.""",
         verbs.sync,
         "[SWEEP] [root=DIR]",
         "Send the journals of a sweep to Weights & Biases; safe to repeat",
-        "It goes on where W&B stopped, also beside a job that is still training. The API key is read as the jobs read it.",
+        "It continues where W&B stopped, also while a job is still training. The API key is read as the jobs read it.",
         json=True,
     ),
     "dashboard": Verb(
         verbs.dashboard,
         "[SWEEP] [root=DIR]",
         "Build a W&B workspace that compares the runs of a sweep; print its address",
-        "It needs the extra lorapack[dashboard] and an API key. Again, it brings the same workspace up to date.",
+        "It needs the extra lorapack[dashboard] and an API key. Running it again updates the same workspace.",
         json=True,
     ),
     "merge": Verb(
@@ -123,7 +148,7 @@ def main(arguments: list[str]) -> int:
     except Exception as exc:
         if debug:
             raise
-        return _say_error(f"{type(exc).__name__}: {exc}. This is a defect; --debug shows where.", 1)
+        return _say_error(f"{type(exc).__name__}: {exc}. This is a bug in lorapack; --debug shows where.", 1)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -131,11 +156,15 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"], ["help"]):
         print(program_help())
         return 0
+    if arguments in (["--version"], ["-V"], ["version"]):
+        print(f"lorapack {program_version()}")
+        return 0
+    refuse_foreign_options(arguments)
     first = next((word for word in arguments if not word.startswith("-")), "")
     is_override = "=" in first or first.startswith("~")
     name = "" if is_override else first
     if name not in VERBS:
-        raise BadInput(_unknown_verb(name))
+        raise BadInput(_unknown_verb(name, arguments))
     rest = list(arguments)
     if name:
         rest.remove(name)
@@ -144,7 +173,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def program_help() -> str:
-    """The table of verbs, and how to go on from there."""
+    """The table of verbs, the choices of each group, and examples."""
     verbs_table = "\n".join(f"  {name or '(none)':<10} {verb.summary}" for name, verb in VERBS.items())
     return f"""usage: {PROGRAM} [VERB] [key=value ...]
 
@@ -154,9 +183,9 @@ verbs:
 {verbs_table}
 
 '{PROGRAM} VERB -h' explains a verb. A SWEEP or RUN is a name, a unique part of one, or nothing for the newest.
---json prints one JSON document and nothing else; --debug shows tracebacks.
+--json prints one JSON document and nothing else; --debug shows tracebacks; --version prints the version.
 
-choices (any other key of the configuration can be given too, as in lora.r=32):
+choices (every other key can be given too, as in lora.r=32; '{PROGRAM} keys' lists them):
 {_choices()}
 
 Your own files add choices: ./conf/model/mine.yaml is model=mine. A file of yours wins over a shipped one of the same name.
@@ -168,15 +197,43 @@ examples:
   {PROGRAM} status                            the newest sweep"""
 
 
+def program_version() -> str:
+    """The version of the installed package, or of the checkout that this is run from.
+
+    Raises:
+        BadInput: neither says it.
+    """
+    checkout = SOURCE_DIR / "pyproject.toml"
+    if checkout.exists():
+        return str(tomllib.loads(checkout.read_text())["project"]["version"])
+    try:
+        return version("lorapack")
+    except PackageNotFoundError as exc:
+        raise BadInput(f"{SOURCE_DIR} does not tell its version; install it with 'pip install .'.") from exc
+
+
 def _choices() -> str:
     """A line per group of the configuration with its options."""
     groups = find_groups(conf_folders())
     return "\n".join(f"  {group}={'|'.join(options)}" for group, options in groups.items())
 
 
-def _unknown_verb(name: str) -> str:
+def _unknown_verb(name: str, arguments: list[str]) -> str:
+    """What the first word may have meant: a key and its value, another tool's verb, or a verb with a slip in it."""
+    from launcher.compose.checks import joined_words
+    from launcher.compose.suggestions import suggestion
+
+    rest = arguments[arguments.index(name) + 1 :]
+    joined = joined_words(name, [word for word in rest if not word.startswith("-")])
     near = difflib.get_close_matches(name, filter(None, VERBS), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    if name in FOREIGN_VERBS:
+        hint = f"; {FOREIGN_VERBS[name]}."
+    elif near:
+        hint = f"; did you mean {near[0]!r}?"
+    elif joined is not None:
+        hint = f"; a key and its value are one word: write {shlex.quote(joined)}."
+    else:
+        hint = suggestion(name, "...")
     return f"unknown verb {name!r}{hint} Verbs are {', '.join(filter(None, VERBS))}; settings look like lora.r=8."
 
 

@@ -101,7 +101,7 @@ def logs(request: Request) -> int:
 
     names, root, _ = request.places()
     if request.json and request.follow:
-        raise BadInput("--json prints one document and --follow has no end; give one of them.")
+        raise BadInput("--json prints one document and --follow never ends; give only one of them.")
     run = find_run(root, *names or [""])
     if request.json:
         return _print_json(logs_json(run))
@@ -121,7 +121,7 @@ def cancel(request: Request) -> int:
     if request.json:
         return _print_json({"runs": [{"id": s.id, "name": s.name, "state": s.state} for s in statuses]})
     if not statuses:
-        print("Nothing to cancel: no run there is in training or waiting.")
+        print("Nothing to cancel: no run there is training or waiting.")
         return 0
     print_statuses(statuses, "asked to stop", _console())
     slow = sorted({status.job for status in statuses if status.under_way and status.job is not None})
@@ -144,6 +144,25 @@ def report(request: Request) -> int:
         return _print_json(report_json(written))
     print_report(written, _console())
     print(f"report: {sweep.report}")
+    return 0
+
+
+def keys(request: Request) -> int:
+    """Every key of the configuration, those of a section, or one."""
+    from launcher.compose.key_reference import find_keys, key_facts, markdown, print_keys
+    from launcher.compose.keys import all_keys
+    from launcher.installation import conf_folders, shipped_conf
+
+    if len(request.words) > 1:
+        raise BadInput(f"{request.words[1]!r} is one word too many; 'keys' takes one section or key.")
+    name = next(iter(request.words), "").partition("=")[0]
+    found = find_keys(name, conf_folders()) if name else all_keys(conf_folders())
+    if request.json:
+        return _print_json({"keys": [key_facts(key) for key in found]})
+    if name:
+        print_keys(name, found, _console())
+    else:
+        print(markdown((shipped_conf(),)), end="")
     return 0
 
 
@@ -243,4 +262,4 @@ def _plain(value: object) -> str:
     """Paths are the only values that JSON does not know."""
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{value!r} is no JSON")
+    raise TypeError(f"{value!r} cannot be written as JSON")

@@ -34,22 +34,36 @@ HOW_KEYS = {
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys, wrong types and infinities are refused; values never change."""
+    """A part of the configuration: unknown keys, wrong types and infinities are refused; values never change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    The text below each key is its meaning in ``python -m launcher keys`` and in docs/configuration.md.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 S = TypeVar("S", bound=Section)
 
 
 class ModelConfig(Section):
-    """The frozen base model. `source` is a hub id, a local folder, ``pypi:package==version`` or ``builtin:tiny``."""
+    """The frozen base model."""
 
     name: str
+    """Name of the model in folders, tables and charts. By default the last part of `source`."""
+
     source: str
+    """Where the model comes from: a hub id, a local folder, `pypi:package==version`, or `builtin:tiny`."""
+
     revision: str | None = None
+    """Branch, tag or commit on the hub; `null` takes the newest."""
+
     trust_remote_code: bool = False
+    """Allow the model's own code to run. It needs `model.revision` to be a full 40-digit commit."""
+
     fingerprint: str | None = None
+    """Digest of the model's files. It is computed for you; a value you give is replaced."""
 
     @model_validator(mode="after")
     def _remote_code_needs_a_commit(self) -> ModelConfig:
@@ -61,39 +75,78 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Instructions to learn. `source` is a hub id, a json, jsonl, csv or parquet file, or ``builtin:tasks``.
-
-    `format` is Alpaca (instruction, input, output) or chat (messages); ``auto`` looks at the columns. Without
-    `eval_source`, `eval_rows` rows are split off `source` by `split_seed`. Lengths are in tokens.
-    """
+    """The instructions to learn from and the held-out rows to evaluate on."""
 
     name: str
+    """Name of the data in folders, tables and charts. By default the last part of `source`."""
+
     source: str
+    """Where the rows come from: a hub id, a json, jsonl, csv or parquet file, or `builtin:tasks`."""
+
     eval_source: str | None = None
+    """Where the held-out rows come from, as for `source`. `null` splits `eval_rows` rows off `source`."""
+
     revision: str | None = None
+    """Branch, tag or commit of the data set on the hub; `null` takes the newest."""
+
     split: str = "train"
+    """The split of a hub data set to read."""
+
     format: Literal["auto", "alpaca", "chat"] = "auto"
+    """Columns of a row: `alpaca` has instruction, input and output, `chat` has messages. `auto` looks at the columns."""
+
     train_rows: int | None = Field(None, ge=1)
+    """The most rows to train on; `null` takes all."""
+
     eval_rows: int = Field(200, ge=1)
+    """The number of held-out rows."""
+
     split_seed: int = Field(0, ge=0)
+    """Seed that decides which rows are held out when `eval_source` is `null`."""
+
     max_length: int = Field(512, ge=8)
+    """The longest sequence in tokens, prompt and answer together; longer ones are cut."""
+
     response_only: bool = True
+    """Compute the loss on the answer only, not on the prompt."""
+
     fingerprint: str | None = None
+    """Digest of the data's rows. It is computed for you; a value you give is replaced."""
 
 
 class LoraConfig(Section):
-    """PEFT's `LoraConfig`, plus `loraplus_lr_ratio` (LoRA+, arXiv 2402.12354: learning rate of B over that of A)."""
+    """The adapter. Keys are those of PEFT's `LoraConfig`, plus `loraplus_lr_ratio`."""
 
     r: int = Field(ge=1, le=4096)
+    """Rank of the adapter: the rows of A and the columns of B. A higher rank can learn more and costs memory."""
+
     lora_alpha: float = Field(gt=0)
+    """Strength of the adapter: its output is scaled by `lora_alpha / r`."""
+
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that an input of the adapter is dropped in training."""
+
     target_modules: list[str] | str
+    """Linear layers that get an adapter: a list of names such as `[q_proj,v_proj]`, `all-linear`, or a regular
+    expression that matches a layer's full name."""
+
     use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(r)` instead (rsLoRA, arXiv 2312.03732)."""
+
     loraplus_lr_ratio: float | None = Field(None, gt=0)
+    """Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354); `null` uses one rate for both."""
+
     layers_to_transform: list[int] | None = None
+    """Indices of the layers that get an adapter, counted from 0; `null` takes all layers."""
+
     rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Other ranks for single layers: a name or regular expression, and its rank."""
+
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Other alphas for single layers: a name or regular expression, and its alpha."""
+
     bias: Literal["none"] = "none"
+    """Biases are never trained."""
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -104,7 +157,7 @@ class LoraConfig(Section):
             try:
                 re.compile(pattern)
             except re.error as exc:
-                raise ValueError(f"{pattern!r} is no regular expression: {exc}") from exc
+                raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from exc
         return patterns
 
     @field_validator("target_modules")
@@ -123,43 +176,88 @@ class LoraConfig(Section):
 
 
 class QuantConfig(Section):
-    """bitsandbytes' NF4 (QLoRA, arXiv 2305.14314) or a base in the run's own dtype."""
+    """How the frozen base is held. Keys are those of transformers' `BitsAndBytesConfig`."""
 
     load_in_4bit: bool
+    """Hold the base in 4-bit NormalFloat (QLoRA, arXiv 2305.14314); `false` holds it in `train.dtype`."""
+
     bnb_4bit_quant_type: Literal["nf4"] = "nf4"
+    """The 4-bit data type."""
+
     bnb_4bit_use_double_quant: bool = True
+    """Quantize the scales of the 4-bit blocks as well, which saves about 0.4 bit per parameter."""
 
 
 class TrainConfig(Section):
-    """The optimization of one run. `batch_size` counts the sequences of an optimizer step, however they are cut.
-
-    `max_steps` null means `num_train_epochs` decides; `warmup_steps` null means `warmup_ratio` does. `eval_steps` 0 evaluates
-    only before the first and after the last step. At every evaluation the run answers `sample_prompts` held-out prompts (0: none) in
-    at most `sample_tokens` tokens, for people to read. The keys from `save_steps` on change files, memory and speed, not results.
-    """
+    """The optimization of one run. Keys are those of transformers' `TrainingArguments` where it has them."""
 
     learning_rate: float = Field(gt=0, le=1)
+    """Highest learning rate of the schedule."""
+
     num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the data. It counts only where `max_steps` is `null`."""
+
     max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; `null` leaves it to `num_train_epochs`."""
+
     batch_size: int = Field(ge=1)
+    """Sequences per optimizer step. How they are cut into micro-batches never changes the result."""
+
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate changes over the steps."""
+
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+
     warmup_steps: int | None = Field(None, ge=0)
+    """Steps in which the learning rate rises from 0; `null` leaves it to `warmup_ratio`."""
+
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW."""
+
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's running mean of the gradient."""
+
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's running mean of the squared gradient."""
+
     adam_epsilon: float = Field(1e-8, gt=0)
+    """Term that keeps AdamW from dividing by zero."""
+
     max_grad_norm: float = Field(1.0, ge=0)
+    """Norm to which the run's gradient is clipped; 0 does not clip."""
+
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the adapter's first values, the order of the data and dropout."""
+
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    """Precision of the base and the activations. `auto` chooses by the device; adapters are always trained in float32
+    or better."""
+
     eval_steps: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0 evaluates only before the first and after the last step."""
+
     save_steps: int = Field(50, ge=1)
+    """Save a checkpoint every so many steps."""
+
     sample_prompts: int = Field(4, ge=0, le=64)
+    """Held-out prompts that the run answers at every evaluation, for you to read; 0 answers none."""
+
     sample_tokens: int = Field(32, ge=1, le=1024)
+    """The most tokens of such an answer."""
+
     micro_batch_tokens: int | Literal["auto"] = "auto"
+    """Tokens that go through the model at once, at least 1. `auto` fits them to the memory."""
+
     residency: Literal["auto", "nf4", "resident"] = "auto"
+    """How a 4-bit base lies in memory: `nf4` dequantizes at every use, `resident` once. The numbers are the same.
+    `auto` chooses by free memory."""
+
     gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass to save memory. `auto` chooses by free memory."""
+
     compile: bool | Literal["auto"] = "auto"
+    """Use the compiled GPU kernels. `true` makes a missing compiler an error; `auto` does without them."""
 
     @field_validator("micro_batch_tokens")
     @classmethod
@@ -185,10 +283,19 @@ class RunConfig(Section):
     """One hyper-parameter configuration, complete: what ``config.yaml`` of a run folder holds."""
 
     model: ModelConfig
+    """The frozen base model."""
+
     data: DataConfig
+    """The instructions to learn from."""
+
     lora: LoraConfig
+    """The adapter."""
+
     quant: QuantConfig
+    """How the base is held."""
+
     train: TrainConfig
+    """The optimization."""
 
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that decides the result, as plain values."""
@@ -210,22 +317,27 @@ class RunConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where numbers go besides the journal. `auto` is online where a key is found and the server answers, else offline.
-
-    `project` and `entity` null leave it to WANDB_PROJECT and WANDB_ENTITY; `key_file` holds the API key and nothing else.
-    """
+    """Weights & Biases. Every number is in the run's journal first."""
 
     mode: Literal["auto", "online", "offline", "off"]
+    """`auto` follows WANDB_MODE. Without it, `auto` is online where an API key is found and the server answers, else
+    offline. `offline` writes folders for `wandb sync`; `off` keeps the journals only."""
+
     project: str | None = None
+    """The W&B project; `null` leaves it to WANDB_PROJECT."""
+
     entity: str | None = None
+    """The W&B user or team; `null` leaves it to WANDB_ENTITY."""
+
     key_file: str | None = None
+    """A file that holds the API key and nothing else. `null` reads the key as W&B does."""
 
     @field_validator("project")
     @classmethod
     def _w_and_b_takes_the_project(cls, project: str | None) -> str | None:
         if project is not None and (len(project) > 128 or set(project) & set("/\\#?%:")):
             raise ValueError(
-                f"{project!r} is no name of a W&B project: it has at most 128 characters, and none of / \\ # ? % :"
+                f"{project!r} cannot name a W&B project; a name has at most 128 characters and none of / \\ # ? % :"
             )
         return project
 
@@ -265,7 +377,7 @@ def refuse_control_characters(value: Any, key: str = "") -> None:
         BadInput: naming the key.
     """
     if isinstance(value, str) and CONTROL_CHARACTER.search(value):
-        raise BadInput(f"{key}={value!r} has a control character or what is no UTF-8; remove it.")
+        raise BadInput(f"{key}={value!r} has a control character or bytes that are not UTF-8; remove them.")
     if isinstance(value, dict):
         for name, item in value.items():
             refuse_control_characters(name, key)
@@ -293,7 +405,7 @@ def _explain(section: type[Section], error: Any, prefix: str) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}; valid keys there are {', '.join(_valid_keys(section, path[:-1]))}"
     if error["type"] == "missing":
-        return f"{key} is missing; give it a value"
+        return f"{key} is missing; give it a value: {key}=..."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     speaks_for_itself = error["type"] == "value_error" and key in {"", "model"}  # a check of several keys names them
     return message if speaks_for_itself else f"{key}={error['input']!r}: {message}"

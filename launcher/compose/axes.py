@@ -5,19 +5,17 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from launcher.compose.overrides import check_option, did_you_mean, one_of, run_keys
+from launcher.compose.checks import check_option, one_of
+from launcher.compose.keys import CHANGES_NO_RESULT, COMPUTED
+from launcher.compose.overrides import run_keys
+from launcher.compose.suggestions import nearest_key
 from launcher.installation import Groups
-from train.config import HOW_KEYS, RunConfig
+from train.config import RunConfig
 from train.errors import BadInput
 
 MAX_RUNS = 10_000
 
 RUN_GROUPS = tuple(RunConfig.model_fields)
-# A name is no hyper-parameter, a fingerprint is computed, and what only changes speed gives the same run again.
-NO_AXES = {"model.name", "model.fingerprint", "data.name", "data.fingerprint"} | {
-    f"train.{key}" for key in HOW_KEYS["train"]
-}
-
 Point = dict[str, Any]
 
 
@@ -46,11 +44,13 @@ def span(grid: dict[str, list[Any]], paired: dict[str, list[Any]], groups: Group
 
 def _check_axis(where: str, key: str, values: list[Any], groups: Groups) -> None:
     """Refuse an axis that no result depends on, or that has no values."""
-    valid = [*RUN_GROUPS, *(name for name in run_keys() if name not in NO_AXES)]
+    valid = [*RUN_GROUPS, *(name for name in run_keys() if name not in CHANGES_NO_RESULT | COMPUTED)]
     if key not in valid:
         nearby = [name for name in valid if name.startswith(f"{key.split('.')[0]}.")] or valid
-        why = "changes no result" if key in NO_AXES else "is no key of a run"
-        raise BadInput(f"{where} has the axis {key!r}, which {why}{did_you_mean(key, valid)} {one_of(nearby)}")
+        why = "changes no result" if key in CHANGES_NO_RESULT | COMPUTED else "is not a key of a run"
+        near = nearest_key(key)
+        hint = f"; did you mean {near!r}?" if near in valid else "."
+        raise BadInput(f"{where} has the axis {key!r}, which {why}{hint} {one_of(nearby)}")
     if not values:
         raise BadInput(f"{where} has no values for {key}; give at least one: {key}: [a, b].")
     if key in RUN_GROUPS:

@@ -12,21 +12,14 @@ from launcher.compose.naming import run_name, source_name, sweep_name
 from launcher.compose.overrides import Request, read_overrides
 from launcher.compose.tree import Composer, Values, resolved
 from launcher.installation import conf_folders, find_groups, replaced_files
-from launcher.records import ClusterConfig, Run, Sweep
-from train.config import RunConfig, Section, TrackingConfig, check_name, parse_run_config, parse_section
+from launcher.records import ClusterConfig, FolderConfig, Run, Sweep
+from train.config import RunConfig, TrackingConfig, check_name, parse_run_config, parse_section
 from train.data.source import data_fingerprint
 from train.errors import BadInput
 from train.model.source import is_there, model_fingerprint
 from train.store.layout import CacheDir, SweepDir
 from train.store.permissions import refuse_shared
 from train.store.storage import local_path, named_folder
-
-
-class Places(Section):
-    """The folders that everything is written below."""
-
-    root: str
-    cache: str
 
 
 def compose(overrides: list[str]) -> Sweep:
@@ -54,7 +47,7 @@ def _compose(overrides: list[str], folders: tuple[Path, ...]) -> Sweep:
     _refuse_fixed_axes(request, points[0])
     runs = _distinct_runs(points, composer)
     settings = resolved(composer.values(points[0]))
-    places = parse_section(Places, {key: settings[key] for key in Places.model_fields if key in settings})
+    places = parse_section(FolderConfig, {key: settings[key] for key in FolderConfig.model_fields if key in settings})
     name = _sweep_name(settings.get("sweep", {}).get("name"), composer.sweep_file(), runs)
     root = named_folder("root", places.root)
     refuse_shared(SweepDir(root / name))

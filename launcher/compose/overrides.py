@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
+from launcher.compose.checks import (
+    LONGEST_QUOTE,
+    check_axis_values,
+    check_key,
+    check_option,
+    check_value,
+    refuse_split_words,
+)
+from launcher.compose.suggestions import in_hydras_quotes, is_text
 from launcher.installation import Groups
 from train.config import CONTROL_CHARACTER, RunConfig
 from train.errors import BadInput
 
-SECTIONS = ("model", "data", "lora", "quant", "train", "cluster", "sweep", "tracking")
-TOP_KEYS = (*SECTIONS, "root", "cache")
-# Their values are names, paths and such, whatever characters they have.
-TEXT_KEYS = {"root", "cache", "sweep.name", "model.name", "model.source", "model.revision"} | {
-    f"data.{key}" for key in ("name", "source", "eval_source", "revision", "split")
-}
 # A source of the user's own means the option without the held-out rows and the name of another.
 OWN_OPTIONS = {"model": "own", "data": "file"}
-LONGEST_QUOTE = 200  # characters of a wrong override that a message repeats
 
 
 @dataclass
@@ -57,18 +58,21 @@ def read_overrides(overrides: list[str], groups: Groups) -> Request:
     Raises:
         BadInput: no ``key=value``, an unknown key or an unknown option, with the valid ones.
     """
+    refuse_split_words(overrides)
     request = Request()
     for text in overrides:
         override = _parse(text)
-        _check_key(override)
+        check_key(override, groups)
         key = override.key_or_group
         if not override.is_delete():
             request.given.add(key)
         if override.is_sweep_override():
             request.axes[key] = _swept_values(override, groups)
+            check_axis_values(key, request.axes[key])
         else:
             request.keys.add(key)
             request.lines.append(_hydra_line(override, groups))
+            check_value(override)
     return request
 
 
@@ -81,34 +85,10 @@ def own_options(given: Set[str], request: Request, groups: Groups) -> list[str]:
     ]
 
 
-def check_option(group: str, option: Any, groups: Groups) -> str:
-    """Return `option` if `group` has it.
-
-    Raises:
-        BadInput: it has not; the message names those it has.
-    """
-    if option not in groups[group]:
-        raise BadInput(
-            f"{group}={option} is no option{did_you_mean(str(option), groups[group])} {one_of(groups[group])}"
-        )
-    return str(option)
-
-
-def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """The end of a clause about a wrong `word`: the nearest of `valid` if there is one, else a full stop."""
-    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
-def one_of(valid: Iterable[str]) -> str:
-    """A sentence that lists what is allowed."""
-    return f"Valid are {', '.join(valid)}."
-
-
 def _parse(text: str) -> Override:
     """One override by Hydra's grammar."""
     if CONTROL_CHARACTER.search(text):
-        raise BadInput(f"{text!r} has a control character or what is no UTF-8; remove it.")
+        raise BadInput(f"{text!r} has a control character or bytes that are not UTF-8; remove them.")
     try:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, RecursionError) as exc:
@@ -117,7 +97,7 @@ def _parse(text: str) -> Override:
             return OverridesParser.create().parse_override(quoted)
         detail = str(exc).splitlines()[0][:LONGEST_QUOTE] if "=" in text else "there is no '='"
         raise BadInput(
-            f"{text[:LONGEST_QUOTE]!r} is no key=value: {detail}. Give lora.r=8, lora.r=8,16 or "
+            f"{text[:LONGEST_QUOTE]!r} is not a key=value: {detail}. Write lora.r=8, lora.r=8,16 or "
             "'lora.target_modules=[q_proj,v_proj]'; put quotes around brackets, braces and spaces."
         ) from exc
     is_number = isinstance(override.value(), int | float)  # true and false too
@@ -131,10 +111,10 @@ def _quoted(text: str) -> str | None:
     Hydra's grammar wants them around ``=``, ``~``, umlauts and much else, and takes 2024 for a number and ``a,b.jsonl`` for two files.
     """
     key, equals, value = text.partition("=")
-    if key.lstrip("+") not in TEXT_KEYS or not equals:
+    if not equals or not (is_text(key.lstrip("+")) or key in OWN_OPTIONS):
         return None
     values = [value] if _is_one_file(value) or set(value) & set("'\"") else value.split(",")
-    return f"{key}={','.join(QuotedString(item, Quote.single).with_quotes() for item in values)}"
+    return f"{key}={','.join(map(in_hydras_quotes, values))}"
 
 
 def _is_one_file(value: str) -> bool:
@@ -142,15 +122,6 @@ def _is_one_file(value: str) -> bool:
     with suppress(OSError):  # longer than names may be
         return "," in value and Path(value).exists()
     return False
-
-
-def _check_key(override: Override) -> None:
-    """Refuse a key outside of the configuration tree; keys inside a section are checked with its values."""
-    top = override.key_or_group.split(".")[0]
-    if top not in TOP_KEYS or override.package is not None:
-        in_full = [key for key in run_keys() if key.endswith(f".{top}")]
-        hint = f"; did you mean {in_full[0]!r}?" if in_full else did_you_mean(top, TOP_KEYS)
-        raise BadInput(f"unknown key {override.get_key_element()!r}{hint} {one_of(TOP_KEYS)}")
 
 
 def _hydra_line(override: Override, groups: Groups) -> str:

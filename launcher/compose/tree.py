@@ -7,6 +7,7 @@ thousand runs takes a second.
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,7 +104,7 @@ def _ask_hydra(lines: list[str], folders: tuple[Path, ...]) -> tuple[Values, Val
 
 
 def _not_utf8(folders: tuple[Path, ...]) -> str:
-    """The YAML files that are not UTF-8; Hydra does not say which it read."""
+    """The YAML files that are not UTF-8; Hydra does not say which one it read."""
     wrong = []
     for path in sorted(path for folder in folders for path in folder.rglob("*.yaml")):
         try:
@@ -115,6 +116,10 @@ def _not_utf8(folders: tuple[Path, ...]) -> str:
 
 def _one_sentence(error: Exception) -> str:
     """The part of Hydra's, OmegaConf's or YAML's message that speaks of the configuration, in one line."""
+    absent = re.search(r"Could not delete from config\. '(.+)' does not exist", str(error))
+    if absent:
+        key = absent[1]
+        return f"'~{key}' removes what a file of conf/ sets, and none sets {key}; leave it out, or write {key}=<value>."
     noise = ("object_type", "See https", "Set the environment", "Config search path", "provider=", "To append")
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
     kept = [

@@ -124,7 +124,7 @@ def test_json_is_all_that_stdout_gets(program: Program) -> None:
         (["statsu"], "did you mean 'status'"),
         (["status", "--wrong"], "--wrong"),
         (["status"], "There is no sweep below"),
-        (["status", "lora.r=8"], "'lora.r=8' means nothing here"),
+        (["status", "lora.r=8"], "'lora.r=8' has no effect here"),
         (["lora.r=0", *SMALL], "lora.r=0"),
         (["lora.rr=8", *SMALL], "lora.rr"),
         (["data.split=bad", *SMALL], "row 3 of the data is malformed"),
