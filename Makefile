@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := runs/rank-smollm2-tasks
+# The pin of torch names no build. PyPI's build for Linux brings CUDA; a CPU build that is already in .venv satisfies the pin and stays.
+SIZE := about 2 GB; where torch brings CUDA some 3 GB more: README says how to avoid that
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test lint format clean browser
@@ -52,11 +54,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing the pinned packages into $(VENV) (about 2 GB)"
+	@echo "installing the pinned packages into $(VENV) ($(SIZE))"
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing the pinned packages and the tools for tests into $(VENV) (about 2 GB)"
+	@echo "installing the pinned packages and the tools for tests into $(VENV) ($(SIZE))"
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed

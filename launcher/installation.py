@@ -79,11 +79,21 @@ def put_own_packages_first() -> None:
 
 def child_environment() -> dict[str, str]:
     """The environment in which ``python -m train.…`` runs the `train` beside this package, whatever folder it is started in."""
-    users = list(filter(None, [os.environ.get("PYTHONPATH")]))
-    # site-packages on PYTHONPATH would come before the standard library, which old packages there may shadow; without a PYTHONPATH
+    path = python_path(SOURCE_DIR)
+    # site-packages on PYTHONPATH would come before the standard library, which old packages there may shadow. Without a PYTHONPATH
     # Python looks there anyway.
-    own = [] if not users and Path(sysconfig.get_path("purelib")).resolve() == SOURCE_DIR else [str(SOURCE_DIR)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join([*own, *users]), "PYTHONSAFEPATH": "1"}
+    if path == os.path.realpath(sysconfig.get_path("purelib")):
+        path = ""
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def python_path(code: Path) -> str:
+    """PYTHONPATH for a process that imports `launcher` and `train` from `code`; the user's own entries follow.
+
+    Empty entries, as in ``/opt/tools:``, are left out: they stand for the current folder.
+    """
+    users = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(code), *filter(None, users)])
 
 
 def _is_here(entry: str) -> bool:

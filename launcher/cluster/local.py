@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster.commands import answer_of
+from launcher.installation import python_path
 from launcher.records import ClusterConfig
 from train.errors import BadInput
 from train.store.layout import PackDir, RunDir, runs_of_pack
@@ -141,9 +142,8 @@ def _job_python(code: Path, gpus: tuple[str, ...]) -> str:
 
     It goes through env(1) because submitit sets CUDA_VISIBLE_DEVICES itself, and only to whole numbers.
     """
-    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": python_path(code),
         "PYTHONSAFEPATH": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "SUBMITIT_LOG_LEVEL": "WARNING",  # the log is the trainer's

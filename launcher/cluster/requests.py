@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 from launcher.cluster.lanes import deal
 from launcher.cluster.names import JobNames
+from launcher.installation import python_path
 from launcher.records import ClusterConfig, Lanes, Pack
 from train.errors import BadInput
 from train.runtime.slurm import warning_seconds
@@ -193,8 +193,7 @@ def job_python(code: Path, container: str | None) -> str:
 
     Until Python's handlers stand, a signal would end the job, and one that ends while it is preempted is not queued again.
     """
-    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "WARNING"}
+    settings = {"PYTHONPATH": python_path(code), "PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "WARNING"}
     deaf = ["sh", "-c", "trap '' TERM USR1 USR2; exec \"$@\"", "job"]
     words = shlex.join([*deaf, "env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])
     return f"{container} {words}" if container else words

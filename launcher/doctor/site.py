@@ -14,7 +14,8 @@ from train.config import check_name
 from train.errors import BadInput
 from train.store.storage import make_folder, write_text
 
-HEADER = """# Written by `python -m launcher doctor write={name}`; conf/cluster/slurm.yaml says what else can be set.
+HEADER = """# Written by `python -m launcher doctor write={name}`; `python -m launcher keys cluster`
+# lists what else can be set.
 # Add usd_per_gpu_hour to every partition, and the cheapest one that holds a pack is taken instead of the smallest.
 kind: slurm
 """
