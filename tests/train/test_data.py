@@ -65,8 +65,8 @@ def data_config(source: Path | str = "builtin:tasks", **values: Any) -> DataConf
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, *rows: Row, **values: Any) -> tuple[TokenTable, RowTokenizer]:
-    tokenizer = RowTokenizer(tokenizer, data_config(**values))
-    return tokenizer.tokenize(rows, lambda: None, lambda count: None), tokenizer
+    row_tokenizer = RowTokenizer(tokenizer, data_config(**values))
+    return row_tokenizer.tokenize(rows, lambda: None, lambda count: None), row_tokenizer
 
 
 def learnt_texts(tokenizer: PreTrainedTokenizerFast, table: TokenTable, i: int = 0) -> list[str]:
@@ -192,11 +192,11 @@ def test_tokenizers_that_cannot_do_it_are_refused_and_no_pad_token_is_needed() -
 def test_long_rows_are_cut_or_dropped_and_counted() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
     rows = [AlpacaRow("Hi", "", "x" * 3), AlpacaRow("Hi", "", "x" * 30), AlpacaRow("long " * 9, "", "x")]
-    table, tokenizer = tokenize(tokenizer, *rows, max_length=32)
+    table, row_tokenizer = tokenize(tokenizer, *rows, max_length=32)
     assert table.lengths().tolist() == [25, 32]
     assert learnt_texts(tokenizer, table, 1) == ["x" * 11]
-    assert tokenizer.tally.cut == 1
-    assert tokenizer.tally.dropped == {"the answer begins after 32 tokens": 1}
+    assert row_tokenizer.tally.cut == 1
+    assert row_tokenizer.tally.dropped == {"the answer begins after 32 tokens": 1}
 
 
 def test_where_nothing_is_left_the_lengths_that_would_do_are_named() -> None:

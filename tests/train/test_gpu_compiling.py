@@ -22,7 +22,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from train.nn.triton import attention, formulas, grouped
+from train.nn.triton import attention, functional, grouped_mm
 
 CAPABILITY = int(sys.argv[1])
 NARROW = {
@@ -50,10 +50,10 @@ def compiled(kernel, dtype, num_warps=4, num_stages=3, types={}, **constants):
 
 for rank in (16, 128):
     for K, N, whole_rows in ((4096, rank, "stack_k"), (rank, 4096, "stack_k"), (4096, rank, "stack_n"), (rank, 4096, "stack_n")):
-        blocks = grouped.times_blocks(K, N) | {"GROUPS": grouped.LEAST_GROUPS, whole_rows: 1}
-        compiled(grouped._times, "bf16", **blocks)
+        blocks = grouped_mm.times_blocks(K, N) | {"GROUPS": grouped_mm.LEAST_GROUPS, whole_rows: 1}
+        compiled(grouped_mm._times, "bf16", **blocks)
     for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
-        compiled(grouped._outer, "bf16", types={"out": "*fp32"}, **grouped.outer_blocks(M, N))
+        compiled(grouped_mm._outer, "bf16", types={"out": "*fp32"}, **grouped_mm.outer_blocks(M, N))
 for dim, group, dtype in ((128, 1, "bf16"), (64, 4, "fp16"), (32, 2, "bf16")):
     for kernel, launch in (
         (attention._forward, attention.FORWARD),
@@ -62,14 +62,14 @@ for dim, group, dtype in ((128, 1, "bf16"), (64, 4, "fp16"), (32, 2, "bf16")):
     ):
         compiled(kernel, dtype, GROUP=group, DIM=dim, **launch)
 for dtype in ("bf16", "fp32"):
-    for kernel in (formulas._rms_norm, formulas._rms_norm_gradient):
-        compiled(kernel, dtype, DIM=3584, types={"weight": "*" + dtype}, **formulas._whole_row(3584))
-    for kernel in (formulas._swiglu, formulas._swiglu_gradient):
-        compiled(kernel, dtype, DIM=11008, BLOCK=formulas.BLOCK)
-    compiled(formulas._rotate, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
-    compiled(formulas._softmax, dtype, WORDS=152_064, BLOCK=formulas.VOCABULARY_BLOCK, num_warps=8)
+    for kernel in (functional._rms_norm, functional._rms_norm_gradient):
+        compiled(kernel, dtype, DIM=3584, types={"weight": "*" + dtype}, **functional._whole_row(3584))
+    for kernel in (functional._swiglu, functional._swiglu_gradient):
+        compiled(kernel, dtype, DIM=11008, BLOCK=functional.BLOCK)
+    compiled(functional._rotate, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
+    compiled(functional._softmax, dtype, WORDS=152_064, BLOCK=functional.VOCABULARY_BLOCK, num_warps=8)
 factors = dict.fromkeys("rate decay clip beta1 beta2 correction1 root_correction2 eps".split(), "*fp32")
-compiled(formulas._adamw, "fp32", types=factors, BLOCK=formulas.BLOCK)
+compiled(functional._adamw, "fp32", types=factors, BLOCK=functional.BLOCK)
 print(json.dumps(found))
 """
 
