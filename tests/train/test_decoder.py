@@ -140,13 +140,13 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
     monkeypatch.setattr("train.nn.triton.functional.swiglu", broken)
     assert seated(PLAIN)._decoder is not None
     with pytest.raises(RuntimeError, match="no kernel image"):
-        seated(Kernels(fused=True))
+        seated(Kernels(fused=True), packs.DEVICES[-1])
 
 
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.nn.triton.functional.swiglu", lambda gate, up: gate * up)
-    assert seated(Kernels(fused=True))._decoder is None
+    assert seated(Kernels(fused=True), packs.DEVICES[-1])._decoder is None
 
 
 def test_fillers_change_nothing(tmp_path: Path) -> None:

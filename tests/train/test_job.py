@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from train.config import DataConfig, ModelConfig, parse_run_config
@@ -62,8 +63,10 @@ def start(pack: Path) -> subprocess.Popen[str]:
 
 
 def start_two(pack: Path, name: str) -> list[subprocess.Popen[str]]:
-    """The two processes of a job, as torchrun starts them."""
+    """The two processes of a job, as torchrun starts them; on the CPU where there are not two GPUs to give them."""
     variables = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": name}
+    if torch.cuda.device_count() < 2:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "train.job", str(pack)]
     return [
         subprocess.Popen(
