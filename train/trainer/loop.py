@@ -27,7 +27,7 @@ from train.store.causes import Cause
 from train.store.storage import Record
 from train.trainer.checkpoint import Checkpoint, optimizer_numbers, restore_run, run_tensors
 from train.trainer.evaluation import evaluate, evaluate_untrained
-from train.trainer.optim import PackedAdamW, scheduled_learning_rate
+from train.trainer.optim import PackedAdamW
 from train.trainer.process_group import SINGLE_PROCESS, SingleProcess
 from train.trainer.recorder import StepRecord, StepRecorder, peak_memory_gib
 from train.trainer.samples import Sampler
@@ -182,7 +182,7 @@ class PackLoop:
 
     def _apply(self, losses: torch.Tensor, tokens: dict[int, int]) -> None:
         """Move every run's weights and count its step."""
-        rates = [scheduled_learning_rate(s.config.train, s.step, s.total_steps) for s in self.sessions]
+        rates = [s.learning_rate(s.step) for s in self.sessions]
         outcome = self.optimizer.step(rates, losses)
         for session in self.sessions:
             session.step += 1

@@ -9,10 +9,11 @@ bit as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import get_scheduler
 
 from train.config import LoraConfig, TrainConfig
 from train.data.micro_batch import to_device
@@ -25,19 +26,12 @@ GROWTH_INTERVAL_STEPS = 2000
 NORM_CHUNK = 2**21  # numbers in float64 at once: they stay in a GPU's cache
 
 
-def scheduled_learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0), as transformers' schedulers of the same name give it."""
-    warmup = train.warmup(total_steps)
-    if train.lr_scheduler_type == "constant":
-        return train.learning_rate
-    if step < warmup:
-        return train.learning_rate * step / max(1, warmup)
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if train.lr_scheduler_type == "linear":
-        return train.learning_rate * max(0.0, 1 - progress)
-    if train.lr_scheduler_type == "cosine":
-        return train.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-    return train.learning_rate
+def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of each optimizer step (from 0) by transformers' scheduler: a function of the step alone."""
+    # The scheduler reads its first rate from an optimizer; this one is never stepped.
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train.learning_rate)
+    factor = get_scheduler(train.lr_scheduler_type, optimizer, train.warmup(total_steps), total_steps).lr_lambdas[0]
+    return lambda step: train.learning_rate * float(factor(step))
 
 
 @dataclass(frozen=True)

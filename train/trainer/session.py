@@ -28,6 +28,7 @@ from train.store.lease import Lease, owns, release
 from train.store.storage import Record, append_lines, read_lines, storage_errors, write_folder, write_json
 from train.trainer.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.trainer.evaluation import Evaluation
+from train.trainer.optim import learning_rate_schedule
 
 P = ParamSpec("P")
 
@@ -54,6 +55,7 @@ class RunSession:
 
     Attributes:
         row: the run's row in the pack.
+        learning_rate: of each optimizer step, from 0.
         step, tokens: optimizer steps done and real tokens seen.
         seconds, gpu_seconds: spent training by all attempts; the latter is this run's share of its packs.
         evaluated_step, saved_step: where the run was last evaluated and saved.
@@ -68,6 +70,7 @@ class RunSession:
         self.lease = lease
         self.row = -1
         self.total_steps = config.train.total_steps(len(data.train))
+        self.learning_rate = learning_rate_schedule(config.train, self.total_steps)
         self.step = self.tokens = 0
         self.seconds = self.gpu_seconds = 0.0
         self.evaluated_step: int | None = None
