@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from train.errors import BadInput
+from train.schedules import SCHEDULES, ScheduleName, deciding_arguments, given_arguments
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
@@ -31,6 +32,9 @@ HOW_KEYS = {
         *("micro_batch_tokens", "residency", "gradient_checkpointing", "compile"),
     },
 }
+
+# Keys younger than 0.1.0: at their default they are left out of the identity too, so that run ids from before stay valid.
+YOUNGER_KEYS = {"train": {"lr_scheduler_kwargs"}}
 
 
 class Section(BaseModel):
@@ -203,8 +207,11 @@ class TrainConfig(Section):
     batch_size: int = Field(ge=1)
     """Sequences per optimizer step. How they are cut into micro-batches never changes the result."""
 
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate changes over the steps."""
+    lr_scheduler_type: ScheduleName = "linear"
+    """How the learning rate changes over the steps, as transformers' scheduler of that name."""
+
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that scheduler, such as `{num_cycles: 3}` for `cosine_with_restarts`."""
 
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
@@ -266,6 +273,24 @@ class TrainConfig(Section):
             raise ValueError(f"{tokens} has to be at least 1, or 'auto'")
         return tokens
 
+    @field_validator("lr_scheduler_kwargs")
+    @classmethod
+    def _arguments_of_its_schedule(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("lr_scheduler_type")
+        if name is None:  # a wrong name is an error of its own
+            return values
+        try:
+            return given_arguments(name, values)
+        except ValidationError as exc:
+            reasons = sorted({_explain(SCHEDULES[name], error, "") for error in exc.errors()})
+            raise ValueError(f"{'; '.join(reasons)} (train.lr_scheduler_type={name})") from exc
+
+    @model_validator(mode="after")
+    def _schedule_begins_from_the_learning_rate(self) -> TrainConfig:
+        arguments = SCHEDULES[self.lr_scheduler_type].model_validate(self.lr_scheduler_kwargs)
+        arguments.refuse_learning_rate(self.learning_rate)
+        return self
+
     def steps_per_epoch(self, train_rows: int) -> int:
         """Optimizer steps that see each of `train_rows` rows once; the last batch of an epoch may be smaller."""
         return math.ceil(train_rows / self.batch_size)
@@ -299,10 +324,21 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that decides the result, as plain values."""
+        values = self.model_dump()
+        values["train"]["lr_scheduler_kwargs"] = deciding_arguments(
+            self.train.lr_scheduler_type, self.train.lr_scheduler_kwargs
+        )
         return {
-            section: {key: value for key, value in values.items() if key not in HOW_KEYS.get(section, ())}
-            for section, values in self.model_dump().items()
+            section: {key: value for key, value in of_section.items() if self._decides(section, key, value)}
+            for section, of_section in values.items()
         }
+
+    def _decides(self, section: str, key: str, value: Any) -> bool:
+        """Whether a key belongs to the identity: it changes the result, and says what version 0.1.0 could not say."""
+        if key in HOW_KEYS.get(section, ()):
+            return False
+        default = getattr(self, section).__class__.model_fields[key].get_default(call_default_factory=True)
+        return key not in YOUNGER_KEYS.get(section, ()) or value != default
 
     def run_id(self) -> str:
         """Ten hexadecimal digits of the identity's SHA-256: the same for the same result, on any machine.
@@ -398,16 +434,23 @@ def check_name(name: str, key: str) -> str:
     return name
 
 
-def _explain(section: type[Section], error: Any, prefix: str) -> str:
+def _explain(section: type[BaseModel], error: Any, prefix: str) -> str:
     """One sentence for one of pydantic's errors, with the full key, the value and what is allowed."""
     path = [str(part) for part in error["loc"] if not _is_union_member(part)]
     key = ".".join([prefix, *path]).strip(".")
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; valid keys there are {', '.join(_valid_keys(section, path[:-1]))}"
+        valid = _valid_keys(section, path[:-1])
+        return f"unknown key {key!r}; " + (
+            f"valid keys there are {', '.join(valid)}" if valid else "none is valid there"
+        )
     if error["type"] == "missing":
         return f"{key} is missing; give it a value: {key}=..."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    speaks_for_itself = error["type"] == "value_error" and key in {"", "model"}  # a check of several keys names them
+    speaks_for_itself = error["type"] == "value_error" and key in {
+        "",
+        "model",
+        "train",
+    }  # a check of several keys names them
     return message if speaks_for_itself else f"{key}={error['input']!r}: {message}"
 
 

@@ -87,6 +87,15 @@ def test_a_run_has_the_same_id_in_every_sweep_that_has_it() -> None:
     assert len(ids) == 4 * 4 - 3
 
 
+def test_the_arguments_of_a_schedule_can_be_set_and_swept() -> None:
+    kind = "train.lr_scheduler_type=cosine_with_restarts"
+    by_key = compose([kind, "train.lr_scheduler_kwargs.num_cycles=3"]).runs[0]
+    whole = compose([kind, "train.lr_scheduler_kwargs={num_cycles:3}"]).runs[0]
+    assert by_key.id == whole.id
+    swept = compose([kind, "train.lr_scheduler_kwargs={num_cycles:2},{num_cycles:3}"])
+    assert [run.config.train.lr_scheduler_kwargs["num_cycles"] for run in swept.runs] == [2, 3]
+
+
 def test_an_interpolation_follows_the_axis() -> None:
     sweep = compose(["lora.r=4,8", "lora.lora_alpha=${lora.r}"])
     assert [(run.config.lora.r, run.config.lora.lora_alpha) for run in sweep.runs] == [(4, 4), (8, 8)]

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers import get_scheduler
 
 import packs
 from train.config import RunConfig
 from train.lora.parameters import PackedAdapters
 from train.lora.targets import adapted_modules
-from train.trainer.optim import PackedAdamW, learning_rate_schedule
+from train.trainer.optim import PackedAdamW
 
 SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (3, 5)}
 CONFIGS = [
@@ -92,18 +91,6 @@ def test_a_row_that_is_not_finite_stays_bit_for_bit_and_alone(bad: float) -> Non
     assert not any(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
     assert outcome.alive.tolist() == [False, True]
     assert not adapters.gradient.any()
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
-def test_schedules_are_those_of_transformers(name: str) -> None:
-    config = packs.run_config(train={"lr_scheduler_type": name, "warmup_ratio": 0.3, "max_steps": 20}).train
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    scheduler = get_scheduler(name, optimizer, config.warmup(20), 20)
-    rate = learning_rate_schedule(config, 20)
-    for step in range(20):
-        assert rate(step) == optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
 
 
 def test_loss_scale_halves_for_the_overflowing_run_alone_and_grows_back() -> None:

@@ -30,7 +30,14 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Callable[[in
     """The learning rate of each optimizer step (from 0) by transformers' scheduler: a function of the step alone."""
     # The scheduler reads its first rate from an optimizer; this one is never stepped.
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train.learning_rate)
-    factor = get_scheduler(train.lr_scheduler_type, optimizer, train.warmup(total_steps), total_steps).lr_lambdas[0]
+    factor = get_scheduler(
+        train.lr_scheduler_type,
+        optimizer,
+        train.warmup(total_steps),
+        # Where the steps before the decay are given, they count; transformers warns if it gets both.
+        None if "num_stable_steps" in train.lr_scheduler_kwargs else total_steps,
+        train.lr_scheduler_kwargs,
+    ).lr_lambdas[0]
     return lambda step: train.learning_rate * float(factor(step))
 
 
