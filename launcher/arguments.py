@@ -12,30 +12,6 @@ from train.errors import BadInput
 
 PROGRAM = "python -m launcher"
 
-OPTIONS = {"-h", "--help", "--json", "-f", "--follow", "--wait", "--debug"}
-# Options of Hydra and other launchers, and what to type here.
-FOREIGN_OPTIONS = {
-    **dict.fromkeys(("-m", "--multirun"), "Leave it out: several values of a key make a sweep, as in lora.r=8,16"),
-    **dict.fromkeys(
-        ("-c", "--cfg", "--info", "-i", "--resolve"),
-        f"'{PROGRAM} keys' prints every key with its default, and '{PROGRAM} plan ...' what would be trained",
-    ),
-    **dict.fromkeys(
-        ("-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir"),
-        "Choose a file of a group instead, as in sweep=rank for conf/sweep/rank.yaml",
-    ),
-    **dict.fromkeys(
-        ("--config", "--config-file", "--yaml"),
-        "Choose a file of a group, as in sweep=rank, or give single values, as in lora.r=8",
-    ),
-    **dict.fromkeys(("-p", "--package", "-r", "--run", "-sc", "--shell-completion"), "Leave it out"),
-    **dict.fromkeys(
-        ("-n", "--dry-run", "--dryrun"), f"'{PROGRAM} plan ...' shows what would be trained and changes nothing"
-    ),
-    **dict.fromkeys(("-v", "--verbose"), "--debug shows the traceback of an error"),
-    "--hydra-help": f"'{PROGRAM} -h' explains the program",
-}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -87,36 +63,10 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> Request:
         BadInput: an unknown option.
         SystemExit: ``-h`` printed the verb's help.
     """
-    refuse_foreign_options(arguments)
     parsed = _parser(name, verb).parse_intermixed_args(arguments)
     return Request(
         parsed.words, getattr(parsed, "json", False), getattr(parsed, "follow", False), getattr(parsed, "wait", False)
     )
-
-
-def refuse_foreign_options(arguments: list[str]) -> None:
-    """Answer options of other tools, such as ``-m`` and ``--lr 1e-4``, with what to type here.
-
-    Raises:
-        BadInput: there is one.
-    """
-    for i, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if not word.startswith("-") or name in OPTIONS:
-            continue
-        if name in FOREIGN_OPTIONS:
-            raise BadInput(f"{name} is not an option here. {FOREIGN_OPTIONS[name]}.")
-        following = next(iter(arguments[i + 1 : i + 2]), "")
-        is_flag = not following or "=" in following or following.startswith("--")
-        _refuse_option_for_key(name, value if equals else "true" if is_flag else following)
-
-
-def _refuse_option_for_key(name: str, value: str) -> None:
-    """Refuse ``--lr 1e-4`` where a key of the configuration is meant."""
-    from launcher.compose.suggestions import nearest_key, suggestion
-
-    if name.startswith("--") and nearest_key(name) is not None:
-        raise BadInput(f"{name} is not an option; settings are key=value{suggestion(name, value)}")
 
 
 class _Parser(argparse.ArgumentParser):

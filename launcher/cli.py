@@ -5,31 +5,18 @@ Exit codes: 0; 2 for a mistake of the user; 1 for anything that failed; 130 afte
 
 from __future__ import annotations
 
-import difflib
-import shlex
 import sys
 import textwrap
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 
 from launcher import verbs
-from launcher.arguments import PROGRAM, Verb, parse, refuse_foreign_options
+from launcher.arguments import PROGRAM, Verb, parse
+from launcher.compose.foreign_words import refuse_foreign_options, unknown_verb
 from launcher.installation import SOURCE_DIR, conf_folders, find_groups
 from train.errors import BadInput, LorapackError
 
 OVERRIDES = "[key=value ...]"
-
-# First words of other tools, and what to type here.
-FOREIGN_VERBS = {
-    **dict.fromkeys(
-        ("train", "run", "start", "launch", "fit", "finetune", "sft", "submit"),
-        f"training needs no verb: '{PROGRAM} sweep=rank'",
-    ),
-    **dict.fromkeys(("stop", "kill", "scancel"), "write 'cancel'"),
-    **dict.fromkeys(("download", "fetch", "prepare"), "write 'stage'"),
-    **dict.fromkeys(("config", "params", "parameters"), "write 'keys'"),
-    **dict.fromkeys(("squeue", "show", "watch"), "write 'status'"),
-}
 
 VERBS = {
     "": Verb(
@@ -164,7 +151,7 @@ def _dispatch(arguments: list[str]) -> int:
     is_override = "=" in first or first.startswith("~")
     name = "" if is_override else first
     if name not in VERBS:
-        raise BadInput(_unknown_verb(name, arguments))
+        raise BadInput(unknown_verb(name, arguments, list(filter(None, VERBS))))
     rest = list(arguments)
     if name:
         rest.remove(name)
@@ -216,25 +203,6 @@ def _choices() -> str:
     """A line per group of the configuration with its options."""
     groups = find_groups(conf_folders())
     return "\n".join(f"  {group}={'|'.join(options)}" for group, options in groups.items())
-
-
-def _unknown_verb(name: str, arguments: list[str]) -> str:
-    """What the first word may have meant: a key and its value, another tool's verb, or a verb with a slip in it."""
-    from launcher.compose.checks import joined_words
-    from launcher.compose.suggestions import suggestion
-
-    rest = arguments[arguments.index(name) + 1 :]
-    joined = joined_words(name, [word for word in rest if not word.startswith("-")])
-    near = difflib.get_close_matches(name, filter(None, VERBS), n=1)
-    if name in FOREIGN_VERBS:
-        hint = f"; {FOREIGN_VERBS[name]}."
-    elif near:
-        hint = f"; did you mean {near[0]!r}?"
-    elif joined is not None:
-        hint = f"; a key and its value are one word: write {shlex.quote(joined)}."
-    else:
-        hint = suggestion(name, "...")
-    return f"unknown verb {name!r}{hint} Verbs are {', '.join(filter(None, VERBS))}; settings look like lora.r=8."
 
 
 def _say_error(message: str, exit_code: int) -> int:

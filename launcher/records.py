@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -282,3 +283,13 @@ class RunStatus:
     def under_way(self) -> bool:
         """Whether it trains, waits, or may do so as far as anybody knows."""
         return self.state in {State.PENDING, State.RUNNING, State.UNKNOWN} and not self.gone
+
+
+def verb_command(verb: str, sweep: SweepDir) -> str:
+    """What to type for a verb on this sweep, quoted for the shell. The root is named unless it is ./runs.
+
+    ``python -m launcher status rank 'root=/data/my runs'``
+    """
+    root = sweep.path.parent
+    extra = [] if root == Path("runs").absolute() else [f"root={root}"]
+    return shlex.join(["python", "-m", "launcher", verb, sweep.path.name, *extra])

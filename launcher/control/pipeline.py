@@ -10,7 +10,7 @@ from launcher.cluster.choice import explain_choice, on_slurm
 from launcher.cluster.slurm import Submitted, array_number
 from launcher.control.follow import follow, watch
 from launcher.plan.planner import make_plan
-from launcher.records import Plan, State, Sweep, Verdict
+from launcher.records import Plan, State, Sweep, Verdict, verb_command
 from launcher.report.job import submit_missing_report, submit_report
 from launcher.report.writer import print_report, write_report
 from launcher.submit.prepare import prepare, unprepared
@@ -84,12 +84,14 @@ def _complete_submission(plan: Plan, console: Console) -> None:
 
 def _say_submitted(plan: Plan, submitted: Submitted, console: Console) -> None:
     arrays = dict.fromkeys(map(array_number, submitted.jobs.values()))
-    jobs, name = len(submitted.jobs), plan.sweep.name
+    jobs = len(submitted.jobs)
     if jobs:
         console.print(
             f"{jobs} job{'s' if jobs > 1 else ''} in the queue ({', '.join(arrays)}); "
-            f"watch with 'python -m launcher status {name}'.",
+            f"to watch: {verb_command('status', plan.sweep.dir)}",
             highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     if submitted.left:
         console.print(
@@ -105,7 +107,7 @@ def _in_training(plan: Plan) -> bool:
 
 
 def _still_on_slurm(sweep: Sweep, console: Console) -> int:
-    console.print(f"The jobs go on; 'python -m launcher status {sweep.name}' shows them, cancel stops them.")
+    _say_command("The jobs continue, and cancel stops them. To watch", "status", sweep, console)
     return INTERRUPTED
 
 
@@ -133,20 +135,24 @@ def compare(sweep: SweepDir, console: Console) -> None:
 def _nothing_to_train(plan: Plan, console: Console) -> int:
     """Say why, and show what there is."""
     verdicts = {planned.verdict for planned in plan.runs}
-    name = plan.sweep.name
     if Verdict.RUNNING in verdicts:
-        console.print(f"Nothing to start: runs are in training; watch them with 'python -m launcher status {name}'.")
+        _say_command("Nothing to start: runs are training. To watch", "status", plan.sweep, console)
     elif Verdict.FAILED in verdicts:
-        console.print(f"Nothing to train: the rest failed; try again with 'python -m launcher resume {name}'.")
+        _say_command("Nothing to train: the rest failed. To try again", "resume", plan.sweep, console)
     else:
         console.print("Every run of this sweep is done; nothing to train.")
     compare(plan.sweep.dir, console)
     return int(Verdict.FAILED in verdicts)
 
 
+def _say_command(text: str, verb: str, sweep: Sweep, console: Console) -> None:
+    """A sentence, and the command to copy at its end; a broken line could not be copied."""
+    console.print(f"{text}: {verb_command(verb, sweep.dir)}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _stopped(sweep: Sweep, console: Console) -> int:
     print_statuses(track(sweep.dir), sweep.name, console)
-    console.print("Stopped. The same command goes on from the last checkpoint:")
+    console.print("Stopped. The same command continues from the last checkpoint:")
     console.print(f"  {sweep.command}", markup=False, highlight=False, soft_wrap=True)
     return INTERRUPTED
 

@@ -12,7 +12,7 @@ from launcher.cluster.names import job_names
 from launcher.cluster.queue import read_queue
 from launcher.cluster.slurm import Submitted, array_number, submit_afterwards
 from launcher.errors import ClusterError
-from launcher.records import Plan, RunStatus, State, Sweep
+from launcher.records import Plan, RunStatus, State, Sweep, verb_command
 from launcher.submit.freeze import freeze_code
 from launcher.track.jobs import arrays_in_queue
 from train.store.layout import SweepDir
@@ -68,7 +68,7 @@ def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
     if not _records(sweep):
         return None
     listed = list(statuses)
-    write = f"'python -m launcher report {sweep.path.name}'"
+    write = f"`{verb_command('report', sweep)}`"
     if any(status.under_way for status in listed):
         again = "the command that started this sweep submits one"
         return (
@@ -104,7 +104,7 @@ def _submit(sweep: Sweep, arrays: Sequence[str], code: Path, place: _Place, say:
             task, sweep.dir, code, numbers, sweep.cluster, place.partition, place.minutes, place.gres
         )
     except ClusterError as exc:
-        write = f"'python -m launcher report {sweep.name}'"
+        write = f"`{verb_command('report', sweep.dir)}`"
         say(f"No job will write the report ({exc}). The same command tries again later, and {write} writes it.")
         return
     write_json(sweep.dir.report_record, {"job": job, "arrays": covered, "submitted": time.time()})

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from launcher.records import verb_command
 from train.errors import BadInput, LeaseHeld, StorageError
 from train.store.layout import SweepDir
 from train.store.lease import Heartbeat, acquire, read_lease, release
@@ -45,6 +46,6 @@ def _who_has(sweep: SweepDir) -> str:
     held = read_lease(sweep)
     who = f"process {held.pid} on {held.host}" if held else "a process that just ended"
     return (
-        f"Another launcher ({who}) is at work on the sweep {sweep.path.name}; watch it with "
-        f"'python -m launcher status {sweep.path.name}', or wait until it is done."
+        f"Another launcher ({who}) is at work on the sweep {sweep.path.name}; wait until it is done, or watch it: "
+        f"{verb_command('status', sweep)}"
     )

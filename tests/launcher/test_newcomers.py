@@ -11,7 +11,10 @@ from launcher.cli import main
 from launcher.compose.composer import compose
 from launcher.compose.keys import is_key, key_fields
 from launcher.compose.suggestions import FOREIGN, nearest_key
+from launcher.records import verb_command
+from launcher.report.noise import more_seeds_command
 from train.errors import BadInput
+from train.store.layout import SweepDir
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +202,16 @@ def test_no_word_is_answered_by_what_does_not_exist() -> None:
 
 def test_what_is_near_to_nothing_gets_no_suggestion() -> None:
     assert [word for word in ("optimizer", "optim", "foo", "x", "deepspeed", "statsu") if nearest_key(word)] == []
+
+
+def test_printed_commands_can_be_typed_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    root = tmp_path / "my runs"
+    away = verb_command("resume", SweepDir(root / "rank"))
+    assert shlex.split(away) == ["python", "-m", "launcher", "resume", "rank", f"root={root}"]
+    assert verb_command("status", SweepDir(tmp_path / "runs" / "rank")) == "python -m launcher status rank"
+    words = ["model=tiny", f"root={root}", f"cache={tmp_path / 'my cache'}"]
+    asked = compose(words)
+    assert shlex.split(asked.command) == ["python", "-m", "launcher", *words]
+    again = shlex.split(more_seeds_command(asked.name, [asked.command], [0]))
+    assert again[3:] == [*words, "train.seed=0,1,2", f"sweep.name={asked.name}"]
+    assert compose(again[3:]).root == root

@@ -18,7 +18,7 @@ from launcher.cluster.slurm import QUEUE_IS_FULL, _look_for, find_array, max_arr
 from launcher.control.cancel import cancel_runs
 from launcher.errors import ClusterError
 from launcher.plan.verdict import judge
-from launcher.records import ClusterConfig, RunStatus, State, Verdict
+from launcher.records import ClusterConfig, RunStatus, State, Verdict, verb_command
 from launcher.report.job import report_note
 from launcher.track.jobs import jobs_of, look_up
 from launcher.track.tracker import track
@@ -270,7 +270,7 @@ def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypat
     assert note(f"echo '{report_job}|13|RUNNING|None|t4-1'") is None
     assert "waits (QOSMinGRES)" in (note(f"echo '{report_job}|13|PENDING|QOSMinGRES|'") or "")  # and would for ever
     assert note(NO_CONTACT) is None  # nobody knows
-    assert "'python -m launcher report rank' writes it" in (note("exit 0") or "")
+    assert f"`{verb_command('report', sweep)}` writes it" in (note("exit 0") or "")
     write_text(sweep.report, "")
     assert note("exit 0") is None
     os.utime(sweep.report, (time.time() - 60,) * 2)

@@ -1,7 +1,9 @@
 """Without a key or a server, folders are written that W&B's own tools read and send; plain ``wandb sync`` and ours agree."""
 
 import json
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ import pytest
 
 from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_until, wandb_command, without_pace
 from terminal import Terminal
+from train.mirror.worker import wandb_sync_command
+from train.store.layout import SweepDir
 from train.store.storage import Record, read_json
 from wandb_server import KEY, WandbServer
 
@@ -137,7 +141,7 @@ def test_folders_are_not_needed(
     with pack.job(cause="done"):
         pack.train(20)
     assert read_json(pack.runs[0].mirror_offline)["written"] == 20
-    assert "or 'wandb sync" in capfd.readouterr().out
+    assert f", or {wandb_sync_command(pack.sweep)}\n" in capfd.readouterr().out
     shutil.rmtree(pack.sweep.wandb)
     with monkeypatch.context() as login_node:
         login_node.setenv("WANDB_API_KEY", KEY)
@@ -148,3 +152,16 @@ def test_folders_are_not_needed(
     with pack.job(cause="preempted"):
         pass
     assert "wandb sync" not in capfd.readouterr().out, "it passes over the folders of a run that a server has in part"
+
+
+def test_the_printed_line_works_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    """A shell takes the line as it is printed: `ls` in the place of W&B's program gets the folders, and nothing else."""
+    sweep = SweepDir(tmp_path / "my runs; it's" / "ranks")
+    for name in ("offline-run-1", "offline-run-2", "other"):
+        (sweep.wandb / name).mkdir(parents=True)
+    command = wandb_sync_command(sweep)
+    assert shlex.split(command) == ["wandb", "sync", f"{sweep.wandb}/offline-*"]
+    listed = subprocess.run(
+        ["sh", "-c", command.replace("wandb sync", "ls -d")], capture_output=True, text=True, check=True
+    )
+    assert listed.stdout.splitlines() == [str(sweep.wandb / f"offline-run-{n}") for n in (1, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from train.errors import LeaseHeld
 from train.mirror.memory import recall_online
 from train.mirror.reach import Reach, client_trouble, look_for_server
 from train.mirror.request import MirroredRun, runs_of_pack
+from train.store.layout import SweepDir
 
 if TYPE_CHECKING:
     from train.mirror.run_mirror import RunMirror
@@ -71,9 +73,14 @@ def choose(runs: list[MirroredRun]) -> Reach | None:
         say(f"W&B: waiting for the server{why}; 'python -m launcher sync {sweep.name}' can send everything later")
         raise ConnectionError(why)
     begun = any(recall_online(run.dir) for run in runs)  # what a server has in part, ``wandb sync`` would send twice
-    ways = f"'python -m launcher sync {sweep.name}'" + ("" if begun else f" or 'wandb sync {sweep}/wandb/offline-*'")
-    say(f"W&B: offline{why}; {ways} sends it later")
+    ways = f"python -m launcher sync {sweep.name}" + ("" if begun else f", or {wandb_sync_command(first.sweep)}")
+    say(f"W&B: offline{why}; to send it later: {ways}")
     return None
+
+
+def wandb_sync_command(sweep: SweepDir) -> str:
+    """What sends every offline folder of a sweep; only the pattern at its end stays open to the shell."""
+    return f"wandb sync {shlex.quote(str(sweep.wandb))}/offline-*"
 
 
 def say(text: str) -> None:
