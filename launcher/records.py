@@ -159,7 +159,7 @@ class Sweep:
 class Verdict(StrEnum):
     """What a plan will do with a run.
 
-    new -> never trained, will be; resumable -> will go on from its checkpoint; running -> a live process has it, left alone;
+    new -> never trained, will be; resumable -> will continue from its checkpoint; running -> a live process has it, left alone;
     done -> has its result, left alone; failed -> would end the same way again, left alone until `resume`.
     """
 
