@@ -181,7 +181,7 @@ def doctor(request: Request) -> int:
         return _print_json(examination_json(found) | {"written": written and str(written)})
     print_examination(found, _console())
     if written is not None:
-        print(f"written: {written}; use it with cluster={site}")
+        print(f"written: {written}; in this folder, cluster={site} uses it")
     return 0
 
 

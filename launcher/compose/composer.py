@@ -35,7 +35,9 @@ def compose(overrides: list[str]) -> Sweep:
         replaced = ", ".join(map(str, replaced_files(folders)))
         if not replaced:
             raise
-        raise BadInput(f"{exc} Note that you replace shipped files by your own of the same name: {replaced}.") from exc
+        raise BadInput(
+            f"{exc} These files of yours are used instead of shipped ones of the same name: {replaced}."
+        ) from exc
 
 
 def _compose(overrides: list[str], folders: tuple[Path, ...]) -> Sweep:

@@ -35,9 +35,7 @@ def write_site(name: str, inventory: Inventory | None, conf_dir: Path) -> Path:
         raise BadInput(f"write={name}: {path} exists already; remove it, or choose another name.")
     shipped = shipped_conf() / "cluster" / path.name
     if shipped.exists():
-        raise BadInput(
-            f"write={name}: cluster={name} is shipped ({shipped}) and would be replaced; choose another name."
-        )
+        raise BadInput(f"write={name}: this would replace the shipped {shipped}; choose another name.")
     partitions = [partition for partition in inventory.open_partitions() if partition.gpus]
     if not partitions:
         raise BadInput(f"write={name}: no partition with working GPUs is open to you here.")
