@@ -1,10 +1,26 @@
-"""How the base and the micro-batches of a pack share a device: the one owner of these constants and byte formulas.
+"""How the base and the micro-batches of a pack share a device's memory: these constants and byte formulas are kept here alone.
 
-Light on purpose: the trainer chooses by them (`train.nn.backends`), and the launcher forecasts by the very same
+Light on purpose: the trainer chooses by them (`train.nn.backends`), and the launcher forecasts by the same
 (`launcher.estimate.arithmetic`).
 
-A choice depends on the device's size, the base and the longest sequence; never on what happens to be free, nor on how many runs
-sit in the pack. So a job that resumes only some runs of a pack cuts the same micro-batches and repeats the same bits.
+A choice depends on the device's size, the base and the longest sequence, never on what happens to be free or on how many runs the pack
+has. So a job that resumes only some runs of a pack cuts the same micro-batches and repeats the same bits.
+
+Llama-2-7B in bf16 (2 bytes per value): 32 layers, 4,096 hidden and 11,008 MLP features, 6.74e9 parameters, 6.48e9 of them in linear
+layers. tests/train/test_sizing.py computes these numbers:
+
+    base_bytes   resident  6.74e9 * 2                                                                  12.55 GiB
+                 nf4       6.48e9 * (0.5 + 0.127 / 8) + 0.26e9 * 2                                      3.60 GiB
+    kept_values  a layer   2 norms' inputs, q k v, attention's result, inputs of qkv and of gate/up: 8 * 4,096
+                           gate, up, and the input of down: 3 * 11,008                                   65,792
+                 32 layers                                                                            2,105,344
+    token_bytes  kept      2 * (2,105,344 + 5 * 4,096 + 3 * 11,008)                                   4,317,696
+                 recomputed  2 * (32 * 4,096 + 65,792 + 5 * 4,096 + 3 * 11,008)                         500,736
+
+    GPU      nf4 or resident  half of the rest  kept: tokens  recomputed: tokens  choice (longest sequence 512)
+    80 GiB   resident         33.7 GiB          8,386         72,316              kept, 8,386 tokens
+    40 GiB   resident         13.7 GiB          3,413         29,429              recomputed, 5,120 tokens (40 * 128)
+    15 GiB   nf4               5.7 GiB          1,417         12,222              recomputed, 1,920 tokens (15 * 128)
 """
 
 from __future__ import annotations
@@ -19,23 +35,29 @@ from train.config import QuantConfig, TrainConfig
 Residency = Literal["nf4", "resident"]
 DeviceKind = Literal["cpu", "cuda"]
 
-RESIDENT_SHARE = 0.35  # of the device that a base in full width may take
-ACTIVATION_SHARE = 0.5  # of what the base leaves free that activations of a micro-batch may take
-LARGEST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # beyond this no device is faster
-GPU_TOKENS_PER_GIB = 128  # nor is a GPU with little memory, which is a slow one: a T4 is full with 1,920 tokens
-LARGEST_GRAPH_TOKENS = 6144  # of a micro-batch that is replayed as a CUDA graph; beyond it no GPU waits for its host
-FULL_GPU_TOKENS = 4096  # a micro-batch that keeps a GPU busy: below it, recomputing makes room for a larger one
+# Of the device: what a base in full width may take.
+RESIDENT_SHARE = 0.35
+# Of what the base leaves free: what the activations of a micro-batch may take.
+ACTIVATION_SHARE = 0.5
+# Beyond this many tokens no device is faster.
+LARGEST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Nor is a GPU with little memory, which is a slow one: a T4 is busy with 1,920 tokens.
+GPU_TOKENS_PER_GIB = 128
+# Of a micro-batch that is replayed as a CUDA graph; beyond it no GPU waits for its host.
+LARGEST_GRAPH_TOKENS = 6144
+# A micro-batch that keeps a GPU busy: below it, recomputing makes room for a larger one.
+FULL_GPU_TOKENS = 4096
 
-ATTENTION_OUTPUT, MLP_OUTPUT = (
-    "o_proj",
-    "down_proj",
-)  # the layers that write to the residual stream, as Llamas name them
-BACKWARD_HIDDEN, BACKWARD_WIDEST = (
-    5,
-    3,
-)  # values a token that the backward of a layer, or the loss, holds beside what was kept
+# The layers that write to the residual stream, by Llama's names.
+ATTENTION_OUTPUT = "o_proj"
+MLP_OUTPUT = "down_proj"
+# Values per token, of the hidden size and of the widest layer, that the backward of a layer or the loss holds in addition to what
+# was kept.
+BACKWARD_HIDDEN = 5
+BACKWARD_WIDEST = 3
 
-# NF4: 4 bit a weight, and an absmax per 64 weights: 32 bit, or 0.127 bit a weight after double quantization (arXiv 2305.14314, 3).
+# NF4: 4 bits per weight, and one scale per 64 weights. A scale has 32 bits, or 0.127 bits per weight after double quantization
+# (arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 4 / 64
 NF4_DOUBLE_QUANT_BYTES = 0.5 + 0.127 / 8
 
@@ -64,7 +86,7 @@ class BaseSize:
         return {}
 
     def kept_values(self, adapted: frozenset[str] | None = None) -> int:
-        """`kept_values` of all layers, looked up: a plan of a thousand runs asks thousands of times for a few sets of layers."""
+        """`kept_values` of all layers, cached: a plan of a thousand runs asks thousands of times for a few sets of layers."""
         if adapted not in self._kept:
             self._kept[adapted] = kept_values(self, adapted)
         return self._kept[adapted]
@@ -72,7 +94,7 @@ class BaseSize:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU or a machine's memory, whatever is in use of it."""
+    """A GPU, or a machine's memory, in use or not."""
 
     kind: DeviceKind
     memory_bytes: float
@@ -82,7 +104,7 @@ class Device:
 class Fit:
     """The choices for one pack; `micro_batch_tokens` counts the tokens of all runs together.
 
-    `graphs` says that CUDA graphs have room: what they compute with is theirs, beside what everything else computes with.
+    `graphs` says that CUDA graphs have room: their memory is their own, in addition to what eager micro-batches use.
     """
 
     residency: Residency
@@ -103,9 +125,11 @@ def choose_fit(
     room = ACTIVATION_SHARE * max(0.0, device.memory_bytes - base_bytes(base, quant, residency, value_bytes))
     recompute = train.gradient_checkpointing
     if recompute == "auto":
+        # Recomputing costs a third more time, so only where a micro-batch would otherwise be too small for the GPU or a sequence.
         kept_tokens = room / token_bytes(base, value_bytes, recomputed=False)
         recompute = device.kind == "cuda" and kept_tokens < max(longest, min(FULL_GPU_TOKENS, _useful_tokens(device)))
     per_token = token_bytes(base, value_bytes, recomputed=recompute)
+    # A graph keeps its own activations, so there has to be room for another micro-batch of the largest captured size.
     graphs = device.kind == "cuda" and not recompute and room >= LARGEST_GRAPH_TOKENS * per_token
     if train.micro_batch_tokens != "auto":
         return Fit(residency, recompute, train.micro_batch_tokens, graphs)
@@ -113,7 +137,7 @@ def choose_fit(
 
 
 def _useful_tokens(device: Device) -> int:
-    """The tokens of a micro-batch beyond which a device is no faster."""
+    """The tokens of a micro-batch beyond which a device is not faster."""
     most = LARGEST_MICRO_BATCH_TOKENS[device.kind]
     return most if device.kind == "cpu" else min(most, int(device.memory_bytes / 2**30 * GPU_TOKENS_PER_GIB))
 
@@ -127,12 +151,13 @@ def base_bytes(base: BaseSize, quant: QuantConfig, residency: Residency, value_b
 
 
 def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: frozenset[str] | None = None) -> int:
-    """What a token takes while its gradient is computed: what was kept for the backward, and what the backward holds at once.
+    """The memory of a token while its gradient is computed: what was kept for the backward, and what the backward holds at once.
 
-    Without `adapted` (full names of linear layers) every layer is taken to learn, which takes the most.
+    Without `adapted` (full names of linear layers) every layer is assumed to learn, which takes the most.
     """
     kept = base.kept_values(adapted)
-    if recomputed:  # the layers' inputs, and one layer
+    if recomputed:
+        # The inputs of all layers, and everything of the one layer that is recomputed at the moment.
         kept = base.layers * base.hidden + kept // base.layers
     return value_bytes * (kept + BACKWARD_HIDDEN * base.hidden + BACKWARD_WIDEST * base.widest)
 
@@ -140,9 +165,10 @@ def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: 
 def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
     """Values per token that `train.nn.decoder` keeps for the backward, of all layers.
 
-    Of every layer the inputs of its two norms and of its output projection (attention's own result), and what the other
-    projections put out; of layers that learn their input too, once where several read the same.
+    Per decoder layer: the inputs of its two norms and of its output projection (attention's own result), and the outputs of the other
+    projections. A linear layer that learns also keeps its input, once where several read the same.
     """
+    # By decoder layer and width: q, k and v of a layer share one entry, gate and up another.
     inputs: dict[tuple[str, int], int] = {}
     kept = 2 * base.hidden * base.layers
     for name, (out_features, in_features) in base.linears.items():
@@ -150,7 +176,8 @@ def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
         if part == ATTENTION_OUTPUT:
             kept += in_features
             continue
-        if part != MLP_OUTPUT:  # what the two outputs add is the next norm's input
+        # The outputs of `o_proj` and `down_proj` are added to the residual stream, and counted as the next norm's input.
+        if part != MLP_OUTPUT:
             kept += out_features
         if adapted is None or name in adapted:
             inputs[block, in_features] = in_features
@@ -158,7 +185,7 @@ def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
 
 
 def _residency(train: TrainConfig, quant: QuantConfig, dense_bytes: float, device: Device) -> Residency:
-    """Full width where nothing is quantized or where it is small beside the device, unless the user chose."""
+    """Full width where nothing is quantized or where it is small compared with the device, unless the user chose."""
     if not quant.load_in_4bit:
         return "resident"
     if train.residency != "auto":

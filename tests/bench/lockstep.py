@@ -25,11 +25,11 @@ import packs
 from train.config import RunConfig
 from train.nn import decoder
 from train.nn.backends import choose_kernels
-from train.nn.packed_model import PackedModel, pack_model
+from train.nn.packed_model import PackedModel, Placement, pack_model
 from train.trainer.loop import PackLoop
 from train.trainer.optim import PackedAdamW, StepOutcome
 
-OPERATIONS = ("norm_and_pass", "linears", "rotated", "attend", "gated")
+OPERATIONS = ("rms_norm_residual", "apply_linears", "rotary_autograd", "attend", "swiglu_autograd")
 
 
 @dataclass
@@ -157,7 +157,7 @@ def main(given: list[str] | None = None) -> None:
     arguments = parser.parse_args(given)
     device, dtype = packs.DEVICES[-1], getattr(torch, arguments.dtype)
     kernels = choose_kernels(device, dtype, graphs=False)
-    base = pack_model(packs.tiny_llama(dtype), packs.NF4, device, "resident", longest=64, kernels=kernels)
+    base = pack_model(packs.tiny_llama(dtype), Placement(packs.NF4, device, "resident", longest=64, kernels=kernels))
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
             found = march(base, packs.DIVERSE, seed, arguments.steps, Path(folder))

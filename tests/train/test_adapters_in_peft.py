@@ -20,7 +20,7 @@ TOKENS, LABELS = packs.random_table(1, seed=5).row(0)
 def trainers_logits(base: PackedModel) -> torch.Tensor:
     """Logits [T, vocabulary] of the run in the first row of whatever pack sits on `base`."""
     batch = MicroBatch([TokenSequence(0, 0, TOKENS, LABELS)], 1, packs.CPU)
-    return base.head.logits(base.hidden_states(batch))[:, : base.head.words]
+    return base.head.logits(base.hidden_states(batch))[:, : base.head.vocab_size]
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """Bases quantized once: every job that reads one trains the very numbers of a job that quantized for itself."""
 
 import dataclasses
+import errno
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import packs
 from train.config import ModelConfig, QuantConfig
+from train.errors import StorageError
 from train.model import base_cache
-from train.model.base_cache import BaseCache, WantedBase
+from train.model.base_cache import BaseCache, BaseSpec
+from train.model.locking import locked
 from train.model.quantized import QuantizedBase, hollow_model
-from train.nn.packed_model import DenseWeight, NF4Weight, PackedModel, Residency, load_base, pack_model
+from train.nn.packed_model import DenseWeight, NF4Weight, PackedModel, Placement, Residency, load_base, pack_model
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import CacheDir
 from train.store.storage import make_folder, read_json
@@ -54,7 +58,7 @@ def load(
     residency: Residency = "nf4",
     device: torch.device = packs.CPU,
 ) -> PackedModel:
-    return load_base(model_dir, MODEL, quant, dtype, device, residency, 64, cache)
+    return load_base(BaseSpec(model_dir, MODEL, quant, dtype, device), residency, 64, cache)
 
 
 def numbers(base: PackedModel) -> dict[str, torch.Tensor]:
@@ -85,7 +89,7 @@ def test_what_is_read_is_what_was_quantized(
     model_dir: Path, tmp_path: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    expected = pack_model(loaded, quant, device, "nf4", 64)
+    expected = pack_model(loaded, Placement(quant, device, "nf4", 64))
     cache = Cache(tmp_path / "cache")
     made = load(model_dir, cache, quant, dtype, device=device)
     (model_dir / "model.safetensors").unlink()
@@ -100,7 +104,7 @@ def test_what_is_read_is_what_was_quantized(
 def test_a_base_in_16_bits_is_that_of_its_files(model_dir: Path, tmp_path: Path, device: torch.device) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     base = load(model_dir, Cache(tmp_path / "cache"), packs.SIXTEEN_BIT, torch.bfloat16, "resident", device)
-    assert_same(base, pack_model(loaded, packs.SIXTEEN_BIT, device, "resident", 64))
+    assert_same(base, pack_model(loaded, Placement(packs.SIXTEEN_BIT, device, "resident", 64)))
     assert not (tmp_path / "cache").exists()
 
 
@@ -124,7 +128,7 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
     made, opened = [], list[QuantizedBase]()
     both_began = threading.Barrier(2, timeout=30)
     quantized_tensors = base_cache.quantized_tensors
-    wanted = WantedBase(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
+    wanted = BaseSpec(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
 
     def counted(*arguments: object) -> object:
         made.append(arguments)
@@ -146,7 +150,7 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
     hollow = [hollow_model(plain, MODEL, torch.float32, quantized) for quantized in opened]
     assert_same(
         *(
-            pack_model(model, packs.NF4, packs.CPU, "nf4", 64, quantized=quantized)
+            pack_model(model, Placement(packs.NF4, packs.CPU, "nf4", 64), quantized)
             for model, quantized in zip(hollow, opened, strict=True)
         )
     )
@@ -155,11 +159,11 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
 def test_a_job_that_waits_for_another_can_be_stopped(plain: Path, tmp_path: Path) -> None:
     stop = StopFlag()
     cache = Cache(tmp_path / "cache", stop)
-    wanted = WantedBase(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
+    wanted = BaseSpec(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
     load(plain, cache)
     (kept,) = (path for path in (tmp_path / "cache" / "bases").iterdir() if path.is_dir())
     shutil.rmtree(kept)
-    with base_cache.locked(kept.with_suffix(".lock")):
+    with locked(kept.with_suffix(".lock")):
         stop.signal_name = "SIGTERM"
         with pytest.raises(Stopped):
             cache.open(wanted)
@@ -215,9 +219,9 @@ def test_what_no_job_has_opened_for_a_month_makes_room(plain: Path, tmp_path: Pa
     assert sum("no job has opened" in line for line in cache.said) == 2
 
 
-def variants() -> Iterator[WantedBase]:
+def variants() -> Iterator[BaseSpec]:
     """Bases that may differ in a bit from the first."""
-    first = WantedBase(Path(), MODEL, packs.NF4, torch.float32, packs.CPU)
+    first = BaseSpec(Path(), MODEL, packs.NF4, torch.float32, packs.CPU)
     yield first
     yield dataclasses.replace(first, dtype=torch.bfloat16)
     yield dataclasses.replace(first, quant=SINGLE)
@@ -232,8 +236,34 @@ def test_bases_that_may_differ_are_kept_apart() -> None:
 
 def test_a_hubs_model_fetched_again_is_quantized_again(plain: Path) -> None:
     hub = MODEL.model_copy(update={"fingerprint": "hub:org/name@main"})
-    wanted = WantedBase(plain, hub, packs.NF4, torch.float32, packs.CPU)
+    wanted = BaseSpec(plain, hub, packs.NF4, torch.float32, packs.CPU)
     before = wanted.about()
     assert wanted.about() == before
     os.utime(plain / "model.safetensors", ns=(1, 1))
     assert wanted.about() != before
+
+
+def test_a_file_system_without_locks_lets_everybody_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network file systems answer."""
+
+    def refused(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with locked(tmp_path / "lock"), locked(tmp_path / "lock"):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.lock"
+    with locked(path), pytest.raises(Stopped), locked(path, packs.StopAfter(3).check):
+        pytest.fail("two hold the same lock")
+    assert capsys.readouterr().err == "another process is making model; waiting for it ...\n"
+    with locked(path, packs.StopAfter(1).check):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_lock_that_cannot_be_made_is_the_storages_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file"), locked(tmp_path / "file" / "lock"):
+        pytest.fail("there is no lock")

@@ -1,9 +1,12 @@
 """The order of data, the cutting of steps and the indices of packs."""
 
+import re
+
 import numpy as np
 import torch
 
 import packs
+from train.data import micro_batch
 from train.data.micro_batch import MicroBatch, Padding
 from train.data.sampling import TokenSequence, cut, epoch_order, rows_of_step, sequences_of
 
@@ -65,9 +68,66 @@ def test_a_route_holds_the_members_that_have_tokens_here() -> None:
     batch = MicroBatch([TokenSequence(run, 0, tokens, tokens) for run in (0, 2, 3)], 4, packs.CPU)
     route = batch.route((1, 2, 3))
     assert route is not None
-    assert route.rows is not None
-    assert route.rows.tolist() == [2, 3]
+    assert route.runs is not None
+    assert route.runs.tolist() == [2, 3]
     assert batch.route((1,)) is None
     everyone = MicroBatch([TokenSequence(run, 0, tokens, tokens) for run in range(4)], 4, packs.CPU).route((0, 1, 2, 3))
     assert everyone is not None
-    assert everyone.rows is None
+    assert everyone.runs is None
+
+
+def shown(name: str, of: str = "") -> list[int]:
+    """The numbers in the line `name` of the docstring of `train.data.micro_batch`, or in its first one from the line `of` on."""
+    text = str(micro_batch.__doc__)
+    text = text[text.index(f"\n    {of}") :]
+    line = re.search(rf"^ +(?:{of} +)?{re.escape(name)} +(-?\d[-\d |/]*)", text, re.MULTILINE)
+    assert line is not None, f"the docstring shows no {name}"
+    return [int(number) for number in re.findall(r"-?\d+", line[1])]
+
+
+def example(token_multiple: int = 1) -> MicroBatch:
+    """The docstring's three sequences, read from its first table."""
+    table = re.findall(r"^ {4}(\d) +(\d) +((?:\d+ )+) +((?:-?\d+ ?)+)$", str(micro_batch.__doc__), re.MULTILINE)
+    assert len(table) == 3
+    rows = [[np.array(list(map(int, column.split()))) for column in row] for row in table]
+    sequences = [TokenSequence(int(run[0]), int(index[0]), tokens, labels) for run, index, tokens, labels in rows]
+    # The last one first: a micro-batch sorts by run.
+    return MicroBatch([sequences[2], *sequences[:2]], 2, packs.CPU, token_multiple)
+
+
+def test_the_example_of_the_docstring_is_what_a_micro_batch_holds() -> None:
+    batch = example()
+    assert list(range(batch.total)) == shown("t")
+    for name in ("tokens", "positions", "run_of_token", "counters", "sequence_starts"):
+        assert getattr(batch, name).tolist() == shown(name), name
+    for name in ("target_positions", "targets", "run_of_target"):
+        assert getattr(batch, name).tolist() == shown(name), name
+    route = batch.route((0, 1))
+    assert route is not None
+    assert route.bounds.flatten().tolist() == shown("route((0, 1)).bounds")
+    assert (batch.num_real_tokens, batch.num_targets, batch.sequences, batch.longest) == (9, 5, 3, 4)
+
+
+def test_the_padding_of_the_docstring_is_what_a_micro_batch_holds() -> None:
+    batch = example()
+    route = batch.route((0, 1))
+    assert route is not None
+    for of, padding in (
+        ("attention", batch.attention),
+        ("runs", route.padding),
+        ("targets_by_run", batch.targets_by_run),
+    ):
+        assert padding.gather.flatten().tolist() == shown("gather", of), of
+        assert padding.places.tolist() == shown("places", of), of
+    assert batch.attention.real is not None
+    assert batch.attention.real.int().flatten().tolist() == shown("real", "attention")
+    assert batch.runs_with_targets.tolist() == [0, 1]
+
+
+def test_the_fillers_of_the_docstring_are_what_a_micro_batch_adds() -> None:
+    bare, filled = example(), example(token_multiple=12)
+    names = ("tokens", "run_of_token", "sequence_starts", "target_positions", "targets", "run_of_target")
+    for name in names:
+        assert getattr(filled, name).tolist() == getattr(bare, name).tolist() + shown(name, "fillers"), name
+    assert filled.num_targets == bare.num_targets
+    assert filled.num_real_tokens == bare.num_real_tokens == 9

@@ -24,11 +24,11 @@ from transformers import (
 import packs
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import sequences_of
-from train.nn.backends import PLAIN, Kernels
+from train.nn.backends import EAGER, Kernels
 from train.nn.gradients import add_gradients
 from train.nn.linear import PackedLinear
 from train.nn.loss import sums_per_run
-from train.nn.packed_model import PackedModel, pack_model
+from train.nn.packed_model import PackedModel, Placement, pack_model
 
 NEEDS_TRITON = pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
 SHAPE: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
     """Whichever decoder was chosen, against the model as transformers computes it, sequence by sequence."""
 
     plain = copy.deepcopy(model)
-    base = pack_model(model, packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64)
+    base = pack_model(model, Placement(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64))
     assert (base._decoder is not None) == ours
     table = packs.random_table(3, 0)
     batch = MicroBatch(sequences_of(0, table, range(3)), 1, packs.CPU)
@@ -102,7 +102,7 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
 
 def seated(kernels: Kernels, device: torch.device = packs.CPU) -> PackedModel:
     """A pack of three runs over a float32 base that takes `kernels`."""
-    return pack_model(packs.tiny_llama(torch.float32), packs.SIXTEEN_BIT, device, "resident", 64, kernels)
+    return pack_model(packs.tiny_llama(torch.float32), Placement(packs.SIXTEEN_BIT, device, "resident", 64, kernels))
 
 
 def losses_and_gradient(base: PackedModel, folder: Path, token_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,10 +122,12 @@ def losses_and_gradient(base: PackedModel, folder: Path, token_multiple: int = 1
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("kernels", [Kernels(grouped=True), Kernels(fused=True)], ids=["grouped", "fused"])
+@pytest.mark.parametrize(
+    "kernels", [Kernels(grouped_lora=True), Kernels(fused_elementwise=True)], ids=["grouped", "fused"]
+)
 def test_our_kernels_give_the_same(kernels: Kernels, tmp_path: Path) -> None:
     device = packs.DEVICES[-1]
-    expected = losses_and_gradient(seated(PLAIN, device), tmp_path / "plain")
+    expected = losses_and_gradient(seated(EAGER, device), tmp_path / "plain")
     found = losses_and_gradient(seated(kernels, device), tmp_path / "kernels")
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
@@ -138,19 +140,19 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("train.nn.triton.functional.swiglu", broken)
-    assert seated(PLAIN)._decoder is not None
+    assert seated(EAGER)._decoder is not None
     with pytest.raises(RuntimeError, match="no kernel image"):
-        seated(Kernels(fused=True), packs.DEVICES[-1])
+        seated(Kernels(fused_elementwise=True), packs.DEVICES[-1])
 
 
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.nn.triton.functional.swiglu", lambda gate, up: gate * up)
-    assert seated(Kernels(fused=True), packs.DEVICES[-1])._decoder is None
+    assert seated(Kernels(fused_elementwise=True), packs.DEVICES[-1])._decoder is None
 
 
 def test_fillers_change_nothing(tmp_path: Path) -> None:
-    base = seated(PLAIN)
+    base = seated(EAGER)
     expected = losses_and_gradient(base, tmp_path / "bare")
     found = losses_and_gradient(base, tmp_path / "filled", token_multiple=32)
     for mine, other in zip(found, expected, strict=True):
@@ -167,7 +169,15 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
     groups = [(0, 1), (0,)]
     one.prefetch_routes(groups)
     one.copy_indices_from(other)
-    for name in ("tokens", "positions", "sequence_starts", "learnt", "targets", "run_of_target", "run_of_token"):
+    for name in (
+        "tokens",
+        "positions",
+        "sequence_starts",
+        "target_positions",
+        "targets",
+        "run_of_target",
+        "run_of_token",
+    ):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     for members in groups:
         mine, others = (batch.route(members) for batch in batches)
@@ -179,7 +189,7 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
 @NEEDS_TRITON
 def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path) -> None:
     """What a CUDA graph replays: kernels over the tensors of the first micro-batch, whose host knows only the first one's lengths."""
-    base = seated(Kernels(grouped=True), packs.DEVICES[-1])
+    base = seated(Kernels(grouped_lora=True), packs.DEVICES[-1])
     targets = ({}, {"target_modules": ["gate_proj"]}, {"target_modules": "all-linear"})
     loop = packs.make_loop(tmp_path, base, [packs.run_config({"r": 8, **which}) for which in targets])
     for row in range(len(targets)):
@@ -208,7 +218,8 @@ def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path)
 
 def test_layers_of_a_fallback_are_packed_too() -> None:
     base = pack_model(
-        random_model(Qwen3ForCausalLM, Qwen3Config(**SHAPE)), packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64
+        random_model(Qwen3ForCausalLM, Qwen3Config(**SHAPE)),
+        Placement(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64),
     )
     assert all(isinstance(layer, PackedLinear) for layer in base.linears.values())
     assert len(base.linears) == 14

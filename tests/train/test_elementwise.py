@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from train.nn.functional import (
-    CHUNK_NUMBERS,
-    gated,
-    norm_and_pass,
+    CHUNK_NUMEL,
+    apply_rotary,
+    dispatch,
     rms_norm,
-    rotate,
-    rotated,
-    run,
+    rms_norm_residual,
+    rotary_autograd,
     swiglu,
-    swiglu_gradient,
+    swiglu_autograd,
+    swiglu_backward,
 )
 
 
@@ -26,11 +26,11 @@ def numbers(*shape: int) -> torch.Tensor:
 
 WEIGHT, COS, SIN = numbers(8), numbers(5, 8), numbers(5, 8)
 CASES = {
-    "norm": (lambda x: rms_norm(x, WEIGHT, 1e-6) * 2 + x, lambda x: _sum(norm_and_pass(x, WEIGHT, 1e-6, False)), 1),
-    "swiglu": (swiglu, lambda gate, up: gated(gate, up, False), 2),
+    "norm": (lambda x: rms_norm(x, WEIGHT, 1e-6) * 2 + x, lambda x: _sum(rms_norm_residual(x, WEIGHT, 1e-6, False)), 1),
+    "swiglu": (swiglu, lambda gate, up: swiglu_autograd(gate, up, False), 2),
     "rotation": (
-        lambda x: rotate(x.view(5, 2, 4), COS[:, :4], SIN[:, :4]),
-        lambda x: rotated(x.view(5, 2, 4), COS[:, :4], SIN[:, :4], False),
+        lambda x: apply_rotary(x.view(5, 2, 4), COS[:, :4], SIN[:, :4]),
+        lambda x: rotary_autograd(x.view(5, 2, 4), COS[:, :4], SIN[:, :4], False),
         1,
     ),
 }
@@ -62,23 +62,23 @@ def test_rows_at_a_time_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
     cos, sin = numbers(37, 32).float(), numbers(37, 32).float() * 2
     calls = [
         (swiglu, x, up),
-        (swiglu_gradient, gradient, x, up),
+        (swiglu_backward, gradient, x, up),
         (rms_norm, x, up[0].contiguous(), 1e-6),
-        (rotate, x.view(37, 2, 32), cos, sin),
+        (apply_rotary, x.view(37, 2, 32), cos, sin),
     ]
-    whole = [run(formula, False, *arguments) for formula, *arguments in calls]
-    monkeypatch.setitem(CHUNK_NUMBERS, "cpu", 400)  # six rows of 64
+    whole = [dispatch(formula, False, *arguments) for formula, *arguments in calls]
+    monkeypatch.setitem(CHUNK_NUMEL, "cpu", 400)  # six rows of 64
     for (formula, *arguments), expected in zip(calls, whole, strict=True):
         seen: list[int] = []
-        found = run(_noting_rows(formula, seen), False, *arguments)
+        found = dispatch(_noting_rows(formula, seen), False, *arguments)
         assert seen == [6] * 6 + [1]
         assert all(torch.equal(*pair) for pair in zip(_tuple(found), _tuple(expected), strict=True))
 
 
 def test_rows_at_a_time_are_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CHUNK_NUMBERS, "cpu", 50)
+    monkeypatch.setitem(CHUNK_NUMEL, "cpu", 50)
     matrix, rows = torch.ones(37, 8), torch.arange(37.0)[:, None]
-    assert run(torch.Tensor.mul_, False, matrix[:, 2:], rows) is not None
+    assert dispatch(torch.Tensor.mul_, False, matrix[:, 2:], rows) is not None
     assert torch.equal(matrix[:, 2:], rows.expand(37, 6))
     assert torch.equal(matrix[:, :2], torch.ones(37, 2))
 

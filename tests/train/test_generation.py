@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import packs
-from train.nn.generation import generate
+from train.nn.generation import GenerationLimits, generate
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import RunDir
 
 MAX_TOKENS = 12
+UNCLOSED = GenerationLimits(MAX_TOKENS, set(), 10_000)
 PROMPTS = [np.random.default_rng(i).integers(0, packs.VOCABULARY, 2 + 3 * i).astype(np.int32) for i in range(4)]
 
 
@@ -55,7 +56,7 @@ def test_every_run_answers_as_transformers_with_its_adapter(
             a.copy_(loaded[f"base_model.model.{name}.lora_A.weight"])
             b.copy_(loaded[f"base_model.model.{name}.lora_B.weight"])
     prompts = {row: PROMPTS[: 1 + row % 4] for row in range(8)}  # not all runs ask the same
-    found = generate(base, prompts, 8, micro_batch_tokens, MAX_TOKENS, ends, StopFlag())
+    found = generate(base, prompts, 8, GenerationLimits(MAX_TOKENS, ends, micro_batch_tokens), StopFlag())
     expected = {row: [reference(trained[row].adapter, p, ends) for p in asked] for row, asked in prompts.items()}
     assert found == expected
     assert len({tuple(answers[0]) for answers in found.values()}) > 3, "the runs hardly differ: that proves little"
@@ -65,9 +66,10 @@ def test_every_run_answers_as_transformers_with_its_adapter(
 def test_in_half_precision_on_a_gpu_the_cache_changes_no_answer(tmp_path: Path) -> None:
     base = packs.tiny_base(torch.bfloat16, device=torch.device("cuda"))
     packs.make_loop(tmp_path, base, packs.DIVERSE)
-    found = generate(base, dict.fromkeys(range(8), PROMPTS), 8, 10_000, MAX_TOKENS, set(), StopFlag())
+    found = generate(base, dict.fromkeys(range(8), PROMPTS), 8, UNCLOSED, StopFlag())
     follow = [[np.append(p, answer[:-1]) for p, answer in zip(PROMPTS, own, strict=True)] for own in found.values()]
-    again = generate(base, dict(enumerate(follow)), 8, 10_000, 1, set(), StopFlag())  # the last token, without a cache
+    # The last token alone, without a cache.
+    again = generate(base, dict(enumerate(follow)), 8, GenerationLimits(1, set(), 10_000), StopFlag())
     pairs = [(own[-1], anew[0]) for run in range(8) for own, anew in zip(found[run], again[run], strict=True)]
     assert sum(own == anew for own, anew in pairs) > 0.9 * len(pairs)  # two likeliest tokens may be as likely
 
@@ -78,14 +80,16 @@ def test_the_bare_base_answers_as_transformers(decoder: str) -> None:
     assert base._decoder is not None
     if decoder != "ours":
         base._decoder = None  # as for a model whose formulas are not Llama's
-    found = generate(base, {0: PROMPTS}, 1, 10_000, MAX_TOKENS, set(), StopFlag())
+    found = generate(base, {0: PROMPTS}, 1, UNCLOSED, StopFlag())
     assert found == {0: [reference(None, prompt, set()) for prompt in PROMPTS]}
 
 
 def test_an_answer_ends_with_the_first_closing_token_or_at_the_limit() -> None:
-    (whole,) = generate(packs.tiny_base(), {0: PROMPTS[:1]}, 1, 100, MAX_TOKENS, set(), StopFlag())[0]
+    (whole,) = generate(packs.tiny_base(), {0: PROMPTS[:1]}, 1, UNCLOSED, StopFlag())[0]
     assert len(whole) == MAX_TOKENS
-    (closed,) = generate(packs.tiny_base(), {0: PROMPTS[:1]}, 1, 100, MAX_TOKENS, {whole[2]}, StopFlag())[0]
+    (closed,) = generate(
+        packs.tiny_base(), {0: PROMPTS[:1]}, 1, GenerationLimits(MAX_TOKENS, {whole[2]}, 100), StopFlag()
+    )[0]
     assert closed == whole[: whole.index(whole[2]) + 1]
 
 
@@ -93,4 +97,4 @@ def test_it_stops_when_the_job_is_asked_to() -> None:
     stop = StopFlag()
     stop.signal_name = "SIGTERM"
     with pytest.raises(Stopped):
-        generate(packs.tiny_base(), {0: PROMPTS}, 1, 10_000, MAX_TOKENS, set(), stop)
+        generate(packs.tiny_base(), {0: PROMPTS}, 1, UNCLOSED, stop)

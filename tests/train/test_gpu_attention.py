@@ -16,7 +16,7 @@ from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.nn import attention
 from train.nn.attention import attend
-from train.nn.backends import PLAIN, Kernels
+from train.nn.backends import EAGER, Kernels
 from train.nn.forward_context import ForwardContext
 from train.nn.triton.attention import backward, forward
 
@@ -110,30 +110,30 @@ def test_the_trainer_takes_the_kernels_for_heads_that_they_are_made_for() -> Non
     batch = MicroBatch([TokenSequence(0, index, row, row) for index, row in enumerate(rows)], 1, DEVICE)
     *qkv, gradient = inputs((5, 70, 9), HEADS[1], torch.float16)
     found = []
-    for kernels in (Kernels(varlen=True, blocks=True), PLAIN):
-        current = ForwardContext(kernels)
-        current.begin(batch, None)
+    for kernels in (Kernels(flash_varlen=True, triton_attention=True), EAGER):
+        context = ForwardContext(kernels)
+        context.set(batch, None)
         leaves = [x.clone().requires_grad_() for x in qkv]
-        out = attend(*leaves, current, SCALE)
+        out = attend(*leaves, context, SCALE)
         found.append((out.grad_fn.name(), out.detach(), *torch.autograd.grad(out, leaves, gradient)))
     (way, *mine), (other_way, *others) = found
-    assert ("_InBlocks" in way, "_InBlocks" in other_way) == (True, False)
+    assert ("_TritonAttention" in way, "_TritonAttention" in other_way) == (True, False)
     for x, y in zip(mine, others, strict=True):
         torch.testing.assert_close(x.float(), y.float(), rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize(
-    ("dim", "of_values", "in_blocks"), [(64, 64, True), (16, 16, False), (96, 96, False), (64, 32, False)]
+    ("dim", "of_values", "use_triton"), [(64, 64, True), (16, 16, False), (96, 96, False), (64, 32, False)]
 )
 def test_other_heads_are_left_to_flash_attention(
-    dim: int, of_values: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    dim: int, of_values: int, use_triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which runs on GPUs alone: only the choice is looked at."""
     taken: list[str] = []
-    for name in ("_InBlocks", "_Varlen"):
+    for name in ("_TritonAttention", "_FlashVarlen"):
         monkeypatch.setattr(getattr(attention, name), "apply", lambda q, *_others, name=name: taken.append(name) or q)
     row = np.zeros(5, np.int32)
-    current = ForwardContext(Kernels(varlen=True, blocks=True))
-    current.begin(MicroBatch([TokenSequence(0, 0, row, row)], 1, packs.CPU), None)
-    attend(torch.zeros(5, 2, dim), torch.zeros(5, 2, dim), torch.zeros(5, 2, of_values), current, SCALE)
-    assert taken == ["_InBlocks" if in_blocks else "_Varlen"]
+    context = ForwardContext(Kernels(flash_varlen=True, triton_attention=True))
+    context.set(MicroBatch([TokenSequence(0, 0, row, row)], 1, packs.CPU), None)
+    attend(torch.zeros(5, 2, dim), torch.zeros(5, 2, dim), torch.zeros(5, 2, of_values), context, SCALE)
+    assert taken == ["_TritonAttention" if use_triton else "_FlashVarlen"]

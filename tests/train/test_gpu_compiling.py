@@ -27,10 +27,10 @@ from train.nn.triton import attention, functional, grouped_mm
 CAPABILITY = int(sys.argv[1])
 NARROW = {
     "bounds": "*i32", "starts": "*i32", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1",
-    "applies": "*i1", "log_sums": "*fp32", "products": "*fp32", "eps": "fp32", "scale": "fp32", "factor": "fp32",
+    "applies": "*i1", "log_sums": "*fp32", "deltas": "*fp32", "eps": "fp32", "scale": "fp32", "factor": "fp32",
 } | {name: "i32" for name in (
     "groups parts total columns K N M x_row stack_group stack_k stack_n left_row right_row row_stride gradient_stride "
-    "q_row k_row v_row out_row gradient_row of_q_row of_k_row of_v_row"
+    "q_row k_row v_row out_row gradient_row q_grad_row k_grad_row v_grad_row"
 ).split()}
 UNKNOWN = {"groups", "parts", "total"}  # of which nothing is promised
 found = {}
@@ -50,10 +50,10 @@ def compiled(kernel, dtype, num_warps=4, num_stages=3, types={}, **constants):
 
 for rank in (16, 128):
     for K, N, whole_rows in ((4096, rank, "stack_k"), (rank, 4096, "stack_k"), (4096, rank, "stack_n"), (rank, 4096, "stack_n")):
-        blocks = grouped_mm.times_blocks(K, N) | {"GROUPS": grouped_mm.LEAST_GROUPS, whole_rows: 1}
-        compiled(grouped_mm._times, "bf16", **blocks)
+        blocks = grouped_mm.bmm_blocks(K, N) | {"GROUPS": grouped_mm.LEAST_GROUPS, whole_rows: 1}
+        compiled(grouped_mm._bmm, "bf16", **blocks)
     for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
-        compiled(grouped_mm._outer, "bf16", types={"out": "*fp32"}, **grouped_mm.outer_blocks(M, N))
+        compiled(grouped_mm._outer_grad, "bf16", types={"out": "*fp32"}, **grouped_mm.outer_grad_blocks(M, N))
 for dim, group, dtype in ((128, 1, "bf16"), (64, 4, "fp16"), (32, 2, "bf16")):
     for kernel, launch in (
         (attention._forward, attention.FORWARD),
@@ -62,12 +62,12 @@ for dim, group, dtype in ((128, 1, "bf16"), (64, 4, "fp16"), (32, 2, "bf16")):
     ):
         compiled(kernel, dtype, GROUP=group, DIM=dim, **launch)
 for dtype in ("bf16", "fp32"):
-    for kernel in (functional._rms_norm, functional._rms_norm_gradient):
+    for kernel in (functional._rms_norm, functional._rms_norm_backward):
         compiled(kernel, dtype, DIM=3584, types={"weight": "*" + dtype}, **functional._whole_row(3584))
-    for kernel in (functional._swiglu, functional._swiglu_gradient):
+    for kernel in (functional._swiglu, functional._swiglu_backward):
         compiled(kernel, dtype, DIM=11008, BLOCK=functional.BLOCK)
-    compiled(functional._rotate, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
-    compiled(functional._softmax, dtype, WORDS=152_064, BLOCK=functional.VOCABULARY_BLOCK, num_warps=8)
+    compiled(functional._rotary, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
+    compiled(functional._cross_entropy, dtype, VOCAB=152_064, BLOCK=functional.VOCAB_BLOCK, num_warps=8)
 factors = dict.fromkeys("rate decay clip beta1 beta2 correction1 root_correction2 eps".split(), "*fp32")
 compiled(functional._adamw, "fp32", types=factors, BLOCK=functional.BLOCK)
 print(json.dumps(found))

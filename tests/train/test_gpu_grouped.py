@@ -10,7 +10,7 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train.nn.triton.grouped_mm import LEAST_TOKENS_OF_A_PART, outer, times
+from train.nn.triton.grouped_mm import LEAST_TOKENS_OF_A_PART, bmm, outer_grad
 
 DEVICE = packs.DEVICES[-1]
 TOLERANCE = {torch.float16: 2e-3}
@@ -43,21 +43,19 @@ def test_products_are_those_of_each_run_alone(lengths: tuple[int, ...], rank: in
     down, up = numbers(groups, rank, WIDE, dtype=dtype), numbers(groups, WIDE, rank, dtype=dtype)
     xs, hs = ([part.float() for part in flat.split(lengths)] for flat in (x, h))
     assert_close(
-        times(x, down.transpose(1, 2), bounds, is_everything=True),
+        bmm(x, down.transpose(1, 2), bounds, covers_all=True),
         [a @ b.float().t() for a, b in zip(xs, down, strict=True)],
         dtype,
     )
-    assert_close(times(x, up, bounds, is_everything=True), [a @ b.float() for a, b in zip(xs, up, strict=True)], dtype)
+    assert_close(bmm(x, up, bounds, covers_all=True), [a @ b.float() for a, b in zip(xs, up, strict=True)], dtype)
+    assert_close(bmm(h, down, bounds, covers_all=True), [a @ b.float() for a, b in zip(hs, down, strict=True)], dtype)
     assert_close(
-        times(h, down, bounds, is_everything=True), [a @ b.float() for a, b in zip(hs, down, strict=True)], dtype
-    )
-    assert_close(
-        times(h, up.transpose(1, 2), bounds, is_everything=True),
+        bmm(h, up.transpose(1, 2), bounds, covers_all=True),
         [a @ b.float().t() for a, b in zip(hs, up, strict=True)],
         dtype,
     )
-    assert_close(outer(h, x, bounds), [a.t() @ b for a, b in zip(hs, xs, strict=True)], dtype)
-    assert_close(outer(x, h, bounds), [b.t() @ a for a, b in zip(hs, xs, strict=True)], dtype)
+    assert_close(outer_grad(h, x, bounds), [a.t() @ b for a, b in zip(hs, xs, strict=True)], dtype)
+    assert_close(outer_grad(x, h, bounds), [b.t() @ a for a, b in zip(hs, xs, strict=True)], dtype)
 
 
 def test_sums_over_many_tokens_are_made_in_parts() -> None:
@@ -66,11 +64,11 @@ def test_sums_over_many_tokens_are_made_in_parts() -> None:
     stack, bounds = numbers(2, 64, 8, dtype=torch.float16), bounds_of(lengths)
     parts = [(a.float(), b.float()) for a, b in zip(x.split(lengths), h.split(lengths), strict=True)]
     assert_close(
-        times(x, stack, bounds, is_everything=True),
+        bmm(x, stack, bounds, covers_all=True),
         [a @ b.float() for (a, _), b in zip(parts, stack, strict=True)],
         torch.float16,
     )
-    assert_close(outer(x, h, bounds), [a.t() @ b for a, b in parts], torch.float16)
+    assert_close(outer_grad(x, h, bounds), [a.t() @ b for a, b in parts], torch.float16)
 
 
 def test_a_nan_stays_in_its_run() -> None:
@@ -78,10 +76,10 @@ def test_a_nan_stays_in_its_run() -> None:
     lengths, dtype = (5, 70, 1), torch.float16
     x, h, bounds = numbers(76, WIDE, dtype=dtype), numbers(76, 16, dtype=dtype), bounds_of(lengths)
     stack = numbers(3, WIDE, 16, dtype=dtype)
-    clean = times(x, stack, bounds, is_everything=True), outer(x, h, bounds)
+    clean = bmm(x, stack, bounds, covers_all=True), outer_grad(x, h, bounds)
     for poisoned in (x, h, stack):
         poisoned[1 if poisoned is stack else 10] = torch.nan
-    dirty = times(x, stack, bounds, is_everything=True), outer(x, h, bounds)
+    dirty = bmm(x, stack, bounds, covers_all=True), outer_grad(x, h, bounds)
     for others in (slice(0, 5), slice(75, 76)):
         assert torch.equal(dirty[0][others], clean[0][others])
     assert torch.equal(dirty[1][[0, 2]], clean[1][[0, 2]])
@@ -93,10 +91,8 @@ def test_a_strided_input_is_taken_for_what_it_says() -> None:
     dtype = torch.float16
     x, h, bounds = numbers(WIDE, 20, dtype=dtype).t(), numbers(20, 32, dtype=dtype)[:, ::2], bounds_of((9, 11))
     stack = numbers(2, WIDE, 16, dtype=dtype)
-    assert torch.equal(
-        times(x, stack, bounds, is_everything=True), times(x.contiguous(), stack, bounds, is_everything=True)
-    )
-    assert torch.equal(outer(h, x, bounds), outer(h.contiguous(), x.contiguous(), bounds))
+    assert torch.equal(bmm(x, stack, bounds, covers_all=True), bmm(x.contiguous(), stack, bounds, covers_all=True))
+    assert torch.equal(outer_grad(h, x, bounds), outer_grad(h.contiguous(), x.contiguous(), bounds))
 
 
 def test_tokens_of_other_runs_are_left_alone() -> None:
@@ -108,6 +104,6 @@ def test_tokens_of_other_runs_are_left_alone() -> None:
     expected = torch.zeros(63, 16, device=DEVICE)
     expected[4:34], expected[41:60] = parts[1].float() @ stack[1].float(), parts[3].float() @ stack[3].float()
     x[:4] = x[34:41] = x[60:] = torch.nan
-    found = times(x, stack[some], picked, is_everything=False)
+    found = bmm(x, stack[some], picked, covers_all=False)
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
-    assert torch.equal(outer(x, h, picked), outer(x, h, bounds)[some])
+    assert torch.equal(outer_grad(x, h, picked), outer_grad(x, h, bounds)[some])

@@ -13,7 +13,7 @@ import torch
 import packs
 from train.config import TrainConfig
 from train.errors import BadInput
-from train.nn.backends import PLAIN, Kernels, choose_kernels, lacks_a_compiler
+from train.nn.backends import EAGER, Kernels, choose_kernels, missing_compiler
 
 GPU = torch.device("cuda")
 
@@ -46,20 +46,20 @@ def train_config(**values: object) -> TrainConfig:
 
 
 def test_what_each_precision_takes(gpu: pytest.MonkeyPatch) -> None:
-    sixteen_bit = Kernels(varlen=True, blocks=True, grouped=True, fused=True)
-    assert choose_kernels(GPU, torch.bfloat16) == replace(sixteen_bit, graphs=True)
+    sixteen_bit = Kernels(flash_varlen=True, triton_attention=True, grouped_lora=True, fused_elementwise=True)
+    assert choose_kernels(GPU, torch.bfloat16) == replace(sixteen_bit, cuda_graphs=True)
     assert choose_kernels(GPU, torch.float16) == sixteen_bit
-    assert choose_kernels(GPU, torch.float32) == Kernels(fused=True)
-    assert choose_kernels(GPU, torch.float64) == PLAIN
-    assert choose_kernels(GPU, torch.bfloat16, compiles=False) == Kernels(varlen=True)
+    assert choose_kernels(GPU, torch.float32) == Kernels(fused_elementwise=True)
+    assert choose_kernels(GPU, torch.float64) == EAGER
+    assert choose_kernels(GPU, torch.bfloat16, compiles=False) == Kernels(flash_varlen=True)
     assert choose_kernels(GPU, torch.bfloat16, graphs=False) == sixteen_bit
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_kernels(GPU, torch.float16) == choose_kernels(packs.CPU, torch.float32) == PLAIN
+    assert choose_kernels(GPU, torch.float16) == choose_kernels(packs.CPU, torch.float32) == EAGER
 
 
 def test_a_machine_with_a_compiler_lacks_nothing(gpu: pytest.MonkeyPatch) -> None:
     gpu.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=Driver()))
-    assert lacks_a_compiler(GPU, train_config()) is None
+    assert missing_compiler(GPU, train_config()) is None
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,17 @@ def test_what_is_missing_is_named_and_a_user_who_insists_is_refused(
     gpu: pytest.MonkeyPatch, runtime: SimpleNamespace | None, words: str
 ) -> None:
     gpu.setitem(sys.modules, "triton.runtime", runtime)  # None is how Python remembers that there is no such module
-    missing = lacks_a_compiler(GPU, train_config())
+    missing = missing_compiler(GPU, train_config())
     assert missing is not None
     assert words in missing
     with pytest.raises(BadInput, match=r"train\.compile=true, but Triton cannot build here"):
-        lacks_a_compiler(GPU, train_config(compile=True))
-    assert lacks_a_compiler(GPU, train_config(compile=False)) is None
-    assert lacks_a_compiler(packs.CPU, train_config(compile=True)) is None
+        missing_compiler(GPU, train_config(compile=True))
+    assert missing_compiler(GPU, train_config(compile=False)) is None
+    assert missing_compiler(packs.CPU, train_config(compile=True)) is None
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert lacks_a_compiler(GPU, train_config()) is None
+    assert missing_compiler(GPU, train_config()) is None
 
 
 @pytest.mark.skipif(packs.LACKS_TRITON is not None or len(packs.DEVICES) > 1, reason="wants Triton and no GPU")
 def test_triton_itself_says_that_there_is_no_gpu(gpu: pytest.MonkeyPatch) -> None:
-    assert "0 active drivers" in str(lacks_a_compiler(GPU, train_config()))
+    assert "0 active drivers" in str(missing_compiler(GPU, train_config()))

@@ -20,9 +20,9 @@ from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.nn import attention
 from train.nn.attention import attend
-from train.nn.backends import PLAIN, choose_kernels
+from train.nn.backends import EAGER, choose_kernels
 from train.nn.forward_context import ForwardContext
-from train.nn.packed_model import PackedModel, pack_model
+from train.nn.packed_model import PackedModel, Placement, pack_model
 from train.store.storage import read_lines
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
@@ -40,7 +40,7 @@ def base_as_in_training(
     dtype: torch.dtype, device: torch.device, quant: QuantConfig = packs.SIXTEEN_BIT
 ) -> PackedModel:
     kernels = choose_kernels(device, dtype)
-    return pack_model(packs.tiny_llama(dtype), quant, device, "resident", longest=64, kernels=kernels)
+    return pack_model(packs.tiny_llama(dtype), Placement(quant, device, "resident", longest=64, kernels=kernels))
 
 
 def losses(folder: Path) -> list[list[float]]:
@@ -117,26 +117,26 @@ def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(
     device: torch.device, dtype: torch.dtype, way: str
 ) -> None:
     """Attention adds the parts of a long sequence up in any order unless it is told otherwise, and a resumed run has to repeat."""
-    kernels = PLAIN if way == "as on a T4" else choose_kernels(device, dtype, compiles=way == "as in training")
+    kernels = EAGER if way == "as on a T4" else choose_kernels(device, dtype, compiles=way == "as in training")
     tokens = np.zeros(512, np.int32)
     batch = MicroBatch([TokenSequence(0, index, tokens, tokens) for index in range(8)], 1, device)
-    current = ForwardContext(kernels)
-    current.begin(batch, None)
+    context = ForwardContext(kernels)
+    context.set(batch, None)
     random = torch.Generator().manual_seed(0)
     q, k, v, gradient = (torch.randn(batch.total, 4, 64, generator=random).to(device, dtype) for _ in range(4))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    first, *others = (torch.autograd.grad(attend(q, k, v, current, scale=0.125), (q, k, v), gradient) for _ in range(6))
+    first, *others = (torch.autograd.grad(attend(q, k, v, context, scale=0.125), (q, k, v), gradient) for _ in range(6))
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
 def test_a_kernel_that_splits_keys_is_told_to_keep_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's own kernel stands in for the one that only GPUs have."""
-    monkeypatch.setattr(attention, "SPLITS_KEYS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
+    monkeypatch.setattr(attention, "SPLIT_KEY_BACKWARDS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
     tokens = np.zeros(9, np.int32)
-    batch, current = MicroBatch([TokenSequence(0, 0, tokens, tokens)], 1, packs.CPU), ForwardContext(PLAIN)
-    current.begin(batch, None)
+    batch, context = MicroBatch([TokenSequence(0, 0, tokens, tokens)], 1, packs.CPU), ForwardContext(EAGER)
+    context.set(batch, None)
     q, k, v = (torch.randn(batch.total, 4, 8, requires_grad=True) for _ in range(3))
-    attended = attend(q, k, v, current, scale=0.5)
+    attended = attend(q, k, v, context, scale=0.5)
     with Orders() as orders:
         attended.sum().backward()
     assert orders.of_attention == [True]

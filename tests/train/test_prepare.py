@@ -70,8 +70,7 @@ def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenizing(
     answer, _ = ask(document(tmp_path / "cache", data, target="c_attn"))
     assert (answer["error"], answer["exit_code"]) == ("BadInput", 2)
     assert (
-        "'c_attn', which is no linear layer of the model's that an adapter can sit on; it has down_proj"
-        in answer["message"]
+        "'c_attn', which is not a linear layer of the model that can be adapted; it has down_proj" in answer["message"]
     )
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["models"]
 

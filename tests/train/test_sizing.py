@@ -3,7 +3,7 @@
 from typing import Any
 
 from train.config import QuantConfig, TrainConfig
-from train.sizing import FULL_GPU_TOKENS, BaseSize, Device, Fit, choose_fit, kept_values, token_bytes
+from train.sizing import FULL_GPU_TOKENS, BaseSize, Device, Fit, base_bytes, choose_fit, kept_values, token_bytes
 
 GIB = 2**30
 HIDDEN, MLP = 4096, 11_008
@@ -67,3 +67,21 @@ def test_what_a_layer_keeps_is_what_its_backward_reads() -> None:
 def test_recomputing_keeps_the_layers_inputs_and_one_layer() -> None:
     kept, again = (token_bytes(LLAMA_7B, 2, recomputed=recomputed) for recomputed in (False, True))
     assert kept - again == 2 * (31 * (8 * HIDDEN + 3 * MLP) - 32 * HIDDEN)
+
+
+def test_the_example_of_the_docstring() -> None:
+    quant = QuantConfig(load_in_4bit=True)
+    assert f"{base_bytes(LLAMA_7B, quant, 'resident', 2) / GIB:.2f}" == "12.55"
+    assert f"{base_bytes(LLAMA_7B, quant, 'nf4', 2) / GIB:.2f}" == "3.60"
+    assert kept_values(LLAMA_7B) == 32 * 65_792 == 2_105_344
+    assert [token_bytes(LLAMA_7B, 2, recomputed=recomputed) for recomputed in (False, True)] == [4_317_696, 500_736]
+    for gib, residency, kept, recomputed, recomputes, tokens in (
+        (80, "resident", 8386, 72_316, False, 8386),
+        (40, "resident", 3413, 29_429, True, 5120),
+        (15, "nf4", 1417, 12_222, True, 1920),
+    ):
+        fit = chosen(Device("cuda", gib * GIB))
+        assert (fit.residency, fit.checkpoint_activations, fit.micro_batch_tokens) == (residency, recomputes, tokens)
+        room = (gib * GIB - base_bytes(LLAMA_7B, quant, fit.residency, 2)) / 2
+        found = [int(room / token_bytes(LLAMA_7B, 2, recomputed=again)) for again in (False, True)]
+        assert found == [kept, recomputed]

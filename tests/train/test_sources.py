@@ -149,7 +149,7 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         parameter_count(folder)
     for content in (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"", b"\x02" + b"\0" * 7 + b"[]"):
         weights.write_bytes(content)
-        with pytest.raises(BadInput, match="no safetensors file"):
+        with pytest.raises(BadInput, match="not a safetensors file"):
             parameter_count(folder)
 
 
@@ -243,7 +243,7 @@ def test_a_path_that_no_system_could_have_is_refused(source: str) -> None:
     ("name", "content", "said"),
     [
         ("config.json", "[]", "has to hold a JSON object"),
-        ("config.json", "[" * 100_000, "is no JSON"),
+        ("config.json", "[" * 100_000, "is not valid JSON"),
         ("model.safetensors.index.json", "{}", "has no weight_map"),
     ],
 )

@@ -81,7 +81,7 @@ def test_modules_come_in_the_order_given(tiny_model: Tiny) -> None:
         ({"target_modules": ["q_proj", "c_attn"]}, r"'c_attn'.*q_proj"),
         ({"target_modules": ["proj"]}, r"'proj'.*down_proj"),
         ({"target_modules": "q_proj"}, r"whole name.*q_proj"),
-        ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"target_modules": "(q_proj"}, "not a valid regular expression"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 4, 9]}, r"\[4, 9\].*layers 0 to 3"),
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "as a list"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}}, r"lora.rank_pattern has 'v_proj'.*q_proj"),

@@ -51,9 +51,9 @@ def read_hub(source: str, data: DataConfig) -> tuple[list[Row], Dropped]:
     """
     import datasets
 
-    from train.model.hub import hub_trouble, offline
+    from train.model.hub import hub_unreachable, offline
 
-    trouble = hub_trouble()
+    trouble = hub_unreachable()
     try:
         with offline() if trouble else nullcontext():  # what was fetched before lies in the user's own cache
             table = datasets.load_dataset(source, revision=data.revision, split=data.split)

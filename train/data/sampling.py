@@ -6,16 +6,11 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from train.config import TrainConfig
 from train.data.token_table import TokenTable
-
-if TYPE_CHECKING:
-    pass
-
 
 IGNORED_LABEL = -100
 
@@ -34,7 +29,7 @@ def rows_of_step(train: TrainConfig, rows: int, step: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One row of one run. `run` is the run's row in the pack, `index` its place in the run's batch (a dropout counter).
+    """One row of one run. `run` is the run's index in the pack, `index` the row's place in the run's batch (a dropout counter).
 
     `start` is the position of its first token: how many tokens before it a cache holds.
     """

@@ -27,7 +27,7 @@ def write_adapter(folder: Path, lora: LoraConfig, model: ModelConfig, tensors: A
     """Write ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into an existing folder.
 
     Args:
-        folder: to write into; the caller makes it appear at once (`train.store.storage.write_folder`).
+        folder: to write into; the caller makes it appear complete (`train.store.storage.write_folder`).
         lora: what was trained.
         model: the base, which the adapter names.
         tensors: A [r, in] and B [out, r] by the module's full name in the base.
@@ -49,10 +49,10 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A [r, in] and B [out, r], float32, by the module's full name.
 
     Raises:
-        BadInput: the folder holds no adapter.
+        BadInput: the folder has no adapter.
     """
     if not (folder / WEIGHTS).is_file():
-        raise BadInput(f"{folder} holds no adapter (looked for {WEIGHTS}); it is written when the run is done.")
+        raise BadInput(f"{folder} has no adapter (looked for {WEIGHTS}); it is written when the run is done.")
     named = load_file(folder / WEIGHTS)
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in named if key.endswith(".lora_A.weight")]
     return {
@@ -61,7 +61,7 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def peft_config(lora: LoraConfig, model: ModelConfig, names: Sequence[str]) -> PeftLoraConfig:
-    """`lora` over the modules `names`, as PEFT writes it; LoRA+ is a way of training, so PEFT has no field for it."""
+    """`lora` over the modules `names`, as PEFT writes it; LoRA+ is part of training, so PEFT has no field for it."""
     from peft import LoraConfig as PeftLoraConfig  # slow, and reading an adapter does without
 
     config = PeftLoraConfig(
@@ -79,13 +79,14 @@ def peft_config(lora: LoraConfig, model: ModelConfig, names: Sequence[str]) -> P
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
     )
-    if isinstance(config.target_modules, set):  # written in the order of its hashes, which no two processes share
+    # PEFT writes a set in the order of its hashes, which differ from process to process.
+    if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
     return config
 
 
 def _spelled_out(target_modules: list[str] | str, names: Sequence[str]) -> list[str] | str:
-    """``all-linear`` by the last parts of module names, as PEFT saves it: other readers do not know the word."""
+    """``all-linear`` by the last parts of module names, as PEFT saves it: other readers do not know ``all-linear``."""
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         return [name.rpartition(".")[2] for name in names]
     return target_modules

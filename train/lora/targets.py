@@ -1,7 +1,7 @@
-"""Which modules an adapter sits on, with what rank and scaling: PEFT's rules, without PEFT.
+"""Which modules are adapted, with what rank and scaling: PEFT's rules, without PEFT.
 
 Light on purpose: the launcher checks targets and counts parameters on the login node. The rules are those of PEFT 0.21's
-`check_target_module_exists` and `get_pattern_key`; `tests/train/test_targets.py` holds them against PEFT itself.
+`check_target_module_exists` and `get_pattern_key`; `tests/train/test_targets.py` compares them with PEFT itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def adapted_modules(lora: LoraConfig, linear_names: Sequence[str]) -> dict[str, 
     if not names:
         raise BadInput(
             f"lora.target_modules={lora.target_modules!r} adapts nothing; a text has to match a module's whole name, like "
-            f"'.*\\.q_proj', and a list names modules by their last part, of {_kinds(linear_names)}."
+            f"'.*\\.q_proj'; a list names modules by their last part, of {_kinds(linear_names)}."
         )
     _refuse_idle_patterns("lora.rank_pattern", lora.rank_pattern, names)
     _refuse_idle_patterns("lora.alpha_pattern", lora.alpha_pattern, names)
@@ -100,8 +100,8 @@ def _refuse_unknown_targets(lora: LoraConfig, linear_names: Sequence[str]) -> No
     for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear_names):
             raise BadInput(
-                f"lora.target_modules names {target!r}, which is no linear layer of the model's that an adapter can "
-                f"sit on; it has {_kinds(linear_names)}."
+                f"lora.target_modules names {target!r}, which is not a linear layer of the model that can be adapted; "
+                f"it has {_kinds(linear_names)}."
             )
     return None
 
@@ -111,7 +111,7 @@ def _refuse_bad_regex(pattern: str, linear_names: Sequence[str]) -> None:
         re.compile(pattern)
     except re.error as exc:
         raise BadInput(
-            f"lora.target_modules={pattern!r} is no regular expression ({exc}); give one, or a list of {_kinds(linear_names)}."
+            f"lora.target_modules={pattern!r} is not a valid regular expression ({exc}); give one, or a list of {_kinds(linear_names)}."
         ) from exc
 
 

@@ -1,6 +1,6 @@
-"""What a model's ``config.json`` alone tells: enough to refuse most of what cannot be trained on the login node, in no time.
+"""What a model's ``config.json`` alone says: enough for the login node to refuse at once most models that cannot be trained.
 
-Light on purpose. `train.model.loading` looks at the model itself before anything is submitted, and has the last word on all others.
+Light on purpose. `train.model.loading` checks the model itself before anything is submitted, and decides about all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from train.model.folder import model_config
 
 CHOOSE_ANOTHER = "choose a Llama-like model"
 
-# What some architectures do to their logits, and the value that does nothing.
+# What some architectures do to their logits, with the neutral value of each key.
 LOGIT_KEYS: dict[str, float | None] = {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
@@ -22,12 +22,12 @@ LOGIT_KEYS: dict[str, float | None] = {
     "logits_scaling": 1.0,
 }
 
-OWN_MATRICES = "the architecture {!r} keeps its weights in modules of its own kind, on which no adapter can sit"
-OWN_ATTENTION = "the architecture {!r} mixes tokens in a way of its own, so packed sequences could not be kept apart"
+OWN_MATRICES = "the architecture {!r} keeps its weights in modules of its own kind, which cannot be adapted"
+OWN_ATTENTION = "the architecture {!r} mixes tokens in a way of its own, so packed sequences cannot be kept apart"
 HEAD_WITH_BIAS = "the output layer of {!r} has a bias, which lorapack does not compute"
-NO_DECODER = "the architecture {!r} is no decoder that predicts the next token"
+NO_DECODER = "the architecture {!r} is not a decoder that predicts the next token"
 
-# Well-known ones by their `model_type`; tests/train/test_loading.py holds them against transformers.
+# Well-known ones by their `model_type`; tests/train/test_loading.py compares them with transformers' own models.
 UNLIKE_LLAMA = {
     "bert": HEAD_WITH_BIAS,
     "bloom": OWN_ATTENTION,
@@ -66,11 +66,12 @@ def refuse_by_config(config: Any, longest: int) -> None:
         BadInput: attention sees fewer tokens than `longest`, or logits are scaled or capped.
     """
     windowed = getattr(config, "use_sliding_window", True)
-    sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    sliding = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
     window = min(filter(None, [sliding if windowed else None, chunk]), default=longest)
     if window < longest:
         raise BadInput(
-            f"the model attends to a sliding window of {window} tokens; set data.max_length to at most {window}, now {longest}."
+            f"the model attends to a sliding window of {window} tokens; set data.max_length to at most {window} (now {longest})."
         )
     for key, neutral in LOGIT_KEYS.items():
         if getattr(config, key, neutral) not in (None, neutral):

@@ -1,7 +1,7 @@
-"""Bases quantized once per cluster: the process that finds none makes it while others wait, and then all read the same bytes.
+"""Bases quantized once per cluster: the first process quantizes while others wait, and then all read the same bytes.
 
-A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantizes nothing. Whoever adds a base
-removes those that no job has opened for `IDLE_DAYS`: more than any job runs, so none of them is in use.
+A later job or a requeue reads a quarter of the model's bytes, straight to its device, and quantizes nothing. A job that adds a base
+removes those that no job has opened for `IDLE_DAYS`: longer than any job runs, so none of them is in use.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ from train.runtime.activity import Activity
 from train.store.layout import BaseDir, CacheDir
 from train.store.storage import Record, make_folder, storage_errors, write_folder, write_json
 
-FORMAT_VERSION = 1  # of the file: raise it when its names or their meaning change
-VERSIONED = ("bitsandbytes", "transformers")  # the one decides the bits, the other the names
-LEFT_FREE_BYTES = 2**30  # of the disk, for checkpoints
+# Of the cached file: raise it when its names or their meaning change.
+FORMAT_VERSION = 1
+# The first decides the bits, the second the names.
+VERSIONED = ("bitsandbytes", "transformers")
+# Of the disk, for checkpoints.
+LEFT_FREE_BYTES = 2**30
 IDLE_DAYS = 30.0
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class WantedBase:
+class BaseSpec:
     """Everything that decides the bits of a quantized base.
 
-    bitsandbytes rounds by thresholds on a GPU and by distances on a CPU, so the kind of device belongs to it.
+    bitsandbytes rounds by thresholds on a GPU and by distances on a CPU, so the kind of device is part of it.
     """
 
     model_dir: Path
@@ -52,7 +55,7 @@ class WantedBase:
     device: torch.device
 
     def about(self) -> Record:
-        """It in words. A hub's branch moves on under the same name, so the age of its files counts too."""
+        """The same as JSON. A hub's branch changes under the same name, so the age of its files counts too."""
         moves = (self.model.fingerprint or "hub:").startswith("hub:")
         stats = [(file.name, file.stat()) for file in weight_files(self.model_dir)] if moves else []
         return {
@@ -67,7 +70,7 @@ class WantedBase:
         }
 
     def tensors(self, stop: Callable[[], None]) -> dict[str, torch.Tensor]:
-        """Load the model and quantize it: what the cache saves later jobs."""
+        """Load the model and quantize it, which the cache saves later jobs."""
         loaded = load_model(self.model_dir, self.model, self.dtype, torch.device("cpu"))
         stop()
         return quantized_tensors(loaded, self.quant, self.device, stop)
@@ -85,10 +88,10 @@ class BaseCache:
     stop: Callable[[], None]
     activity: Activity = field(default_factory=Activity)
 
-    def open(self, wanted: WantedBase) -> QuantizedBase:
-        """The base, from the cache; made where it is not there yet.
+    def open(self, wanted: BaseSpec) -> QuantizedBase:
+        """The base, from the cache; quantized now if the cache does not have it yet.
 
-        A cache that refuses (full, read-only) costs the next job its time, never this one its life.
+        A cache that cannot be written (full, read-only) costs the next job time, and never stops this one.
         """
         about = wanted.about()
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
@@ -102,11 +105,13 @@ class BaseCache:
             make_folder(folder.path.parent)
             with locked(self.cache.base_lock(key), self.stop):
                 return read_base(folder, wanted.device) or self._make(folder, about, wanted)
-        except StorageError as exc:  # no lock to be had: everybody for himself
+        # The lock's file cannot be made: every job quantizes for itself.
+        except StorageError as exc:
             return self._for_this_job(wanted, self._quantize(wanted), exc)
 
-    def _make(self, folder: BaseDir, about: Record, wanted: WantedBase) -> QuantizedBase:
-        began, tensors = time.monotonic(), self._quantize(wanted)
+    def _make(self, folder: BaseDir, about: Record, wanted: BaseSpec) -> QuantizedBase:
+        began = time.monotonic()
+        tensors = self._quantize(wanted)
         for name in remove_idle(folder.path.parent):
             self.say(f"removed {name} from the cache: no job has opened that base for {IDLE_DAYS:.0f} days")
         try:
@@ -116,13 +121,13 @@ class BaseCache:
         self.say(f"quantized the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
         return read_base(folder, wanted.device) or _in_memory(tensors, wanted.device)
 
-    def _quantize(self, wanted: WantedBase) -> dict[str, torch.Tensor]:
+    def _quantize(self, wanted: BaseSpec) -> dict[str, torch.Tensor]:
         self.activity.begin("quantizing")
         tensors = wanted.tensors(self.stop)
         self.activity.begin("loading")
         return tensors
 
-    def _for_this_job(self, wanted: WantedBase, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantizedBase:
+    def _for_this_job(self, wanted: BaseSpec, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantizedBase:
         self.say(f"the quantized base is not kept, so later jobs will quantize again: {why}")
         return _in_memory(tensors, wanted.device)
 
@@ -139,7 +144,7 @@ def remove_idle(bases: Path) -> list[str]:
 
 
 def read_base(folder: BaseDir, device: torch.device) -> QuantizedBase | None:
-    """The base in a folder of the cache, mapped into memory and read on demand; None where there is none that is whole."""
+    """The base in a folder of the cache, mapped into memory and read on demand; None where there is none, or a damaged one."""
     try:
         _read_ahead(folder.weights)
         file = safe_open(folder.weights, framework="pt", device=str(device))
@@ -152,7 +157,7 @@ def write_base(folder: BaseDir, about: Record, tensors: dict[str, torch.Tensor])
     """Write a base to its folder in the cache, complete or not at all.
 
     Raises:
-        StorageError: the disk refuses, or would be all but full.
+        StorageError: the disk cannot be written, or would be almost full.
     """
     size = sum(tensor.nbytes for tensor in tensors.values())
     with storage_errors(folder.path):
@@ -174,7 +179,7 @@ def _in_memory(tensors: dict[str, torch.Tensor], device: torch.device) -> Quanti
 
 
 def _read_ahead(path: Path) -> None:
-    """Let the system fetch the whole file while the model is built around it, in large pieces, as network storage likes them."""
+    """Let the system fetch the whole file while the model is built around it, in large pieces, which suits network storage."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)

@@ -1,6 +1,6 @@
-"""An ordinary Hugging Face model folder, as far as its files tell: what it must hold, and the shapes in its weights' headers.
+"""An ordinary Hugging Face model folder: the files it must have, and the tensors' shapes in the headers of its weights.
 
-Light on purpose: the launcher checks a model on the login node. A safetensors file begins with 8 bytes (the header's length,
+Light on purpose: the launcher checks a model on the login node. A safetensors file starts with 8 bytes (the header's length,
 little-endian) and a JSON header {name: {"dtype", "shape", "data_offsets"}}, so no weight is read.
 """
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is a tokenizer
+# Any one of these is a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "merges.txt",
@@ -34,9 +35,10 @@ TOKENIZER_FILES = (
 )
 
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
-# Experts and router of a mixture: transformers holds them as bare parameters, on which no adapter sits.
+# Experts and router of a mixture of experts: transformers has them as bare parameters, which cannot be adapted.
 MIXTURE = re.compile(r"\.experts\.|\.(gate|router)\.weight$")
-LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
+# The format's own limit.
+LONGEST_HEADER_BYTES = 100_000_000
 SAMPLE_BYTES = 2**14
 
 DECODER_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -56,12 +58,12 @@ def check_model_folder(folder: Path) -> None:
 
 def _check_parts(folder: Path) -> None:
     if not folder.is_dir():
-        raise BadInput(f"model.source={str(folder)!r} is no folder; give the folder that holds the model's {CONFIG}.")
+        raise BadInput(f"model.source={str(folder)!r} is not a folder; give the folder that has the model's {CONFIG}.")
     if not (folder / CONFIG).is_file():
         raise BadInput(f"model folder {folder} has no {CONFIG}; give the folder of a Hugging Face model.")
     if "quantization_config" in model_config(folder):
         raise BadInput(
-            f"model folder {folder} holds weights that are quantized already; give the unquantized model, "
+            f"model folder {folder} has weights that are quantized already; give the unquantized model, "
             "and quant=nf4 quantizes it while loading."
         )
     weight_files(folder)
@@ -110,10 +112,10 @@ def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def decoder_numbers(model_dir: Path) -> dict[str, int]:
-    """The sizes of a decoder like Llama by their names in ``config.json``; a left out `intermediate_size` is four times the hidden.
+    """The sizes of a Llama-like decoder, by their keys in ``config.json``; `intermediate_size` defaults to four times the hidden size.
 
     Raises:
-        BadInput: one is missing or no positive whole number.
+        BadInput: one is missing or not a positive whole number.
     """
     config = model_config(model_dir)
     text = config.get("text_config", config)
@@ -123,8 +125,8 @@ def decoder_numbers(model_dir: Path) -> dict[str, int]:
     wrong = [key for key in DECODER_SIZES if type(found.get(key)) is not int or found[key] < 1]
     if wrong:
         raise BadInput(
-            f"{model_dir / CONFIG} has no proper {', '.join(wrong)}, as a decoder like Llama has; give such a model, or fetch "
-            "it again."
+            f"{model_dir / CONFIG} has no proper {', '.join(wrong)}, which every Llama-like decoder has; give such a model, or "
+            "fetch it again."
         )
     return found
 
@@ -186,7 +188,9 @@ def _read_header(file: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(text)
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
-        raise BadInput(f"{file} is no safetensors file (perhaps a Git LFS pointer?); fetch the model again.") from exc
+        raise BadInput(
+            f"{file} is not a safetensors file (perhaps a Git LFS pointer?); fetch the model again."
+        ) from exc
     if file.stat().st_size < 8 + length_bytes + end:
         raise BadInput(f"{file} is cut short: {file.stat().st_size} of {8 + length_bytes + end} bytes; fetch it again.")
     return header
@@ -201,7 +205,7 @@ def model_config(folder: Path) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Raises:
-        BadInput: it cannot be read, or is no JSON object.
+        BadInput: it cannot be read, or is not a JSON object.
     """
     return _read_json(folder / CONFIG)
 
@@ -211,9 +215,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         with readable(path):
             value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as exc:
-        raise BadInput(f"{path} is no JSON ({exc}); fetch the model again.") from exc
+        raise BadInput(f"{path} is not valid JSON ({exc}); fetch the model again.") from exc
     if not isinstance(value, dict):
-        raise BadInput(f"{path} has to hold a JSON object, not a {type(value).__name__}; fetch the model again.")
+        raise BadInput(f"{path} must be a JSON object, not a {type(value).__name__}; fetch the model again.")
     return value
 
 

@@ -1,6 +1,6 @@
-"""Whether the Hugging Face hub can be reached from here, asked once and with a deadline.
+"""Whether the Hugging Face hub can be reached from here, checked once and with a deadline.
 
-Its own clients try every file for half a minute, and say so each time; compute nodes often have no network at all.
+Its own clients retry every file for half a minute and print so each time, and compute nodes often have no network at all.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from huggingface_hub import constants, get_session
 PROBE_SECONDS = 8.0
 
 
-def hub_trouble(seconds: float = PROBE_SECONDS) -> str | None:
+def hub_unreachable(seconds: float = PROBE_SECONDS) -> str | None:
     """Why the hub cannot be used from here, None if it gives any answer within `seconds`.
 
-    None too where HF_HUB_OFFLINE is set: the clients know that themselves.
+    None too where HF_HUB_OFFLINE is set: the clients handle that themselves.
     """
     if constants.is_offline_mode():
         return None
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    # A thread, since looking up a host's name heeds no time-out.
+    # In a thread, since looking up a host's name ignores time-outs.
     threading.Thread(target=lambda: answers.put(_ask(seconds)), daemon=True).start()
     try:
         reason = answers.get(timeout=seconds + 0.5)
@@ -34,7 +34,7 @@ def hub_trouble(seconds: float = PROBE_SECONDS) -> str | None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Let the hub's clients look into the user's own cache (HF_HOME) alone, and ask nobody."""
+    """Make the hub's clients use the user's own cache (HF_HOME) alone, without any request."""
     import datasets
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -46,7 +46,7 @@ def offline() -> Iterator[None]:
 
 
 def _ask(seconds: float) -> str | None:
-    """One request by the client's own session, which knows of proxies and certificates; any answer is one."""
+    """One request by the client's own session, which knows proxies and certificates; any answer counts."""
     try:
         get_session().head(constants.ENDPOINT, timeout=seconds)
     except Exception as exc:  # the client's HTTP library, and so its exceptions, change from version to version

@@ -1,7 +1,7 @@
-"""Decoder and tokenizer by transformers' own loaders, and the refusal of what the packed trainer would compute differently.
+"""Decoder and tokenizer by transformers' own loaders, and the refusal of models that the packed trainer would compute differently.
 
 `check_decoder` looks at a model on the meta device: names, shapes and one forward without numbers. That takes a second and no
-memory, so it is done before anything is submitted, and speaks for the job, which loads the same files.
+memory, so it is done before anything is submitted. The job loads the same files, so the result holds for it too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from train.errors import BadInput, LorapackError
 from train.model.architecture import CHOOSE_ANOTHER, HEAD_WITH_BIAS, refuse_by_config
 from train.model.folder import linear_shapes
 
-PLAIN_ATTENTION = (
-    "sdpa"  # asked for, since transformers might look for other kernels; `train.nn.packed_model` exchanges it
-)
+# Named explicitly, since transformers might choose other kernels; `train.nn.packed_model` exchanges it.
+PLAIN_ATTENTION = "sdpa"
 PROBE_ATTENTION = "lorapack_probe"
 PROBE_TOKENS = 4
-LONGEST_REASON = 300  # characters; some messages of transformers list all that it knows
+# Characters: some messages of transformers list everything that it knows.
+LONGEST_REASON = 300
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -56,23 +56,24 @@ def load_decoder(folder: Path, model: ModelConfig, **how: Any) -> PreTrainedMode
     Raises:
         BadInput: weights are missing or of other shapes, which transformers would fill with random numbers.
     """
-    loaded, told = AutoModelForCausalLM.from_pretrained(
+    loaded, info = AutoModelForCausalLM.from_pretrained(
         folder,
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
         attn_implementation=PLAIN_ATTENTION,
-        ignore_mismatched_sizes=True,  # told below, in one sentence
+        # Reported below, in one sentence.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
         **how,
     )
     decoder: PreTrainedModel = loaded
-    if told["missing_keys"]:
+    if info["missing_keys"]:
         raise BadInput(
-            f"the weights in {folder} are incomplete: {_some(sorted(told['missing_keys']))} of the architecture "
+            f"the weights in {folder} are incomplete: {_some(sorted(info['missing_keys']))} of the architecture "
             f"{_kind(decoder)} cannot be found; save or fetch the model again."
         )
-    if told["mismatched_keys"]:
-        name, stored, expected = sorted(told["mismatched_keys"])[0]
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
         raise BadInput(
             f"the weights in {folder} do not belong to its config.json: {name} has the shape {tuple(stored)} instead of "
             f"{tuple(expected)}; save or fetch the model again."
@@ -84,7 +85,7 @@ def check_decoder(folder: Path, model: ModelConfig, longest: int) -> None:
     """Refuse a model that a job over sequences of at most `longest` tokens could not train, without loading its weights.
 
     Raises:
-        BadInput: transformers cannot load it, weights are missing, or it is no decoder like Llama.
+        BadInput: transformers cannot load it, weights are missing, or it is not a Llama-like decoder.
     """
     with _quiet(), _foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
         refuse_by_config(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), longest)
@@ -106,12 +107,12 @@ def refuse_unsupported(decoder: PreTrainedModel, longest: int) -> None:
 
 
 def _refuse_other_linears(decoder: PreTrainedModel, folder: Path) -> None:
-    """Refuse matrices that an adapter could be asked for by the files' names, but that are no linear layers."""
+    """Refuse matrices that an adapter could be asked for by the files' names, but that are not linear layers."""
     linears = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     others = sorted({name.rpartition(".")[2] for name in linear_shapes(folder).keys() - linears})
     if others:
         raise BadInput(
-            f"the architecture {_kind(decoder)} keeps {_some(others)} in modules of its own kind, on which no adapter can sit; "
+            f"the architecture {_kind(decoder)} keeps {_some(others)} in modules of its own kind, which cannot be adapted; "
             f"{CHOOSE_ANOTHER}."
         )
 
@@ -119,8 +120,8 @@ def _refuse_other_linears(decoder: PreTrainedModel, folder: Path) -> None:
 def _refuse_other_mixing(decoder: PreTrainedModel) -> None:
     """Refuse a decoder whose layers mix tokens in another way than by attention that can be exchanged, once a layer.
 
-    The trainer lays sequences one behind the other and keeps them apart in attention; a convolution, a state space or an
-    attention of the model's own would let them see each other.
+    The trainer concatenates sequences and keeps them apart in attention. A convolution, a state space or an attention of the model's
+    own would let them see each other.
     """
     calls = 0
 
@@ -139,7 +140,7 @@ def _refuse_other_mixing(decoder: PreTrainedModel) -> None:
     if calls != layers:
         raise BadInput(
             f"the architecture {_kind(decoder)} has {layers} layers and transformers' exchangeable attention in {calls} of them, "
-            f"so packed sequences could not be kept apart; {CHOOSE_ANOTHER}."
+            f"so packed sequences cannot be kept apart; {CHOOSE_ANOTHER}."
         )
     if not hasattr(output, "last_hidden_state"):
         raise BadInput(f"the architecture {_kind(decoder)} does not give its last hidden state; {CHOOSE_ANOTHER}.")
@@ -168,7 +169,7 @@ def _foreign_errors(what: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no tables of weights: what is wrong is told once, in the error."""
+    """No progress bars and no tables of weights: the error says once what is wrong."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from train.store.storage import storage_errors
 
 LOCK_POLL_SECONDS = 0.2
+PRIVATE = 0o600
 
 
 @contextmanager
 def locked(path: Path, stop: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock; the system gives it up with the process. A file system without locks lets everybody pass.
+    """Hold an exclusive lock, which the system releases when the process ends. A file system without locks lets everybody pass.
 
     `stop` is called while waiting and may raise.
 
     Raises:
-        StorageError: the lock's file cannot be made.
+        StorageError: the lock's file cannot be made or opened.
     """
     with storage_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        path.touch(PRIVATE)
+    # fallback_to_soft: filelock's substitute for missing locks is a file that outlives a killed process.
+    lock = FileLock(path, mode=PRIVATE, fallback_to_soft=False)
+    _wait_for(lock, path, stop)
     try:
-        _wait_for_lock(handle, path, stop)
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
-def _wait_for_lock(handle: int, path: Path, stop: Callable[[], None]) -> None:
+def _wait_for(lock: BaseFileLock, path: Path, stop: Callable[[], None]) -> None:
     said = False
     while True:
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=LOCK_POLL_SECONDS)
+            return
+        except Timeout:
             if not said:
                 print(f"another process is making {path.stem}; waiting for it ...", file=sys.stderr, flush=True)
             said = True
             stop()
-            time.sleep(LOCK_POLL_SECONDS)
+        # The file is there, so what fails is the lock itself: the file system has none (ENOLCK, ENOSYS, EOPNOTSUPP).
         except OSError:
-            return None
+            return

@@ -1,7 +1,7 @@
 """4-bit NormalFloat (QLoRA, arXiv 2305.14314): the one place that knows bitsandbytes.
 
-It is imported at the first use. Its four `torch.compile` decorators would bring all of inductor along, a second on a fast disk and
-many on a busy network file system, for fallbacks that nobody calls here; where compiling fails it takes the plain functions.
+It is imported at the first use. Its four `torch.compile` decorators would import all of inductor, which takes a second on a fast disk
+and many on a busy network file system, for fallbacks that nobody calls here. Where compiling fails it uses the plain functions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 
 from train.config import QuantConfig
 
-BLOCK_SIZE = 64  # weights that share a scale, as transformers' `BitsAndBytesConfig` makes them
-CPU_KERNEL = "Failed to load CPU gemm_4bit_forward"  # of a kernel that only `Linear4bit` would call
+# Weights that share a scale, as with transformers' `BitsAndBytesConfig`.
+BLOCK_SIZE = 64
+# A warning about a kernel that only `Linear4bit` would call.
+CPU_KERNEL = "Failed to load CPU gemm_4bit_forward"
 
 
 def quantize(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, Any]:

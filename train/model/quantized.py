@@ -1,7 +1,7 @@
 """A base in 4 bits as tensors by name, and a model around them that never held its weights in full width.
 
 The names are those under which transformers saves a model with `BitsAndBytesConfig`: for each linear layer of the decoder the packed
-weight and bitsandbytes' own serialization of its `QuantState` beside it, and everything else as it is.
+weight and bitsandbytes' own serialization of its `QuantState`, and everything else unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class QuantizedBase:
     """
 
     def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor], device: torch.device) -> None:
-        self._read, self._device = read, device
+        self._read = read
+        self._device = device
         self._parts: dict[str, list[str]] = {}
         names = list(names)
         for name in names:

@@ -1,6 +1,6 @@
 """Makes a base model an ordinary Hugging Face folder, once: fetched from the hub, converted from a package, or built.
 
-It speaks on stderr while it works, since fetching and converting take from seconds to an hour.
+Progress goes to stderr, since fetching and converting take from seconds to an hour.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
 from train.model.folder import check_model_folder
 from train.model.gguf_package import save_packaged_model
-from train.model.hub import hub_trouble
+from train.model.hub import hub_unreachable
 from train.model.locking import locked
 from train.model.source import DEFAULT_REVISION, model_key, source_kind, staged_model
 from train.model.tiny import save_tiny_model
@@ -73,7 +73,7 @@ def _fetch(model: ModelConfig, download: Path) -> None:
         BadInput: the hub does not know the model, does not let the user read it, or cannot be reached.
         StorageError: the cache cannot be written.
     """
-    trouble = hub_trouble()
+    trouble = hub_unreachable()
     if trouble is not None:
         raise _out_of_reach(model, trouble)
     make_folder(download)
@@ -89,7 +89,7 @@ def _fetch(model: ModelConfig, download: Path) -> None:
             )
     except GatedRepoError as exc:
         raise BadInput(
-            f"model.source={model.source!r} is gated: accept its licence on the hub's page, then log in with 'hf auth login'."
+            f"model.source={model.source!r} is gated: accept its license on the hub's page, then log in with 'hf auth login'."
         ) from exc
     except (RepositoryNotFoundError, RevisionNotFoundError) as exc:
         raise BadInput(

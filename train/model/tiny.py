@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(folder: Path) -> None:
-    """Write model and tokenizer to `folder`; the same bytes every time, and torch's random numbers go on undisturbed.
+    """Write model and tokenizer to `folder`; the same bytes every time, and torch's global random state is left as it was.
 
     Raises:
         StorageError: the disk is full or read-only.
@@ -35,7 +35,8 @@ def save_tiny_model(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        initializer_range=0.1,  # about 1/sqrt(hidden_size): signals keep their size from layer to layer
+        # About 1/sqrt(hidden_size): signals keep their size from layer to layer.
+        initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

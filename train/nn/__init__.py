@@ -1,1 +1,20 @@
-"""The computation of a pack: attention, linear layers, loss and gradients over flat tokens of many runs."""
+"""The computation of a pack: one frozen base, the flat tokens of many runs, and each run's own adapter on its own tokens.
+
+In reading order:
+
+    backends         which kernels, dtype and memory a device offers; decided once per pack
+    forward_context  what attention and adapters look up during a forward; the key-value cache of a generation
+    functional       RMSNorm, SwiGLU and rotary embedding with their gradients, by torch or by a Triton kernel
+    grouped_mm       products of each run's tokens with that run's own matrices
+    dropout          LoRA dropout as a pure function of seed, step, module, token and feature
+    linear           frozen linear layers that add each token's own adapter
+    attention        causal attention that keeps sequences apart
+    decoder          the description of Llama's decoder, and the test whether a model computes just that
+    loss             the output head, and the cross-entropy of the targets with its gradient
+    packed_model     the base of a pack: loading, freezing and exchanging a model's parts
+    gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph
+    generation       greedy answers of many runs at once
+    triton/          the kernels behind functional, grouped_mm and attention, for GPUs from sm_80 on
+
+A new model family is judged in `decoder`: its test compares our decoder with transformers' own on random tokens.
+"""

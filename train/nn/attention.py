@@ -1,9 +1,13 @@
-"""Causal attention over flat packs: each sequence attends to itself.
+"""Causal attention over flat packs: each sequence attends to itself alone.
 
-From sm_80 on kernels of our own, or FlashAttention, take flat sequences and their bounds. Everywhere else q, k and v alone are
-scattered to right-padded sequences: real tokens precede the fillers, so causality alone hides them and no mask is needed.
+Three implementations, by `Kernels` and the size of the heads:
 
-`ATTENTION` is its name in transformers' registry, so every decoder that supports the attention interface runs on flat tokens.
+    _TritonAttention  kernels of our own (`train.nn.triton.attention`), from sm_80 on; takes flat tokens and where sequences start
+    _FlashVarlen      PyTorch's FlashAttention-2, from sm_80 on; takes the same
+    _attend_padded    everywhere: q, k and v are padded to [S, heads, L, dim]. Real tokens precede the fillers, so causality alone
+                      hides them and no mask is needed
+
+`ATTENTION` is the name in transformers' registry, so every decoder that supports the attention interface runs on flat tokens.
 """
 
 from __future__ import annotations
@@ -18,17 +22,21 @@ from train.data.micro_batch import MicroBatch, Padding
 from train.nn.forward_context import ForwardContext
 
 ATTENTION = "lorapack"
-SPLITS_KEYS = {"ScaledDotProductEfficientAttentionBackward0"}
-BLOCK_HEAD_DIMS = (32, 64, 128)  # features of a head that `train.nn.triton.attention` takes
-LONGEST_MULTIPLE = 128  # FlashAttention's blocks: a larger bound only starts blocks that end at once
+# Autograd nodes whose backward adds up in any order unless told otherwise; see `_make_backward_deterministic`.
+SPLIT_KEY_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0"}
+# Features of a head that `train.nn.triton.attention` takes.
+TRITON_HEAD_DIMS = (32, 64, 128)
+# FlashAttention's blocks: a larger bound only starts blocks that end at once.
+LONGEST_MULTIPLE = 128
 
 
 class _Pad(torch.autograd.Function):
-    """[T, H, D] -> [S, L, H, D]. Both directions are plain gathers: no atomics, so the same bits every time."""
+    """[T, H, D] -> [S, L, H, D]. Both directions are plain gathers, without atomics: the same bits every time."""
 
     @staticmethod
     def forward(ctx: Any, flat: torch.Tensor, padding: Padding) -> torch.Tensor:
-        ctx.padding, ctx.total = padding, flat.shape[0]
+        ctx.padding = padding
+        ctx.total = flat.shape[0]
         return padding.pad(flat)
 
     @staticmethod
@@ -49,11 +57,11 @@ class _Unpad(torch.autograd.Function):
         return ctx.padding.pad_with_zeros(gradients[0]), None, None
 
 
-class _Varlen(torch.autograd.Function):
+class _FlashVarlen(torch.autograd.Function):
     """FlashAttention-2 (arXiv 2307.08691) on flat q [T, H, D] and k, v [T, K, D].
 
-    The operators behind `torch.nn.attention.varlen`, called here because the backward has to be told to add up in a fixed order:
-    a resumed run repeats the very same bits.
+    These are the operators behind `torch.nn.attention.varlen`, called here because the backward has to add up in a fixed order for
+    a resumed run to repeat the same bits.
     """
 
     @staticmethod
@@ -61,25 +69,27 @@ class _Varlen(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
     ) -> torch.Tensor:
         out, log_sums, random, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
-        )
+            # Bounds and longest sequence of queries, then of keys; no dropout, causal, no debug mask.
+            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, log_sums, starts, random, unused)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.longest = longest
+        ctx.scale = scale
         attended: torch.Tensor = out
         return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, log_sums, starts, random, unused = ctx.saved_tensors
-        with _fixed_order():
-            of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
+        with deterministic_algorithms():
+            q_grad, k_grad, v_grad = torch.ops.aten._flash_attention_backward(
                 gradients[0].contiguous(), q, k, v, out, log_sums, starts, starts, ctx.longest, ctx.longest, 0.0, True,
                 random, unused, scale=ctx.scale,
             )  # fmt: skip
-        return of_q, of_k, of_v, None, None, None
+        return q_grad, k_grad, v_grad, None, None, None
 
 
-class _InBlocks(torch.autograd.Function):
+class _TritonAttention(torch.autograd.Function):
     """`train.nn.triton.attention` on flat q [T, H, D] and k, v [T, K, D]."""
 
     @staticmethod
@@ -90,7 +100,8 @@ class _InBlocks(torch.autograd.Function):
 
         out, log_sums = attention.forward(q, k, v, starts, longest, scale)
         ctx.save_for_backward(q, k, v, out, log_sums, starts)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.longest = longest
+        ctx.scale = scale
         return out
 
     @staticmethod
@@ -98,79 +109,83 @@ class _InBlocks(torch.autograd.Function):
         from train.nn.triton import attention
 
         q, k, v, out, log_sums, starts = ctx.saved_tensors
-        found = attention.backward(gradients[0], q, k, v, out, log_sums, starts, ctx.longest, ctx.scale)
-        return *found, None, None, None
+        q_grad, k_grad, v_grad = attention.backward(
+            gradients[0], q, k, v, out, log_sums, starts, ctx.longest, ctx.scale
+        )
+        return q_grad, k_grad, v_grad, None, None, None
 
 
-class _fixed_order:  # noqa: N801 - used as a statement
-    """Let torch choose deterministic kernels in here.
+class deterministic_algorithms:  # noqa: N801 - used as a statement
+    """Let PyTorch choose deterministic kernels within this block, and restore its settings afterwards.
 
-    In earnest: told to warn only, torch's FlashAttention adds up in any order. Nor is fresh memory filled, which torch does besides
-    and which no result needs: the kernels write all of it.
+    With `warn_only`, PyTorch's FlashAttention would still add up in any order, so it is off. PyTorch would also fill fresh memory,
+    which no result needs since the kernels write all of it, so that is off too.
     """
 
     def __enter__(self) -> None:
-        self._before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        self._filled = torch._C._get_deterministic_fill_uninitialized_memory()
+        self._enabled = torch.are_deterministic_algorithms_enabled()
+        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        self._fill = torch._C._get_deterministic_fill_uninitialized_memory()
         torch._C._set_deterministic_algorithms(True, warn_only=False)
         torch._C._set_deterministic_fill_uninitialized_memory(False)
 
     def __exit__(self, *_exc: object) -> None:
-        torch._C._set_deterministic_algorithms(self._before[0], warn_only=self._before[1])
-        torch._C._set_deterministic_fill_uninitialized_memory(self._filled)
+        torch._C._set_deterministic_algorithms(self._enabled, warn_only=self._warn_only)
+        torch._C._set_deterministic_fill_uninitialized_memory(self._fill)
 
 
-def _go_back_in_fixed_order(attended: torch.Tensor) -> None:
-    """Let the backward of the memory-efficient kernel, which a T4 takes, add up in a fixed order: it splits the keys of few heads.
+def _make_backward_deterministic(attended: torch.Tensor) -> None:
+    """Let the backward of the memory-efficient kernel, which a T4 uses, add up in a fixed order: it splits the keys of few heads.
 
-    Other kernels are left alone: they have a fixed order, or, like a plain product on GPUs, ask cuBLAS for settings of the process.
+    Other kernels are left alone. They have a fixed order, or, like a plain product on GPUs, would ask cuBLAS for settings of the
+    whole process.
     """
     node = attended.grad_fn
-    if node is None or node.name() not in SPLITS_KEYS:
+    if node is None or node.name() not in SPLIT_KEY_BACKWARDS:
         return
-    order = _fixed_order()
-    node.register_prehook(lambda _gradients: order.__enter__())
-    node.register_hook(lambda _of_inputs, _gradients: order.__exit__())
+    # The hooks run around this node's backward alone, so the setting does not reach what comes before or after it.
+    setting = deterministic_algorithms()
+    node.register_prehook(lambda _gradients: setting.__enter__())
+    node.register_hook(lambda _input_grads, _gradients: setting.__exit__())
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, current: ForwardContext, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext, scale: float) -> torch.Tensor:
     """Attention of flat tokens, each within its own sequence.
 
     Args:
         q: [T, heads, dim]; `k` and `v` [T, key-value heads, dim].
-        current: the micro-batch that the tokens are, and what a cache holds of their sequences.
-        scale: of the products of q and k.
+        context: the micro-batch of these tokens, and the cache that may hold earlier tokens of their sequences.
+        scale: the factor of the products of q and k.
 
     Returns:
         [T, heads, dim].
     """
-    batch, cache = current.require(), current.cache
+    batch = context.batch
+    cache = context.cache
     if cache is not None and cache.is_filled:
         return cache.attend(q, k, v, scale)
     if cache is not None:
         cache.fill(k, v, batch.attention)
-    if current.kernels.varlen:
+    if context.kernels.flash_varlen:
+        # Rounded up, 130 to 256, so that few launch sizes occur.
         longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
-        in_blocks = current.kernels.blocks and q.shape[-1] == v.shape[-1] in BLOCK_HEAD_DIMS
-        attention = _InBlocks if in_blocks else _Varlen
+        use_triton = context.kernels.triton_attention and q.shape[-1] == v.shape[-1] in TRITON_HEAD_DIMS
+        attention = _TritonAttention if use_triton else _FlashVarlen
         out: torch.Tensor = attention.apply(q, k, v, batch.sequence_starts, longest, scale)
         return out
     return _attend_padded(q, k, v, batch, scale)
 
 
 def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch, scale: float) -> torch.Tensor:
-    """`attend` through padded sequences."""
+    """`attend` by padded sequences."""
     dtype = q.dtype
     q, k, v = (_Pad.apply(x, batch.attention).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
-        # In half precision torch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
+        # In half precision PyTorch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    _go_back_in_fixed_order(out)
+    _make_backward_deterministic(out)
     out = out.to(dtype)
     flat: torch.Tensor = _Unpad.apply(out.transpose(1, 2), batch.attention, batch.total)
     return flat
@@ -188,16 +203,16 @@ def packed_attention(
     """`attend` as transformers calls it.
 
     Args:
-        module: the decoder's attention module; `current_batch` was attached to it by `train.nn.packed_model`.
+        module: the decoder's attention module; `forward_context` was attached to it by `train.nn.packed_model`.
         query: [1, heads, T, dim]; `key` and `value` [1, key-value heads, T, dim].
 
     Returns:
         [1, T, heads, dim], and None for the weights.
     """
-    current: ForwardContext = module.current_batch  # type: ignore[assignment]  # attached by train.nn.packed_model
+    context: ForwardContext = module.forward_context  # type: ignore[assignment]  # attached by train.nn.packed_model
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(q, k, v, current, scale).unsqueeze(0), None
+    return attend(q, k, v, context, scale).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -1,4 +1,13 @@
-"""Which of a device's faster ways a pack takes: decided once, by device and precision, so that a resumed job decides alike."""
+"""What a device offers a pack: its kernels, the dtype to compute in and its memory. Decided once, so that a resumed job decides alike.
+
+                    CPU      T4 (sm_75)   sm_80 and later
+dtype=auto          fp32     fp16         bf16
+flash_varlen        no       no           16 bit
+triton_attention    no       no           16 bit, if kernels can be compiled
+grouped_lora        no       no           16 bit, if kernels can be compiled
+fused_elementwise   no       no           16 bit and fp32, if kernels can be compiled
+cuda_graphs         no       no           bf16, if kernels can be compiled and there is memory for graphs
+"""
 
 from __future__ import annotations
 
@@ -14,79 +23,81 @@ from train.errors import BadInput
 from train.model.folder import linear_shapes, parameter_count
 from train.sizing import BaseSize, Device, Fit, choose_fit
 
-FIRST_CAPABILITY = (8, 0)  # of FlashAttention-2, and of Triton's matrix instructions
+# What FlashAttention-2, Triton's matrix instructions and bfloat16 need.
+FIRST_CAPABILITY = (8, 0)
+MAX_ERROR_CHARS = 300
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The ways that exist besides the plain one, which runs everywhere.
+    """The faster implementations that a pack uses; without one, PyTorch's own operations do the same on every device.
 
     Attributes:
-        varlen: attention takes flat sequences, by FlashAttention; else q, k and v are padded.
-        blocks: by `train.nn.triton.attention` instead, for the heads that it is made for.
-        grouped: adapters take flat runs (`train.nn.triton.grouped_mm`); else runs are padded for batched products.
-        fused: formulas are a kernel each (`train.nn.triton.functional`).
-        graphs: the steps of small packs are replayed as CUDA graphs (`train.nn.gradients`).
+        flash_varlen: attention takes flat sequences, by FlashAttention; else q, k and v are padded.
+        triton_attention: attention by `train.nn.triton.attention` instead, for the head sizes that it supports.
+        grouped_lora: adapters take flat runs (`train.nn.triton.grouped_mm`); else runs are padded for batched products.
+        fused_elementwise: each formula is one kernel (`train.nn.triton.functional`).
+        cuda_graphs: the steps of small packs are replayed as CUDA graphs (`train.nn.gradients`).
     """
 
-    varlen: bool = False
-    blocks: bool = False
-    grouped: bool = False
-    fused: bool = False
-    graphs: bool = False
+    flash_varlen: bool = False
+    triton_attention: bool = False
+    grouped_lora: bool = False
+    fused_elementwise: bool = False
+    cuda_graphs: bool = False
 
 
-PLAIN = Kernels()
-MOST_LETTERS = 300  # of another program's error
+EAGER = Kernels()
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True, graphs: bool = True) -> Kernels:
-    """The ways that `device` has in `dtype`, without what needs a compiler or the memory of CUDA graphs if those are not there."""
-    if not _takes_kernels(device):
-        return PLAIN
+    """The kernels for `device` in `dtype`; `compiles` and `graphs` say whether a compiler, and memory for CUDA graphs, are there."""
+    if not _supports_kernels(device):
+        return EAGER
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
-    grouped = sixteen_bit and compiles
-    fused = grouped or (compiles and dtype == torch.float32)  # the kernels compute in float32, too little for float64
-    return Kernels(sixteen_bit, grouped, grouped, fused, graphs=graphs and grouped and dtype == torch.bfloat16)
+    triton = sixteen_bit and compiles
+    return Kernels(
+        flash_varlen=sixteen_bit,
+        triton_attention=triton,
+        grouped_lora=triton,
+        # These compute in float32, which is too little for float64.
+        fused_elementwise=triton or (compiles and dtype == torch.float32),
+        # Not float16: the fillers that complete a graph's shape could overflow a delicate base there.
+        cuda_graphs=graphs and triton and dtype == torch.bfloat16,
+    )
 
 
-def lacks_a_compiler(device: torch.device, train: TrainConfig) -> str | None:
-    """What is missing here to compile kernels for `device`, None if they can be compiled, or nobody wants them.
+def missing_compiler(device: torch.device, train: TrainConfig) -> str | None:
+    """What is missing here to compile kernels for `device`; None if they can be compiled, or are not wanted.
 
     Raises:
         BadInput: `train.compile` insists on them.
     """
-    missing = _missing() if _takes_kernels(device) and train.compile is not False else None
+    missing = _triton_error() if _supports_kernels(device) and train.compile is not False else None
     if missing is not None and train.compile is True:
         raise BadInput(
-            f"train.compile=true, but {missing}. Mend that on the machine that trains, or leave train.compile=auto."
+            f"train.compile=true, but {missing}. Fix this on the machine that trains, or set train.compile=auto."
         )
     return missing
 
 
-def _takes_kernels(device: torch.device) -> bool:
+def _supports_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
 
 
-def _missing() -> str | None:
-    """Why nothing can be compiled here, None if it can: Triton builds its driver now instead of at the first kernel, and keeps it."""
+def _triton_error() -> str | None:
+    """Why nothing can be compiled here; None if it can. Triton builds its driver now instead of at the first kernel, and keeps it."""
     try:
         from triton.runtime import driver
 
         driver.active.get_current_target()
-    except Exception as exc:  # of Triton, a C compiler, a linker, or CUDA
-        words = f"{type(exc).__name__}: {' '.join(str(exc).split())[:MOST_LETTERS]}"
+    # Whatever Triton, a C compiler, a linker or CUDA raises.
+    except Exception as exc:
+        reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:MAX_ERROR_CHARS]}"
         return (
-            f"Triton cannot build here ({words}); it takes a C compiler (module load gcc, or CC) and Python's headers"
+            f"Triton cannot build here ({reason}); it needs a C compiler (module load gcc, or CC) and Python's headers"
         )
     return None
-
-
-def device_bytes(device: torch.device) -> int:
-    """The memory of a device, whatever is in use of it."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resolve_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
@@ -96,13 +107,25 @@ def resolve_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
         return chosen
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else torch.float16
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory of a device, in use or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fit_pack(
     shared: RunConfig, architecture: Any, model_dir: Path, dtype: torch.dtype, device: torch.device, longest: int
 ) -> Fit:
-    """Choose for packs over the base of `shared`: transformers' `architecture`, with its weights in `model_dir`."""
+    """How packs over the base of `shared` use the device's memory (`train.sizing`).
+
+    Args:
+        architecture: transformers' configuration of the model, whose weights are in `model_dir`.
+        longest: tokens of the longest sequence.
+    """
     base = BaseSize(
         architecture.num_hidden_layers, architecture.hidden_size, parameter_count(model_dir), linear_shapes(model_dir)
     )

@@ -1,8 +1,8 @@
 """LoRA dropout whose mask is a pure function of (seed, step, module, sequence, position, feature).
 
 A counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) has no state, so a mask is the same
-in a pack and alone, in any micro-batch, on any device, again when checkpointing recomputes it and again after a resume. The
-mixing function is Wellons' `lowbias32` (hash-prospector), two multiplications on 32-bit integers.
+in a pack and alone, in any micro-batch, on any device, when checkpointing recomputes it and after a resume. The mixing
+function is Wellons' `lowbias32` (hash-prospector), two multiplications on 32-bit integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from train.data.micro_batch import MicroBatch
 
-_GOLDEN = 0x9E3779B9 - 2**32  # 2^32 / golden ratio as a signed number: spreads consecutive features
+# 2^32 / golden ratio, as a signed number: it spreads consecutive features over all bits.
+_GOLDEN = 0x9E3779B9 - 2**32
 
 
 def step_key(seed: int, step: int) -> int:
@@ -31,13 +32,15 @@ class Dropout:
     module_key: int
 
     def apply(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Drop features of the tokens `x` [T, in] and scale what is kept, each run by its own probability."""
+        """Drop features of the tokens `x` [T, in] and scale the others by 1 / (1 - p), each run by its own p."""
         probabilities = self.probabilities[batch.run_of_token][:, None]
+        # Uniform over -2^31 .. 2^31 - 1, so a share p of all numbers lies below p * 2^32 - 2^31: for p = 0.25, below -2^30.
         keep = self._random(batch, x.shape[-1]) >= (probabilities * 2.0**32 - 2.0**31)
         return x * (keep / (1 - probabilities)).to(x.dtype)
 
     def _random(self, batch: MicroBatch, features: int) -> torch.Tensor:
         """Uniform signed 32-bit integers [T, features]."""
+        # Hash run and module, then add the token's counter and hash, then mix in the feature and hash.
         per_run = (self.step_keys ^ _signed(self.module_key))[batch.run_of_token]
         per_token = _lowbias32(batch.counters.to(torch.int32) + _lowbias32(per_run))
         per_feature = torch.arange(features, dtype=torch.int32, device=per_token.device) * _GOLDEN

@@ -1,53 +1,111 @@
-"""What attention and adapters look up during a forward: the micro-batch that flows through the base now."""
+"""What attention and adapters look up during a forward: the micro-batch in flight, and the key-value cache of a generation.
+
+The layers of a decoder pass each other hidden states alone. Which token belongs to which sequence and run reaches attention and the
+linear layers through the one `ForwardContext` that all of them hold (vLLM's forward context does the same).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from train.data.micro_batch import MicroBatch
+from train.data.micro_batch import MicroBatch, Padding
 from train.nn.backends import Kernels
 
-if TYPE_CHECKING:
-    from train.nn.kv_cache import KeyValueCache
+
+class KeyValueCache:
+    """Keys and values of tokens that went through the base before: an answer costs one token per step, not its whole prompt.
+
+    Each layer has right-padded keys and values [S, heads, L + room, dim]. The pass of the prompts fills them, layer after layer;
+    after `advance`, each pass brings one token of every sequence. Transformers' own caches do not know the flat tokens of several
+    sequences.
+
+    Args:
+        lengths: [S] tokens of each sequence that are cached.
+        room: how many more tokens each sequence may get.
+    """
+
+    def __init__(self, lengths: torch.Tensor, room: int) -> None:
+        self.lengths = lengths
+        self.is_filled = False
+        self._room = room
+        self._sequences = torch.arange(len(lengths), device=lengths.device)
+        self._positions = torch.arange(int(lengths.max()) + room, device=lengths.device)
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # The layer whose turn it is in this pass: layers call in order, and do not know their own numbers.
+        self._layer = 0
+
+    def fill(self, key: torch.Tensor, value: torch.Tensor, padding: Padding) -> None:
+        """Add the next layer's keys and values [T, heads, dim] of the flat prompts."""
+        self._layers.append((self._spread(key, padding), self._spread(value, padding)))
+
+    def advance(self) -> None:
+        """Count what has gone through all layers: first the prompts, then one token more of each sequence."""
+        if self.is_filled:
+            self.lengths = self.lengths + 1
+        self.is_filled = True
+        self._layer = 0
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of one new token of each sequence [S, heads, dim] to its sequence and itself, in the next layer."""
+        keys, values = self._layers[self._layer]
+        self._layer += 1
+        # Sequence s has lengths[s] cached tokens, at positions 0 to lengths[s] - 1, so its new token goes to position lengths[s].
+        keys[self._sequences, :, self.lengths] = key
+        values[self._sequences, :, self.lengths] = value
+        seen = (self._positions <= self.lengths[:, None])[:, None, None]
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(
+            query.unsqueeze(2), keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped
+        )
+        return out.squeeze(2)
+
+    def _spread(self, flat: torch.Tensor, padding: Padding) -> torch.Tensor:
+        """[T, heads, dim] -> [S, heads, L + room, dim]; places without a token yet are zero, and masked."""
+        return pad(padding.pad_with_zeros(flat).transpose(1, 2), (0, 0, 0, self._room))
 
 
 class ForwardContext:
-    """The micro-batch that flows through the base now; attention and adapters look here for their indices.
+    """The micro-batch in flight, and how to compute it.
 
-    `dropout_keys` [runs] are the runs' random keys of this step, None while evaluating. `kernels` says which of the device's faster
-    ways to take. `cache` holds the tokens before, while answers are generated.
+    Attributes:
+        kernels: which of the device's faster implementations to use.
+        dropout_keys: [runs] the runs' random keys of this step, None while evaluating.
+        cache: the tokens before, while answers are generated.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
-        self.batch: MicroBatch | None = None
         self.dropout_keys: torch.Tensor | None = None
         self.cache: KeyValueCache | None = None
-        self._made: dict[Hashable, torch.Tensor] = {}
+        self._batch: MicroBatch | None = None
+        self._cached: dict[Hashable, torch.Tensor] = {}
         self._anchor: torch.Tensor | None = None
 
-    def begin(self, batch: MicroBatch, dropout_keys: torch.Tensor | None, cache: KeyValueCache | None = None) -> None:
-        """Start a pass through the base."""
-        self.batch, self.dropout_keys, self.cache = batch, dropout_keys, cache
-        self._made.clear()
+    def set(self, batch: MicroBatch, dropout_keys: torch.Tensor | None, cache: KeyValueCache | None = None) -> None:
+        """Start a forward of `batch`."""
+        self._batch = batch
+        self.dropout_keys = dropout_keys
+        self.cache = cache
+        self._cached.clear()
 
-    def require(self) -> MicroBatch:
+    @property
+    def batch(self) -> MicroBatch:
         """The micro-batch in flight."""
-        if self.batch is None:
+        if self._batch is None:
             raise RuntimeError("the packed base was called outside of PackedModel.hidden_states")
-        return self.batch
+        return self._batch
 
-    def once(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `make` gives, made once in a pass."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def cached(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` returns, made once per forward."""
+        if key not in self._cached:
+            self._cached[key] = make()
+        return self._cached[key]
 
     def anchor_like(self, x: torch.Tensor) -> torch.Tensor:
-        """A scalar that requires a gradient, so that autograd asks for a backward where x needs none."""
+        """A scalar that requires a gradient, so that autograd calls a layer's backward even where its input needs no gradient."""
         if self._anchor is None:
             self._anchor = x.new_zeros((), requires_grad=True)
         return self._anchor

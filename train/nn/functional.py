@@ -1,7 +1,12 @@
 """The formulas between a decoder's matrix products, each with its gradient written out, so that little is kept for the backward.
 
-Plain functions of tensors compute them in at least float32 and round once; on GPUs from sm_80 on `train.nn.triton.functional` has a
-kernel of the same name for each. The autograd functions below choose between the two.
+    formula          kept for its backward   autograd function
+    rms_norm         x                       rms_norm_residual
+    swiglu           gate, up                swiglu_autograd
+    apply_rotary     cos, sin                rotary_autograd
+
+Plain functions of tensors compute them in at least float32 and round once. On GPUs from sm_80 on `train.nn.triton.functional` has a
+kernel of the same name for each. The autograd functions choose by `fused`, through `dispatch`.
 """
 
 from __future__ import annotations
@@ -13,8 +18,9 @@ import torch
 
 Formula = Callable[..., Any]
 
-# Of a matrix that a plain formula takes at once: what fits a CPU's cache, and what keeps a GPU busy for longer than a launch takes.
-CHUNK_NUMBERS = {"cpu": 2**20, "cuda": 2**21}
+# Numbers of a matrix that a plain formula computes at once: what fits a CPU's cache, and what keeps a GPU busy for longer than a
+# launch takes.
+CHUNK_NUMEL = {"cpu": 2**20, "cuda": 2**21}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -23,10 +29,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
 
 
-def rms_norm_gradient(
+def rms_norm_backward(
     gradient: torch.Tensor, passed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """The gradient of x from that of its norm, plus `passed`, the gradient that x gets past the norm."""
+    """The gradient of x [T, dim] from the gradient of its norm, plus `passed`, the gradient of x itself (the residual stream).
+
+    With s = 1 / sqrt(mean(x^2) + eps) and g = gradient * weight:  dx = s * (g - x * s^2 * mean(g * x)) + passed.
+    """
     wide = _wide(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     weighted = _wide(gradient) * _wide(weight)
@@ -40,33 +49,40 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (wide * torch.sigmoid(wide) * _wide(up)).to(gate.dtype)
 
 
-def swiglu_gradient(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up."""
-    wide, wide_gradient = _wide(gate), _wide(gradient)
+def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up: silu'(gate) * up * gradient, where silu' = sigmoid + silu * (1 - sigmoid), and silu * gradient.
+
+    Copies in float32 are several times the inputs' size, so each is reused in place or freed as soon as it can be.
+    """
+    wide = _wide(gate)
+    wide_gradient = _wide(gradient)
     sigmoid = torch.sigmoid(wide)
     silu = wide * sigmoid
-    del wide  # as below: the fewer copies in float32 at once the better
+    del wide
     slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
     del sigmoid
-    of_up = silu.mul_(wide_gradient).to(up.dtype)
+    up_grad = silu.mul_(wide_gradient).to(up.dtype)
     del silu
-    return slope.mul_(wide_gradient * up).to(gate.dtype), of_up
+    return slope.mul_(wide_gradient * up).to(gate.dtype), up_grad
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of [T, heads, dim] by cos and sin [T, dim], halves as transformers lays them."""
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of [T, heads, dim] by cos and sin [T, dim].
+
+    Feature i of the first half turns with feature i of the second half, as in transformers' `apply_rotary_pos_emb`.
+    """
     (a, b), (cos_a, cos_b), (sin_a, sin_b) = _halves(x), _halves(cos[:, None]), _halves(sin[:, None])
     return _joined(a * cos_a - b * sin_a, b * cos_b + a * sin_b).to(x.dtype)
 
 
-def rotate_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The gradient of what `rotate` turned: the transposed rotation."""
+def apply_rotary_backward(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The gradient of the input of `apply_rotary`: the transposed rotation."""
     (a, b), (cos_a, cos_b), (sin_a, sin_b) = _halves(gradient), _halves(cos[:, None]), _halves(sin[:, None])
     return _joined(a * cos_a + b * sin_b, b * cos_b - a * sin_a).to(gradient.dtype)
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The halves of the last dimension, wide."""
+    """The halves of the last dimension, in no less than float32."""
     halves: tuple[torch.Tensor, ...] = _wide(x).unflatten(-1, (2, -1)).unbind(-2)
     return halves
 
@@ -77,29 +93,35 @@ def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In no less than float32."""
+    """x in no less than float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def kernel_of(formula: Formula) -> Formula:
-    """The kernel of a formula's name."""
-    from train.nn.triton import functional as formulas  # Triton is not everywhere
+def triton_kernel(formula: Formula) -> Formula:
+    """The Triton kernel with a formula's name."""
+    from train.nn.triton import functional as kernels  # Triton is not everywhere
 
-    kernel: Formula = getattr(formulas, formula.__name__)
+    kernel: Formula = getattr(kernels, formula.__name__)
     return kernel
 
 
-def some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
-    """Compute a formula over the rows of its matrices in chunks: what it holds on its way, copies in float32, stays small."""
-    matrices = [isinstance(argument, torch.Tensor) and argument.dim() > 1 for argument in arguments]
-    first: torch.Tensor = arguments[matrices.index(True)]
-    rows, at_once = len(first), max(1, CHUNK_NUMBERS[first.device.type] * len(first) // max(1, first.numel()))
-    if rows <= at_once:
+def map_row_chunks(formula: Formula, *arguments: Any) -> Any:
+    """Compute a formula over the rows of its matrices, a chunk of rows at a time: its temporary copies in float32 stay small.
+
+    Arguments of more than one dimension are cut, all by the same rows; vectors and numbers are passed whole. With 4,096 features and
+    `CHUNK_NUMEL` of 2^20 on a CPU, a matrix of 1,000 rows is computed 256 rows at a time: 256, 256, 256, 232.
+    """
+    is_matrix = [isinstance(argument, torch.Tensor) and argument.dim() > 1 for argument in arguments]
+    first: torch.Tensor = arguments[is_matrix.index(True)]
+    rows = len(first)
+    chunk_rows = max(1, CHUNK_NUMEL[first.device.type] * rows // max(1, first.numel()))
+    if rows <= chunk_rows:
         return formula(*arguments)
     results: list[torch.Tensor] = []
-    for at in range(0, rows, at_once):
-        chunk = slice(at, at + at_once)
-        found = formula(*(x[chunk] if is_matrix else x for x, is_matrix in zip(arguments, matrices, strict=True)))
+    for start in range(0, rows, chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        found = formula(*(x[chunk] if cut else x for x, cut in zip(arguments, is_matrix, strict=True)))
+        # A formula returns several tensors, one, or none if it works in place.
         parts = found if isinstance(found, tuple) else () if found is None else (found,)
         results = results or [part.new_empty(rows, *part.shape[1:]) for part in parts]
         for result, part in zip(results, parts, strict=True):
@@ -107,30 +129,33 @@ def some_rows_at_a_time(formula: Formula, *arguments: Any) -> Any:
     return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
-def run(formula: Formula, fused: bool, *arguments: Any) -> Any:
-    """Compute a formula, by its kernel where `fused`."""
-    return kernel_of(formula)(*arguments) if fused else some_rows_at_a_time(formula, *arguments)
+def dispatch(formula: Formula, fused: bool, *arguments: Any) -> Any:
+    """Compute a formula: by its Triton kernel where `fused`, else by torch."""
+    return triton_kernel(formula)(*arguments) if fused else map_row_chunks(formula, *arguments)
 
 
-class _NormAndPass(torch.autograd.Function):
+class _RMSNormResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.fused = eps, fused
-        return run(rms_norm, fused, x, weight, eps), x
+        ctx.eps = eps
+        ctx.fused = fused
+        return dispatch(rms_norm, fused, x, weight, eps), x
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         gradient, passed = gradients
         x, weight = ctx.saved_tensors
-        return run(rms_norm_gradient, ctx.fused, gradient, passed, x, weight, ctx.eps), None, None, None
+        return dispatch(rms_norm_backward, ctx.fused, gradient, passed, x, weight, ctx.eps), None, None, None
 
 
-def norm_and_pass(x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, dim] -> its norm, and x itself for the residual stream: their gradients meet in one kernel."""
-    both: tuple[torch.Tensor, torch.Tensor] = _NormAndPass.apply(x, weight, eps, fused)
+def rms_norm_residual(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, dim] -> its `rms_norm`, and x itself for the residual stream, so that one kernel adds their gradients."""
+    both: tuple[torch.Tensor, torch.Tensor] = _RMSNormResidual.apply(x, weight, eps, fused)
     return both
 
 
@@ -139,35 +164,35 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.fused = fused
-        product: torch.Tensor = run(swiglu, fused, gate, up)
+        product: torch.Tensor = dispatch(swiglu, fused, gate, up)
         return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        of_gate, of_up = run(swiglu_gradient, ctx.fused, gradients[0], *ctx.saved_tensors)
-        return of_gate, of_up, None
+        gate_grad, up_grad = dispatch(swiglu_backward, ctx.fused, gradients[0], *ctx.saved_tensors)
+        return gate_grad, up_grad, None
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
-    """`swiglu` with a gradient."""
+def swiglu_autograd(gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
+    """`swiglu` with autograd."""
     product: torch.Tensor = _SwiGLU.apply(gate, up, fused)
     return product
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.fused = fused
-        rotated: torch.Tensor = run(rotate, fused, x, cos, sin)
+        rotated: torch.Tensor = dispatch(apply_rotary, fused, x, cos, sin)
         return rotated
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return run(rotate_back, ctx.fused, gradients[0], *ctx.saved_tensors), None, None, None
+        return dispatch(apply_rotary_backward, ctx.fused, gradients[0], *ctx.saved_tensors), None, None, None
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
-    """`rotate` with a gradient."""
-    turned: torch.Tensor = _Rotate.apply(x, cos, sin, fused)
-    return turned
+def rotary_autograd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
+    """`apply_rotary` with autograd."""
+    rotated: torch.Tensor = _Rotary.apply(x, cos, sin, fused)
+    return rotated

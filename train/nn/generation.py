@@ -1,17 +1,41 @@
-"""Greedy answers of many runs at once, each through its own adapter: the prompts together, then a token of every answer per step."""
+"""Greedy answers of many runs at once, each through its own adapter: the prompts in one pass, then one token of every answer per pass.
+
+Prompts of 3 and 5 tokens are one micro-batch of 8 flat tokens, whose last tokens are numbers 2 and 7. Their hidden states give the
+first token of each answer. The next micro-batch has 2 tokens, at positions 3 and 5, and attention reads the rest from the cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import IGNORED_LABEL, TokenSequence, cut
-from train.nn.kv_cache import KeyValueCache
+from train.nn.forward_context import KeyValueCache
 from train.nn.packed_model import PackedModel
 from train.runtime.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class GenerationLimits:
+    """When an answer ends, and how many prompts share a batch.
+
+    Attributes:
+        max_new_tokens: tokens of the longest answer.
+        eos_token_ids: an answer ends with the first of these, which is part of it.
+        micro_batch_tokens: as many prompts share a batch as have this many tokens together, but at least one.
+    """
+
+    max_new_tokens: int
+    eos_token_ids: Collection[int]
+    micro_batch_tokens: int
+
+    def are_reached(self, answer: list[int]) -> bool:
+        """Whether `answer` is complete."""
+        return len(answer) >= self.max_new_tokens or (len(answer) > 0 and answer[-1] in self.eos_token_ids)
 
 
 @torch.no_grad()
@@ -19,26 +43,24 @@ def generate(
     base: PackedModel,
     prompts: Mapping[int, Sequence[np.ndarray]],
     pack_size: int,
-    micro_batch_tokens: int,
-    max_tokens: int,
-    ends: Collection[int],
+    limits: GenerationLimits,
     stop: StopFlag,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> dict[int, list[list[int]]]:
-    """Each run's answers to its `prompts`, by row of the pack: the likeliest token after the other, at most `max_tokens` of them.
+    """Each run's answers to its `prompts`, by the run's index in the pack: always the most likely next token.
 
-    An answer ends with the first of `ends`, which is part of it. As many prompts share a batch as have `micro_batch_tokens`. `advance`
-    is told how many answers are whole since the last time.
+    `advance` is called with the number of answers that have become complete since its last call.
 
     Raises:
         Stopped: the job was asked to stop; nothing has changed.
     """
     answers: dict[int, list[list[int]]] = {run: [[] for _ in asked] for run, asked in prompts.items()}
-    asked = [_unlearnt(run, index, tokens) for run, own in prompts.items() for index, tokens in enumerate(own)]
-    for chunk in cut(asked, micro_batch_tokens):
-        in_memory = sorted(chunk, key=lambda s: s.run)  # the order in which a batch lays them down
-        found = _answer(base, in_memory, pack_size, max_tokens, ends, stop, advance)
-        for sequence, answer in zip(in_memory, found, strict=True):
+    asked = [_without_targets(run, index, tokens) for run, own in prompts.items() for index, tokens in enumerate(own)]
+    for chunk in cut(asked, limits.micro_batch_tokens):
+        # The order in which a micro-batch lists them, so that its last tokens can be told apart.
+        ordered = sorted(chunk, key=lambda s: s.run)
+        found = _answer(base, ordered, pack_size, limits, stop, advance)
+        for sequence, answer in zip(ordered, found, strict=True):
             answers[sequence.run][sequence.index] = answer
     return answers
 
@@ -47,40 +69,38 @@ def _answer(
     base: PackedModel,
     prompts: list[TokenSequence],
     pack_size: int,
-    max_tokens: int,
-    ends: Collection[int],
+    limits: GenerationLimits,
     stop: StopFlag,
     advance: Callable[[int], None],
 ) -> list[list[int]]:
     """The answers to prompts that fit in one batch."""
     lengths = np.array([len(prompt.tokens) for prompt in prompts])
-    cache = KeyValueCache(torch.from_numpy(lengths).to(base.device), room=max_tokens)
-    last_places = torch.from_numpy(np.cumsum(lengths) - 1).to(base.device)
+    cache = KeyValueCache(torch.from_numpy(lengths).to(base.device), room=limits.max_new_tokens)
+    # Lengths 3 and 5 end at flat tokens 2 and 7.
+    last_tokens = torch.from_numpy(np.cumsum(lengths) - 1).to(base.device)
     stop.check()
-    hidden = base.hidden_states(MicroBatch(prompts, pack_size, base.device), cache=cache)[last_places]
+    hidden = base.hidden_states(MicroBatch(prompts, pack_size, base.device), cache=cache)[last_tokens]
     answers: list[list[int]] = [[] for _ in prompts]
-    whole = 0
+    complete = 0
     while True:
         likeliest = base.head.logits(hidden).argmax(dim=-1).tolist()
+        # A complete answer's sequence runs on until all are complete; its further tokens are dropped here.
         for answer, token in zip(answers, likeliest, strict=True):
-            if not _is_over(answer, max_tokens, ends):
+            if not limits.are_reached(answer):
                 answer.append(token)
-        before, whole = whole, sum(_is_over(answer, max_tokens, ends) for answer in answers)
-        advance(whole - before)
-        if whole == len(answers):
+        before, complete = complete, sum(map(limits.are_reached, answers))
+        advance(complete - before)
+        if complete == len(answers):
             return answers
         stop.check()
         cache.advance()
         follow = [
-            _unlearnt(prompt.run, prompt.index, np.array([token]), start=length)
+            _without_targets(prompt.run, prompt.index, np.array([token]), start=length)
             for prompt, token, length in zip(prompts, likeliest, cache.lengths.tolist(), strict=True)
         ]
         hidden = base.hidden_states(MicroBatch(follow, pack_size, base.device), cache=cache)
 
 
-def _is_over(answer: list[int], max_tokens: int, ends: Collection[int]) -> bool:
-    return len(answer) >= max_tokens or (len(answer) > 0 and answer[-1] in ends)
-
-
-def _unlearnt(run: int, index: int, tokens: np.ndarray, start: int = 0) -> TokenSequence:
+def _without_targets(run: int, index: int, tokens: np.ndarray, start: int = 0) -> TokenSequence:
+    """A sequence of which no token is to be predicted."""
     return TokenSequence(run, index, tokens, np.full(len(tokens), IGNORED_LABEL), start)

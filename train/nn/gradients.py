@@ -1,4 +1,11 @@
-"""Forward and backward of one micro-batch: from tokens to losses, with every adapter's gradient left in the pack's matrix."""
+"""Forward and backward of one micro-batch: from tokens to losses, with every adapter's gradient added to the pack's matrix.
+
+Eagerly, each operation is a launch by the host. A small pack's kernels take less time than their launches, so on GPUs whole
+micro-batches are captured as CUDA graphs and replayed: the host then fills the inputs and launches once. Only what has the same shape
+can be replayed, so micro-batches are padded to a multiple of `TOKEN_MULTIPLE` tokens by fillers of zero weight:
+
+    300 real tokens -> 384 tokens, 340 -> 384: one graph, if sequences, runs and dropout agree;  384 -> 512: another
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,13 @@ from train.nn.loss import sums_per_run, target_losses
 from train.nn.packed_model import PackedModel
 from train.sizing import LARGEST_GRAPH_TOKENS
 
+TOKEN_MULTIPLE = 128
+# Each graph keeps some megabytes of launch records.
+MAX_GRAPHS = 32
+
+# Tokens and sequences of a micro-batch, its runs, and whether anything is dropped.
+GraphKey = tuple[int, int, tuple[int, ...], bool]
+
 
 class Gradients(Protocol):
     """A way to compute the gradients of micro-batches."""
@@ -23,7 +37,8 @@ class Gradients(Protocol):
         """Add the gradients of a micro-batch.
 
         Args:
-            weights: [runs + 1] of each run's target losses in the sum whose gradient is wanted; the last is the fillers', zero.
+            weights: [runs + 1] the factor of each run's target losses in the sum whose gradient is wanted; the last is the
+                fillers', zero.
             dropout_keys: [runs] random keys of this step, None where nothing is dropped.
 
         Returns:
@@ -31,49 +46,45 @@ class Gradients(Protocol):
         """
 
 
-class DirectGradients:
-    """One operation after another, of any shape."""
-
-    def __init__(self, base: PackedModel, pack_size: int) -> None:
-        self._base, self._pack_size = base, pack_size
-
-    def add(
-        self, sequences: list[TokenSequence], weights: torch.Tensor, dropout_keys: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See `Gradients`."""
-        batch = MicroBatch(sequences, self._pack_size, self._base.device)
-        return sums_per_run(add_gradients(self._base, batch, weights, dropout_keys), batch)
+def choose_gradients(base: PackedModel, pack_size: int) -> Gradients:
+    """The way to compute the gradients of a pack on its base's device."""
+    eager = EagerGradients(base, pack_size)
+    return GraphedGradients(base, pack_size, eager) if base.supports_cuda_graphs else eager
 
 
 def add_gradients(
     base: PackedModel, batch: MicroBatch, weights: torch.Tensor, dropout_keys: torch.Tensor | None
 ) -> torch.Tensor:
-    """Forward and backward; the loss of every target [N], fillers included."""
+    """Forward and backward of a micro-batch; the loss of every target [N], fillers included."""
     hidden = base.hidden_states(batch, dropout_keys)
-    learnt = hidden.detach().index_select(0, batch.learnt)
-    fused = base.current.kernels.fused
-    found = target_losses(learnt, base.head, batch.targets, weights[batch.run_of_target], fused)
+    # Detached: the head and the loss compute their own gradient, so autograd only has to go back from the hidden states.
+    target_hidden = hidden.detach().index_select(0, batch.target_positions)
+    fused = base.context.kernels.fused_elementwise
+    found = target_losses(target_hidden, base.head, batch.targets, weights[batch.run_of_target], fused)
     if hidden.requires_grad and found.gradient is not None:
-        # Every learnt position is there once; fillers repeat one position, all with zeros.
-        hidden.backward(torch.zeros_like(hidden).index_copy_(0, batch.learnt, found.gradient))
+        # A copy, not a sum: every real position occurs once, and fillers repeat one position, all with zeros.
+        hidden.backward(torch.zeros_like(hidden).index_copy_(0, batch.target_positions, found.gradient))
     return found.losses
 
 
-TOKEN_MULTIPLE = 128
-MOST_GRAPHS = 32  # each keeps some megabytes of launch records
+class EagerGradients:
+    """One operation after another, of any shape."""
 
-Shape = tuple[int, int, tuple[int, ...], bool]
+    def __init__(self, base: PackedModel, pack_size: int) -> None:
+        self._base = base
+        self._pack_size = pack_size
 
-
-def gradients_of(base: PackedModel, pack_size: int) -> Gradients:
-    """The way to compute the gradients of a pack on its base's device."""
-    direct = DirectGradients(base, pack_size)
-    return GraphedGradients(base, pack_size, direct) if base.supports_cuda_graphs else direct
+    def add(
+        self, sequences: list[TokenSequence], weights: torch.Tensor, dropout_keys: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add the gradients of a micro-batch, as `Gradients.add` says."""
+        batch = MicroBatch(sequences, self._pack_size, self._base.device)
+        return sums_per_run(add_gradients(self._base, batch, weights, dropout_keys), batch)
 
 
 @dataclass
-class _Recorded:
-    """A captured micro-batch: fill the inputs, replay, read `losses`."""
+class _CapturedGraph:
+    """A captured micro-batch: copy the inputs into these tensors, replay, read `losses`."""
 
     batch: MicroBatch
     weights: torch.Tensor
@@ -83,56 +94,62 @@ class _Recorded:
 
 
 class GraphedGradients:
-    """Replays what repeats and computes the rest directly."""
+    """Replays micro-batches whose shape was captured, and computes the rest eagerly."""
 
-    def __init__(self, base: PackedModel, pack_size: int, direct: DirectGradients) -> None:
-        self._base, self._pack_size, self._direct = base, pack_size, direct
-        self._warm: set[tuple[tuple[int, ...], bool]] = set()
-        self._recorded: dict[Shape, _Recorded] = {}
+    def __init__(self, base: PackedModel, pack_size: int, eager: EagerGradients) -> None:
+        self._base = base
+        self._pack_size = pack_size
+        self._eager = eager
+        self._warmed_up: set[tuple[tuple[int, ...], bool]] = set()
+        self._captured: dict[GraphKey, _CapturedGraph] = {}
         self._pool: Any = None
 
     def add(
         self, sequences: list[TokenSequence], weights: torch.Tensor, dropout_keys: torch.Tensor | None
     ) -> torch.Tensor:
-        """See `Gradients`."""
+        """Add the gradients of a micro-batch, as `Gradients.add` says."""
         if sum(len(s.tokens) for s in sequences) > LARGEST_GRAPH_TOKENS:
-            return self._direct.add(sequences, weights, dropout_keys)
+            return self._eager.add(sequences, weights, dropout_keys)
         batch = MicroBatch(sequences, self._pack_size, self._base.device, TOKEN_MULTIPLE)
         runs_and_dropout = tuple(int(run) for run in batch.runs), dropout_keys is not None
-        shape = (batch.total, batch.sequences, *runs_and_dropout)
+        key = (batch.total, batch.sequences, *runs_and_dropout)
         batch.prefetch_routes(self._base.members())
-        recorded = self._recorded.get(shape)
-        if recorded is None and runs_and_dropout in self._warm and len(self._recorded) < MOST_GRAPHS:
-            recorded = self._recorded[shape] = self._record(batch, weights, dropout_keys)
-        # Whatever is compiled, loaded or allocated once is there after these runs' first micro-batch.
-        self._warm.add(runs_and_dropout)
-        if recorded is None:
+        captured = self._captured.get(key)
+        if captured is None and runs_and_dropout in self._warmed_up and len(self._captured) < MAX_GRAPHS:
+            captured = self._captured[key] = self._capture(batch, weights, dropout_keys)
+        # A capture can neither compile nor load a kernel. Which ones these runs need does not depend on the shape, so after their
+        # first micro-batch, computed eagerly, everything is there.
+        self._warmed_up.add(runs_and_dropout)
+        if captured is None:
             losses = add_gradients(self._base, batch, weights, dropout_keys)
         else:
-            losses = self._replay(recorded, batch, weights, dropout_keys)
+            losses = self._replay(captured, batch, weights, dropout_keys)
         return sums_per_run(losses[: batch.num_targets], batch)
 
-    def _record(self, batch: MicroBatch, weights: torch.Tensor, dropout_keys: torch.Tensor | None) -> _Recorded:
+    def _capture(self, batch: MicroBatch, weights: torch.Tensor, dropout_keys: torch.Tensor | None) -> _CapturedGraph:
         """Capture one micro-batch without executing it."""
+        # The graph reads its inputs from these very tensors at every replay, so they must be its own.
         weights = weights.clone()
         dropout_keys = None if dropout_keys is None else dropout_keys.clone()
+        # A launch's size is captured too, and attention's follows the longest sequence: take the longest that any replay can have.
         batch.longest = min(self._base.longest, batch.total)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what direct passes used, for the graphs' pool
+        # The graphs' pool needs the memory that eager passes leave cached.
+        torch.cuda.empty_cache()
         with torch.cuda.graph(graph, pool=self._pool):
             losses = add_gradients(self._base, batch, weights, dropout_keys)
-        return _Recorded(batch, weights, dropout_keys, graph, losses)
+        return _CapturedGraph(batch, weights, dropout_keys, graph, losses)
 
     def _replay(
-        self, recorded: _Recorded, batch: MicroBatch, weights: torch.Tensor, dropout_keys: torch.Tensor | None
+        self, captured: _CapturedGraph, batch: MicroBatch, weights: torch.Tensor, dropout_keys: torch.Tensor | None
     ) -> torch.Tensor:
         """Run the captured kernels on another micro-batch of the same shape."""
-        if batch is not recorded.batch:
-            recorded.batch.copy_indices_from(batch)
-        recorded.weights.copy_(weights)
-        if recorded.dropout_keys is not None and dropout_keys is not None:
-            recorded.dropout_keys.copy_(dropout_keys)
-        recorded.graph.replay()
-        return recorded.losses
+        if batch is not captured.batch:
+            captured.batch.copy_indices_from(batch)
+        captured.weights.copy_(weights)
+        if captured.dropout_keys is not None and dropout_keys is not None:
+            captured.dropout_keys.copy_(dropout_keys)
+        captured.graph.replay()
+        return captured.losses

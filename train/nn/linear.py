@@ -1,8 +1,24 @@
 """Frozen linear layers that add to every token the adapter of the run that the token belongs to.
 
-Layers that read the same input (query, key and value; gate and up) are computed together: the input is kept once and only if an
-adapter learns from it, and their gradients of it are summed inside of the matrix products. The same goes for what is added to the
-output: delta, bias or residual stream are the accumulator that the frozen product starts from.
+For T flat tokens of G runs, with A and B padded to the largest rank r:
+
+    x [T, in] --+------------------ W [out, in], frozen ------------------+--> + --> y [T, out]
+                |                                                         |    ^
+                +-- dropout --> A [G, r, in] --> h [T, r] --> B [G, out, r]    bias, residual
+                                each token by its own run's matrices
+
+    forward    h     = s * dropout(x) A^T             s: the run's scaling, alpha / r
+               y     = x W^T + h B^T + bias + residual
+    backward   dB    = g^T h                          g = dy [T, out]; sums over each run's own tokens
+    (of g)     dh    = s * g B
+               dA    = dh^T dropout(x)
+               dx    = g W + dropout(dh A)            the same mask
+
+as in LoRA (arXiv 2106.09685), where every line with A or B is one product per run (`train.nn.grouped_mm`).
+
+Layers that read the same input (query, key and value; gate and up) are computed together. The input is kept once, and only if an
+adapter learns from it, and the gradients of the input are summed inside of the matrix products. The same goes for what is added to
+the output: delta, bias or residual stream are the accumulator that the frozen product starts from.
 
 Weights are kept and multiplied here, never by bitsandbytes' `Linear4bit`: on CPUs with AVX512-BF16 its forward without gradient
 repacks the weight for a kernel without autograd, and every later gradient is silently missing.
@@ -18,7 +34,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from train.data.micro_batch import MicroBatch, Route
+from train.data.micro_batch import AdapterRoute, MicroBatch
 from train.lora.parameters import StackedLora
 from train.model.nf4 import dequantize
 from train.nn.dropout import Dropout
@@ -48,7 +64,8 @@ class NF4Weight:
     """A weight [out, in] in 4-bit NormalFloat (QLoRA, arXiv 2305.14314), dequantized at each use, forward and backward."""
 
     def __init__(self, packed: torch.Tensor, state: Any) -> None:
-        self.packed, self.state = packed, state
+        self.packed = packed
+        self.state = state
 
     def dense(self) -> torch.Tensor:
         """The dequantized weight [out, in] in the dtype that it was quantized from."""
@@ -56,67 +73,78 @@ class NF4Weight:
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer with a place for the adapters of a pack (`slot`)."""
+    """A frozen linear layer of `shape` (out, in); `lora` holds its adapters, None where no run of the pack adapts it."""
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None, current: ForwardContext) -> None:
+    def __init__(
+        self, weight: Weight, bias: torch.Tensor | None, shape: tuple[int, int], context: ForwardContext
+    ) -> None:
         super().__init__()
-        self.weight, self.bias, self.current = weight, bias, current
-        self.slot: StackedLora | None = None
+        self.weight = weight
+        self.bias = bias
+        self.out_features, self.in_features = shape
+        self.context = context
+        self.lora: StackedLora | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, in] -> [1, T, out], or without the first dimension: as a decoder that knows nothing of packs calls it."""
-        return linears(x.reshape(-1, x.shape[-1]), [self], None)[0].view(*x.shape[:-1], -1)
+        """[1, T, in] -> [1, T, out], or without the first dimension: as transformers' decoders call it."""
+        return apply_linears(x.reshape(-1, x.shape[-1]), [self], None)[0].view(*x.shape[:-1], -1)
 
 
-def linears(x: torch.Tensor, layers: Sequence[PackedLinear], residual: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The outputs [T, out] of layers that read x [T, in]; `residual` [T, out] is added to the output of a single one."""
-    current = layers[0].current
-    batch = current.require()
-    adapters = [_adapter(layer.slot, current, batch) for layer in layers]
-    anchor = current.anchor_like(x) if any(adapters) else None
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(x, residual, anchor, layers, adapters, batch)
+def apply_linears(
+    x: torch.Tensor, layers: Sequence[PackedLinear], residual: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """The outputs [T, out] of layers that read the same x [T, in]; `residual` [T, out] is added to the output of a single layer."""
+    context = layers[0].context
+    batch = context.batch
+    adapters = [_active_adapters(layer.lora, context, batch) for layer in layers]
+    anchor = context.anchor_like(x) if any(adapters) else None
+    outputs: tuple[torch.Tensor, ...] = _PackedLinears.apply(x, residual, anchor, layers, adapters, batch)
     return outputs
 
 
 @dataclass(frozen=True)
-class _Adapter:
-    """What one layer's adapters need in one micro-batch: `a` [G, r, in], `b` [G, out, r], and each token's `scaling`, laid out."""
+class _ActiveAdapters:
+    """One layer's adapters of the G runs that have tokens in a micro-batch.
 
-    slot: StackedLora
-    products: RunMatmul
-    route: Route
+    `a` [G, r, in] and `b` [G, out, r] are those runs' matrices; `scaling` is each token's factor [T, 1], in the grouped form of `mm`.
+    """
+
+    lora: StackedLora
+    mm: RunMatmul
+    route: AdapterRoute
     a: torch.Tensor
     b: torch.Tensor
     scaling: torch.Tensor
     dropout: Dropout | None
 
-    def learn(self, gradient_a: torch.Tensor, gradient_b: torch.Tensor) -> None:
-        """Add gradients [G, r, in] and [G, out, r] where the optimizer looks for them."""
-        self.route.add(self.slot.grad_a, gradient_a)
-        self.route.add(self.slot.grad_b, gradient_b)
+    def accumulate_grad(self, a_grad: torch.Tensor, b_grad: torch.Tensor) -> None:
+        """Add gradients [G, r, in] and [G, out, r] to the pack's gradient, where the optimizer reads them."""
+        self.route.index_add(self.lora.grad_a, a_grad)
+        self.route.index_add(self.lora.grad_b, b_grad)
 
 
-def _adapter(slot: StackedLora | None, current: ForwardContext, batch: MicroBatch) -> _Adapter | None:
-    """The adapters of one layer, None where no run with tokens here has one."""
-    route = None if slot is None else batch.route(slot.members)
-    if slot is None or route is None:
+def _active_adapters(lora: StackedLora | None, context: ForwardContext, batch: MicroBatch) -> _ActiveAdapters | None:
+    """The adapters of one layer in a micro-batch; None where no run with tokens in it adapts the layer."""
+    route = None if lora is None else batch.route(lora.members)
+    if lora is None or route is None:
         return None
     dropout = None
-    if slot.dropout_p is not None and current.dropout_keys is not None:
-        dropout = Dropout(slot.dropout_p, current.dropout_keys, slot.dropout_key)
-    products = run_matmul(route, batch.total, grouped=current.kernels.grouped)
-    scaling = current.once(
-        (slot.members, id(slot.scaling)), lambda: products.to_grouped(slot.scaling[batch.run_of_token][:, None])
+    if lora.dropout_p is not None and context.dropout_keys is not None:
+        dropout = Dropout(lora.dropout_p, context.dropout_keys, lora.dropout_key)
+    mm = run_matmul(route, batch.total, grouped=context.kernels.grouped_lora)
+    # Layers that the same runs adapt with the same scalings share the tensor `lora.scaling`, so a forward gathers it once.
+    scaling = context.cached(
+        (lora.members, id(lora.scaling)), lambda: mm.to_grouped(lora.scaling[batch.run_of_token][:, None])
     )
-    return _Adapter(slot, products, route, route.pick(slot.a), route.pick(slot.b), scaling, dropout)
+    return _ActiveAdapters(lora, mm, route, route.select(lora.lora_a), route.select(lora.lora_b), scaling, dropout)
 
 
-class _Linears(torch.autograd.Function):
-    """x [T, in] -> each layer's output, with each token's own run's scaled B A dropout(x) in it.
+class _PackedLinears(torch.autograd.Function):
+    """The forward and backward of the module's docstring, for all layers that read x.
 
-    Only x and its products with A are kept for the backward, and x only if something learns from it; padded copies and dropout
-    masks are made again there. The adapters' gradients go straight to their place in the pack's matrix: autograd knows them only
-    through `anchor`, a scalar that asks for a backward where x needs no gradient.
+    Only x and its products h with A are kept for the backward, and x only if an adapter learns from it. Padded copies and dropout
+    masks are computed again there. The adapters' gradients go straight into the pack's matrix: autograd does not know A and B, only
+    `anchor`, a scalar that makes it call this backward even where x needs no gradient.
     """
 
     @staticmethod
@@ -126,78 +154,97 @@ class _Linears(torch.autograd.Function):
         residual: torch.Tensor | None,
         anchor: torch.Tensor | None,
         layers: Sequence[PackedLinear],
-        adapters: Sequence[_Adapter | None],
+        adapters: Sequence[_ActiveAdapters | None],
         batch: MicroBatch,
     ) -> tuple[torch.Tensor, ...]:
-        laid = _GroupedInput(x, batch)
+        grouped = _GroupedInput(x, batch)
         outputs, kept = [], []
         for layer, adapter in zip(layers, adapters, strict=True):
             delta = None
             if adapter is not None:
-                h = adapter.products.times(laid.of(adapter), adapter.a.transpose(1, 2))
+                # h = scaling * dropout(x) A^T [T, r], then delta = h B^T [T, out].
+                h = adapter.mm.bmm(grouped.of(adapter), adapter.a.transpose(1, 2))
                 h.mul_(adapter.scaling)
                 kept.append(h)
-                delta = adapter.products.from_grouped(adapter.products.times(h, adapter.b.transpose(1, 2)))
-            outputs.append(_product(x, layer, delta, residual))
+                delta = adapter.mm.from_grouped(adapter.mm.bmm(h, adapter.b.transpose(1, 2)))
+            outputs.append(_add_frozen_product(x, layer, delta, residual))
         ctx.save_for_backward(*([x] if kept else []), *kept)
-        ctx.layers, ctx.adapters, ctx.batch, ctx.has_residual = layers, adapters, batch, residual is not None
+        ctx.layers = layers
+        ctx.adapters = adapters
+        ctx.batch = batch
+        ctx.has_residual = residual is not None
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Nothing was saved where no layer has an active adapter; then only the frozen weights pass the gradient on.
         x, *kept = ctx.saved_tensors or (None,)
-        laid = _GroupedInput(x, ctx.batch)
-        wants_x = ctx.needs_input_grad[0]
-        gradient_x = None
+        grouped = _GroupedInput(x, ctx.batch)
+        needs_x_grad = ctx.needs_input_grad[0]
+        x_grad = None
         for layer, adapter, gradient in zip(ctx.layers, ctx.adapters, gradients, strict=True):
             if adapter is not None:
-                delta = _adapter_backward(adapter, laid, kept.pop(0), gradient, ctx.batch, wants_x=wants_x)
+                # `kept` has an h for each adapted layer, in the layers' order.
+                delta = _adapter_backward(adapter, grouped, kept.pop(0), gradient, needs_x_grad=needs_x_grad)
                 if delta is not None:
-                    gradient_x = delta if gradient_x is None else gradient_x.add_(delta)
-            if wants_x:
-                gradient_x = _gradient_of_input(gradient, layer, gradient_x)
-        residual = gradients[0] if ctx.has_residual else None
-        return gradient_x, residual, None, None, None, None
+                    x_grad = delta if x_grad is None else x_grad.add_(delta)
+            if needs_x_grad:
+                x_grad = _add_input_grad(gradient, layer, x_grad)
+        residual_grad = gradients[0] if ctx.has_residual else None
+        return x_grad, residual_grad, None, None, None, None
 
 
 class _GroupedInput:
-    """The input of some layers as their adapters take it; without dropout they share it."""
+    """The input of some layers in the form that their adapters' products take; layers without dropout share it."""
 
     def __init__(self, x: Any, batch: MicroBatch) -> None:
-        self._x, self._batch = x, batch  # x is None where there is no adapter to ask for it
+        # x is None in a backward without adapters, where nobody asks for it.
+        self._x = x
+        self.batch = batch
         self._shared: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def of(self, adapter: _Adapter) -> torch.Tensor:
-        """x, dropped and laid out."""
+    def of(self, adapter: _ActiveAdapters) -> torch.Tensor:
+        """dropout(x), grouped."""
+        # Every module drops other features, so only inputs without dropout can be shared.
         if adapter.dropout is not None:
-            return adapter.products.to_grouped(adapter.dropout.apply(self._x, self._batch))
-        members = adapter.slot.members
+            return adapter.mm.to_grouped(adapter.dropout.apply(self._x, self.batch))
+        members = adapter.lora.members
         if members not in self._shared:
-            self._shared[members] = adapter.products.to_grouped(self._x)
+            self._shared[members] = adapter.mm.to_grouped(self._x)
         return self._shared[members]
 
 
 def _adapter_backward(
-    adapter: _Adapter, laid: _GroupedInput, h: torch.Tensor, gradient: torch.Tensor, batch: MicroBatch, *, wants_x: bool
+    adapter: _ActiveAdapters,
+    grouped: _GroupedInput,
+    h: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    needs_x_grad: bool,
 ) -> torch.Tensor | None:
-    """Let the adapter learn from the gradient [T, out] of its layer's output; its part of the gradient of x, if wanted."""
-    products = adapter.products
-    laid_gradient = products.to_grouped_zeroed(gradient)
-    gradient_h = products.times(laid_gradient, adapter.b).mul_(adapter.scaling)
-    adapter.learn(products.outer(gradient_h, laid.of(adapter)), products.outer(laid_gradient, h))
-    if not wants_x:
+    """Accumulate the adapter's gradients from the gradient g [T, out] of its layer's output; its part of dx [T, in], if needed."""
+    mm = adapter.mm
+    # Both gradients are sums over tokens. Fillers of x and h repeat a real token; zeros on this side keep them out of the sums.
+    g = mm.to_grouped_zeroed(gradient)
+    h_grad = mm.bmm(g, adapter.b).mul_(adapter.scaling)
+    adapter.accumulate_grad(mm.outer_grad(h_grad, grouped.of(adapter)), mm.outer_grad(g, h))
+    if not needs_x_grad:
         return None
-    delta = products.from_grouped(products.times(gradient_h, adapter.a))
-    return delta if adapter.dropout is None else adapter.dropout.apply(delta, batch)
+    delta = mm.from_grouped(mm.bmm(h_grad, adapter.a))
+    # Dropout's gradient is the same mask and scale again: both follow from counters, so nothing was kept.
+    return delta if adapter.dropout is None else adapter.dropout.apply(delta, grouped.batch)
 
 
-def _gradient_of_input(gradient: torch.Tensor, layer: PackedLinear, others: torch.Tensor | None) -> torch.Tensor:
-    """gradient W + others; `others` may be overwritten. As a function it lets go of one weight before the next is unpacked."""
+def _add_input_grad(gradient: torch.Tensor, layer: PackedLinear, others: torch.Tensor | None) -> torch.Tensor:
+    """gradient W + others; `others` may be overwritten.
+
+    A function of its own, so that one dequantized weight is freed before the next layer's is made.
+    """
     weight = layer.weight.dense()
     return gradient @ weight if others is None else others.addmm_(gradient, weight)
 
 
-def _product(
+def _add_frozen_product(
     x: torch.Tensor, layer: PackedLinear, delta: torch.Tensor | None, residual: torch.Tensor | None
 ) -> torch.Tensor:
     """x W^T + bias + delta + residual; `delta` may be overwritten."""
@@ -206,6 +253,7 @@ def _product(
         if residual is None:
             return functional.linear(x, weight, layer.bias)
         return torch.addmm(residual if layer.bias is None else residual + layer.bias, x, weight.t())
+    # The small addends first: the product then starts from their sum, and no second [T, out] is needed.
     for addend in (residual, layer.bias):
         if addend is not None:
             delta.add_(addend)

@@ -53,9 +53,9 @@ def evaluate(
     exact_rows = torch.zeros(pack_size, dtype=torch.int64)
     for chunk in team.micro_batches(sequences, micro_batch_tokens, stop):
         batch = MicroBatch(chunk, pack_size, base.device)
-        found = target_losses(base.hidden_states(batch)[batch.learnt], base.head, batch.targets, weights=None)
+        found = target_losses(base.hidden_states(batch)[batch.target_positions], base.head, batch.targets, weights=None)
         losses += sums_per_run(found.losses, batch).cpu()
-        by_sequence, run_of_sequence = batch.by_sequence
+        by_sequence, run_of_sequence = batch.targets_by_sequence
         answered = by_sequence.pad(found.correct).all(dim=1)
         exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
         activity.advance(len(chunk) * team.size)

@@ -19,7 +19,7 @@ from train.data.sampling import TokenSequence, rows_of_step, sequences_of
 from train.data.token_table import TokenTable
 from train.lora.parameters import PackedAdapters
 from train.nn.dropout import step_key
-from train.nn.gradients import gradients_of
+from train.nn.gradients import choose_gradients
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import TRAINING, Activity
 from train.runtime.signals import StopFlag, Stopped
@@ -196,7 +196,7 @@ class PackLoop:
     def _install(self, seats: PackState) -> None:
         self.adapters, self.optimizer, self.pack_size = seats.adapters, seats.optimizer, len(self.sessions)
         self.base.attach(self.adapters)
-        self.gradients = gradients_of(self.base, self.pack_size)
+        self.gradients = choose_gradients(self.base, self.pack_size)
 
     def _repack(self, leaving: list[RunSession]) -> None:
         """Close the ranks: the runs that stay sit as they would in a pack of their own."""
@@ -275,7 +275,10 @@ def build_pack_state(
         [s.targets for s in sessions], base.shapes, [c.lora.lora_dropout for c in configs], base.dtype, base.device
     )
     optimizer = PackedAdamW(
-        adapters, [(c.train, c.lora) for c in configs], base.dtype == torch.float16, base.current.kernels.fused
+        adapters,
+        [(c.train, c.lora) for c in configs],
+        base.dtype == torch.float16,
+        base.context.kernels.fused_elementwise,
     )
     for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
         session.row = row

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from train.config import LoraConfig, TrainConfig
 from train.data.micro_batch import to_device
 from train.lora.parameters import PackedAdapters
-from train.nn.functional import run
+from train.nn.functional import dispatch
 
 FIRST_LOSS_SCALE = 2.0**16
 SMALLEST_LOSS_SCALE = 2.0**-8
@@ -155,7 +155,7 @@ class PackedAdamW:
         matrices = (self.adapters.theta, self.exp_avg, self.exp_avg_sq, self.adapters.gradient)
         for columns, rates in ((slice(None, split), rate), (slice(split, None), rate * self._b_ratio)):
             factors = (rates, rates * self._weight_decay, clip, beta1, beta2, *corrections, self._eps)
-            run(
+            dispatch(
                 adamw,
                 self._fused,
                 *(matrix[:, columns] for matrix in matrices),

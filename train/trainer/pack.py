@@ -21,10 +21,10 @@ from train.data.stats import tokens_key
 from train.data.token_table import TokenizedData
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, parameter_line, trainable_parameters
-from train.model.base_cache import BaseCache
+from train.model.base_cache import BaseCache, BaseSpec
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
-from train.nn.backends import choose_kernels, fit_pack, lacks_a_compiler, resolve_dtype
+from train.nn.backends import choose_kernels, fit_pack, missing_compiler, resolve_dtype
 from train.nn.packed_model import PackedModel, load_base
 from train.runtime.activity import Activity
 from train.runtime.attempts import cause_of
@@ -189,12 +189,13 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     device = _device()
     dtype = resolve_dtype(config.train, device)
     bases.say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
-    missing = lacks_a_compiler(device, config.train)
+    missing = missing_compiler(device, config.train)
     if missing is not None:
         bases.say(f"kernels are not compiled, which is slower: {missing}")
     compiles = config.train.compile is not False and missing is None
     kernels = choose_kernels(device, dtype, compiles=compiles, graphs=fit.graphs)
-    base = load_base(model_dir, config.model, config.quant, dtype, device, fit.residency, longest, bases, kernels)
+    spec = BaseSpec(model_dir, config.model, config.quant, dtype, device)
+    base = load_base(spec, fit.residency, longest, bases, kernels)
     if fit.checkpoint_activations:
         base.checkpoint_activations()
     return base

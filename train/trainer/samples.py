@@ -11,7 +11,7 @@ import numpy as np
 from train.config import ModelConfig
 from train.data.rendering import closing_tokens
 from train.data.token_table import IGNORED_LABEL, TokenTable
-from train.nn.generation import generate
+from train.nn.generation import GenerationLimits, generate
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import Activity
 from train.runtime.signals import StopFlag
@@ -70,16 +70,8 @@ class Sampler:
             return {}
         most = max(session.config.train.sample_tokens for session in sessions)
         self._activity.begin("answering", sum(map(len, prompts.values())))
-        answers = generate(
-            base,
-            prompts,
-            pack_size,
-            self._micro_batch_tokens,
-            most,
-            self._words.ends,
-            self._stop,
-            self._activity.advance,
-        )
+        reach = GenerationLimits(most, self._words.ends, self._micro_batch_tokens)
+        answers = generate(base, prompts, pack_size, reach, self._stop, self._activity.advance)
         limits = {session.row: session.config.train.sample_tokens for session in sessions}
         return {
             row: [

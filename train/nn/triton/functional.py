@@ -1,8 +1,9 @@
-"""Formulas as kernels of one launch each: those of `train.nn.functional`, `train.nn.loss` and `train.trainer.optim`, by the same names.
+"""Each formula as one kernel: those of `train.nn.functional`, `train.nn.loss` and `train.trainer.optim`, by the same names.
 
-`torch.compile` made such kernels before, as fast ones; but it traces every formula anew in every process, which took 4 of the 15
-seconds from the start of a job to its first step (an H200, torch 2.11, all its caches on the disk). Triton only looks the finished
-kernel up. Rows are a program each, or cut in blocks.
+`torch.compile` made kernels that were as fast. But it traces every formula again in every process, which took 4 of the 15 seconds from
+the start of a job to its first step (an H200, torch 2.11, all caches on disk). Triton only looks the finished kernel up.
+
+A program computes one row of a matrix, or a block of `BLOCK` numbers of it. All compute in float32 and round once, at the store.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # numbers of a row that a program takes where rows are cut
-VOCABULARY_BLOCK = 4096  # words that a program looks at at once
+# Numbers of a row that a program computes, where rows are cut into blocks.
+BLOCK = 1024
+# Logits that a program of `_cross_entropy` holds at once.
+VOCAB_BLOCK = 4096
 
 
 @triton.jit
 def _rms_norm(x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A row."""
+    """One row; BLOCK is the power of two that holds DIM."""
     columns = tl.arange(0, BLOCK)
-    is_column, row = columns < DIM, tl.program_id(0).to(tl.int64) * DIM
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    row = tl.program_id(0).to(tl.int64) * DIM
     wide = tl.load(x + row + columns, mask=is_column, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
     factors = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
@@ -27,10 +32,12 @@ def _rms_norm(x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm_gradient(gradient, passed, x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A row."""
+def _rms_norm_backward(gradient, passed, x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One row, by the formula in `train.nn.functional.rms_norm_backward`."""
     columns = tl.arange(0, BLOCK)
-    is_column, row = columns < DIM, tl.program_id(0).to(tl.int64) * DIM
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    row = tl.program_id(0).to(tl.int64) * DIM
     wide = tl.load(x + row + columns, mask=is_column, other=0.0).to(tl.float32)
     weighted = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
     weighted *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
@@ -43,42 +50,53 @@ def _rms_norm_gradient(gradient, passed, x, weight, out, eps, DIM: tl.constexpr,
 
 @triton.jit
 def _swiglu(gate, up, out, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a row."""
+    """One block of a row."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_column, row = columns < DIM, tl.program_id(0).to(tl.int64) * DIM
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    row = tl.program_id(0).to(tl.int64) * DIM
     wide = tl.load(gate + row + columns, mask=is_column, other=0.0).to(tl.float32)
     factor = tl.load(up + row + columns, mask=is_column, other=0.0).to(tl.float32)
     tl.store(out + row + columns, (wide * tl.sigmoid(wide) * factor).to(out.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def _swiglu_gradient(gradient, gate, up, of_gate, of_up, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a row."""
+def _swiglu_backward(gradient, gate, up, gate_grad, up_grad, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of a row."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_column, row = columns < DIM, tl.program_id(0).to(tl.int64) * DIM
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    row = tl.program_id(0).to(tl.int64) * DIM
     wide = tl.load(gate + row + columns, mask=is_column, other=0.0).to(tl.float32)
     factor = tl.load(up + row + columns, mask=is_column, other=0.0).to(tl.float32)
     given = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(wide)
     silu = wide * sigmoid
+    # d silu(x) / dx = sigmoid(x) + silu(x) * (1 - sigmoid(x)).
     found = given * factor * (sigmoid + silu * (1 - sigmoid))
-    tl.store(of_gate + row + columns, found.to(of_gate.dtype.element_ty), mask=is_column)
-    tl.store(of_up + row + columns, (given * silu).to(of_up.dtype.element_ty), mask=is_column)
+    tl.store(gate_grad + row + columns, found.to(gate_grad.dtype.element_ty), mask=is_column)
+    tl.store(up_grad + row + columns, (given * silu).to(up_grad.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def _rotate(
+def _rotary(
     x, cos, sin, out, x_row, HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
     HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All heads of a token; `BACK` turns the other way round."""
-    token, head, feature = tl.program_id(0).to(tl.int64), tl.arange(0, HEAD_BLOCK), tl.arange(0, HALF_BLOCK)
+    """All heads of one token; `BACK` rotates the other way, which is the gradient.
+
+    Feature i of the first half and feature HALF + i are the two coordinates that one angle rotates.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEAD_BLOCK)
+    feature = tl.arange(0, HALF_BLOCK)
     is_feature = feature < HALF
     turn = token * 2 * HALF + feature
     cos_a = tl.load(cos + turn, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     cos_b = tl.load(cos + turn + HALF, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     sin_a = tl.load(sin + turn, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     sin_b = tl.load(sin + turn + HALF, mask=is_feature, other=0.0).to(tl.float32)[None, :]
+    # Where the first half of each head is within the token's row: head h starts at h * 2 * HALF.
     place = head[:, None] * 2 * HALF + feature[None, :]
     is_place = (head < HEADS)[:, None] & is_feature[None, :]
     a = tl.load(x + token * x_row + place, mask=is_place, other=0.0).to(tl.float32)
@@ -93,33 +111,39 @@ def _rotate(
 
 
 @triton.jit
-def _softmax(logits, targets, weights, losses, correct, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """A target: its loss, whether it is the first of the largest logits, and the gradient in the place of the logits."""
+def _cross_entropy(logits, targets, weights, losses, correct, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """One target: its loss, whether it is the first of the largest logits, and the gradient, which overwrites the logits.
+
+    Two passes over the row. The first finds log(sum(exp)) with a running maximum (arXiv 1805.02867), the second writes the gradient.
+    """
     row = tl.program_id(0)
-    logits += row.to(tl.int64) * WORDS
-    words = tl.arange(0, BLOCK)
-    largest, norm, best = -float("inf"), 0.0, 0
-    for at in range(0, WORDS, BLOCK):
-        is_word = words + at < WORDS
-        wide = tl.load(logits + at + words, mask=is_word, other=-float("inf")).to(tl.float32)
-        highest, place = tl.max(wide, 0, return_indices=True)
-        best = tl.where(highest > largest, place + at, best)
-        larger = tl.maximum(largest, highest)
-        finite = tl.where(larger == -float("inf"), 0.0, larger)
-        norm = norm * tl.exp(largest - finite) + tl.sum(tl.exp(wide - finite), 0)
-        largest = larger
-    log_normalizer = largest + tl.log(norm)
+    logits += row.to(tl.int64) * VOCAB
+    offsets = tl.arange(0, BLOCK)
+    running_max, running_sum, best = -float("inf"), 0.0, 0
+    for at in range(0, VOCAB, BLOCK):
+        is_word = offsets + at < VOCAB
+        wide = tl.load(logits + at + offsets, mask=is_word, other=-float("inf")).to(tl.float32)
+        block_max, place = tl.max(wide, 0, return_indices=True)
+        # Only a strictly larger logit replaces the best one: the first of equals wins, as in torch.argmax.
+        best = tl.where(block_max > running_max, place + at, best)
+        new_max = tl.maximum(running_max, block_max)
+        # -inf - -inf is NaN: while all logits are -inf, subtract 0 instead.
+        finite = tl.where(new_max == -float("inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp(running_max - finite) + tl.sum(tl.exp(wide - finite), 0)
+        running_max = new_max
+    log_normalizer = running_max + tl.log(running_sum)
     target, weight = tl.load(targets + row), tl.load(weights + row)
-    wanted = tl.load(logits + target).to(tl.float32)
-    tl.debug_barrier()  # every warp has read what others overwrite from here on
-    tl.store(losses + row, log_normalizer - wanted)
+    target_logit = tl.load(logits + target).to(tl.float32)
+    # Every warp has to have read the target's logit before any warp overwrites it below.
+    tl.debug_barrier()
+    tl.store(losses + row, log_normalizer - target_logit)
     tl.store(correct + row, best == target)
-    for at in range(0, WORDS, BLOCK):
-        is_word = words + at < WORDS
-        wide = tl.load(logits + at + words, mask=is_word, other=-float("inf")).to(tl.float32)
+    for at in range(0, VOCAB, BLOCK):
+        is_word = offsets + at < VOCAB
+        wide = tl.load(logits + at + offsets, mask=is_word, other=-float("inf")).to(tl.float32)
         probability = tl.exp(wide - log_normalizer)
-        found = (probability - (words + at == target).to(tl.float32)) * weight
-        tl.store(logits + at + words, found.to(logits.dtype.element_ty), mask=is_word)
+        found = (probability - (offsets + at == target).to(tl.float32)) * weight
+        tl.store(logits + at + offsets, found.to(logits.dtype.element_ty), mask=is_word)
 
 
 @triton.jit
@@ -127,17 +151,23 @@ def _adamw(
     theta, exp_avg, exp_avg_sq, gradient, applies, rate, decay, clip, beta1, beta2, correction1, root_correction2, eps,
     columns, row_stride, gradient_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a run's numbers. Blocks come first in the grid: the other dimensions end at 65,535."""
+    """One block of a run's numbers, by the formula in `train.trainer.optim.adamw`.
+
+    Blocks are the grid's first dimension, since CUDA ends the others at 65,535.
+    """
     run = tl.program_id(1)
+    # A run that does not take this step keeps every bit.
     if tl.load(applies + run) == 0:
         return
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_column, place = column < columns, run.to(tl.int64) * row_stride + column
+    is_column = column < columns
+    place = run.to(tl.int64) * row_stride + column
     given = tl.load(gradient + run.to(tl.int64) * gradient_stride + column, mask=is_column, other=0.0)
     given *= tl.load(clip + run)
     first, second = tl.load(beta1 + run), tl.load(beta2 + run)
     mean = tl.load(exp_avg + place, mask=is_column, other=0.0) * first + given * (1 - first)
     square = tl.load(exp_avg_sq + place, mask=is_column, other=0.0) * second + given * given * (1 - second)
+    # Square root and division rounded to nearest, as PyTorch's; Triton's plain ones approximate.
     root = tl.sqrt_rn(square)
     denominator = tl.div_rn(root, tl.load(root_correction2 + run) + tl.zeros_like(root)) + tl.load(eps + run)
     step = tl.load(rate + run) / tl.load(correction1 + run)
@@ -149,20 +179,21 @@ def _adamw(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`train.nn.functional.rms_norm` of [T, dim]."""
-    x, (rows, dim) = x.contiguous(), x.shape
+    rows, dim = x.shape
+    x = x.contiguous()
     out = torch.empty_like(x)
     _rms_norm[(rows,)](x, weight, out, eps, DIM=dim, **_whole_row(dim))
     return out
 
 
-def rms_norm_gradient(
+def rms_norm_backward(
     gradient: torch.Tensor, passed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """`train.nn.functional.rms_norm_gradient` of [T, dim]."""
+    """`train.nn.functional.rms_norm_backward` of [T, dim]."""
     gradient, passed, x = gradient.contiguous(), passed.contiguous(), x.contiguous()
     rows, dim = x.shape
     out = torch.empty_like(x)
-    _rms_norm_gradient[(rows,)](gradient, passed, x, weight, out, eps, DIM=dim, **_whole_row(dim))
+    _rms_norm_backward[(rows,)](gradient, passed, x, weight, out, eps, DIM=dim, **_whole_row(dim))
     return out
 
 
@@ -174,46 +205,51 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def swiglu_gradient(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`train.nn.functional.swiglu_gradient` of [T, dim]."""
+def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`train.nn.functional.swiglu_backward` of [T, dim]."""
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
-    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    _swiglu_gradient[_blocks(gate)](gradient, gate, up, of_gate, of_up, DIM=gate.shape[1], BLOCK=BLOCK)
-    return of_gate, of_up
+    gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+    _swiglu_backward[_blocks(gate)](gradient, gate, up, gate_grad, up_grad, DIM=gate.shape[1], BLOCK=BLOCK)
+    return gate_grad, up_grad
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`train.nn.functional.rotate` of [T, heads, dim]."""
-    return _turned(x, cos, sin, back=False)
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`train.nn.functional.apply_rotary` of [T, heads, dim]."""
+    return _rotate_heads(x, cos, sin, back=False)
 
 
-def rotate_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`train.nn.functional.rotate_back` of [T, heads, dim]."""
-    return _turned(gradient, cos, sin, back=True)
+def apply_rotary_backward(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`train.nn.functional.apply_rotary_backward` of [T, heads, dim]."""
+    return _rotate_heads(gradient, cos, sin, back=True)
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool) -> torch.Tensor:
+def _rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool) -> torch.Tensor:
+    """x [T, heads, dim] rotated by cos and sin [T, dim]; tokens may be apart, as in a view of one wide projection."""
     tokens, heads, dim = x.shape
     if cos.shape != (tokens, dim) or sin.shape != (tokens, dim):
-        raise ValueError(f"heads {tuple(x.shape)} cannot be turned by {tuple(cos.shape)}: every feature of a head is")
+        raise ValueError(
+            f"heads {tuple(x.shape)} cannot be rotated by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}: the kernel rotates every "
+            "feature of a head"
+        )
     x = x if x.stride()[1:] == (dim, 1) else x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # Triton's ranges are powers of two; masks leave out what is past 9 heads or 48 features.
     blocks = {"HEAD_BLOCK": triton.next_power_of_2(heads), "HALF_BLOCK": triton.next_power_of_2(dim // 2)}
-    _rotate[(tokens,)](
+    _rotary[(tokens,)](
         x, cos.contiguous(), sin.contiguous(), out, x.stride(0), HEADS=heads, HALF=dim // 2, BACK=back, **blocks
     )
     return out
 
 
-def softmax(
+def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`train.nn.loss.softmax` of [n, words]; the gradient takes the place of the logits."""
-    rows, words = logits.shape
+    """`train.nn.loss.cross_entropy` of [n, vocab]; the gradient overwrites the logits."""
+    rows, vocab = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     correct = logits.new_empty(rows, dtype=torch.bool)
-    block = min(VOCABULARY_BLOCK, triton.next_power_of_2(words))
-    _softmax[(rows,)](logits, targets, weights, losses, correct, WORDS=words, BLOCK=block, num_warps=8)
+    block = min(VOCAB_BLOCK, triton.next_power_of_2(vocab))
+    _cross_entropy[(rows,)](logits, targets, weights, losses, correct, VOCAB=vocab, BLOCK=block, num_warps=8)
     return losses, correct, logits
 
 
@@ -242,11 +278,12 @@ def adamw(
 
 
 def _whole_row(dim: int) -> dict[str, int]:
-    """A program's size for rows of `dim` numbers: some 16 of them for every thread."""
+    """The launch of a program per row of `dim` numbers: about 16 numbers for every thread, 4,096 by 8 warps of 32."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def _blocks(matrix: torch.Tensor) -> tuple[int, int]:
+    """The grid of a program per block of each row."""
     rows, dim = matrix.shape
     return rows, triton.cdiv(dim, BLOCK)
