@@ -62,6 +62,21 @@ def sequence(run: int, length: int) -> TokenSequence:
     return TokenSequence(run, 0, tokens, tokens)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "columns"), [(torch.float32, 104), (torch.bfloat16, 128), (torch.float16, 128)], ids=str
+)
+def test_on_a_cpu_a_nan_meets_no_row_of_another_run(dtype: torch.dtype, columns: int) -> None:
+    """CPUs with 16-bit matrix units read 16-bit rows in blocks of 32: the gradient's rows, of 97 words, are made of whole blocks."""
+    head = head_of(torch.randn(97, 64).to(dtype))
+    gradient = torch.randn(33, columns).to(dtype)
+    expected = head.hidden_grad(gradient)
+    assert head.logits(torch.randn(33, 64).to(dtype)).shape == gradient.shape
+    gradient[16] = torch.nan
+    found = head.hidden_grad(gradient)
+    others = torch.arange(33) != 16
+    assert torch.equal(found[others], expected[others])
+
+
 def test_sums_stay_in_their_run() -> None:
     batch = MicroBatch([sequence(0, 5), sequence(2, 3), sequence(3, 9)], 4, packs.CPU)
     values = torch.arange(len(batch.targets), dtype=torch.float64)

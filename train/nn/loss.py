@@ -26,6 +26,10 @@ from train.nn.functional import map_row_chunks, triton_kernel
 CHUNK_TOKENS = 1024
 # Rows of logits in whole 16 bytes, in half precision.
 VOCAB_MULTIPLE = 8
+# CPUs with AMX take the inner size of a 16-bit product in blocks of 32 (torch 2.11). The last block of a row reaches into the next row,
+# whose numbers meet zeros there, and 0 x NaN is NaN. Of inner sizes from 8 to 232, each above 32 that is not a multiple of 32 let a NaN
+# of row i into row i - 1 (40, 104, 200...); 64, 96, 128 and 160 did not. Without a NaN every bit repeated from call to call.
+CPU_VOCAB_MULTIPLE = 32
 
 
 class Head:
@@ -38,8 +42,7 @@ class Head:
     - The rounding of such a product changed with the number of tokens. Measured on an H200 with 97 words: in three of eight runs
       one number in 5,000 of the gradient differed between the pack and the same run alone, while all that came before was
       bit-identical.
-    - On CPUs with AMX an odd number of bfloat16 words multiplies the last one of a row together with the first one of the next row
-      times zero, so a NaN there spreads to this row (torch 2.11).
+    - On CPUs with AMX a NaN would spread to the row before it (`CPU_VOCAB_MULTIPLE`), and so to another run.
 
     Attributes:
         vocab_size: without the padding; logits have columns for the padding too.
@@ -49,8 +52,9 @@ class Head:
         self.vocab_size = len(weight)
         self.dtype = weight.dtype
         self.device = weight.device
-        # 97 words need 7 more: -97 % 8 = 7.
-        missing = -self.vocab_size % VOCAB_MULTIPLE
+        half_on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        # 97 words need 7 more: -97 % 8 = 7; in half precision on a CPU 31 more.
+        missing = -self.vocab_size % (CPU_VOCAB_MULTIPLE if half_on_cpu else VOCAB_MULTIPLE)
         self._weight = functional.pad(weight.data, (0, 0, 0, missing)) if missing else weight.data
         # The parameter becomes a view of the padded copy, so nothing is in memory twice, whatever else it is tied to.
         weight.data = self._weight[: self.vocab_size]
