@@ -69,7 +69,7 @@ def test_decoders_like_llama_are_welcome(config: PretrainedConfig, tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=128), "data.max_length to at most 128, now 512"),
+        (MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=128), "data.max_length to at most 128 (now 512)"),
         (CohereConfig(**SIZES), "logit_scale"),
         (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0), "final_logit_softcapping"),
         (PhiConfig(**SIZES), "the output layer of 'phi' has a bias"),

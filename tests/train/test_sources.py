@@ -242,7 +242,7 @@ def test_a_path_that_no_system_could_have_is_refused(source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.json", "[]", "has to hold a JSON object"),
+        ("config.json", "[]", "must be a JSON object"),
         ("config.json", "[" * 100_000, "is not valid JSON"),
         ("model.safetensors.index.json", "{}", "has no weight_map"),
     ],
