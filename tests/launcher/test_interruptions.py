@@ -85,7 +85,7 @@ def test_ctrl_c_stops_resumably_the_same_command_goes_on_and_no_run_is_trained_t
     wait_for(lambda: steps_done(program) > 10, timeout=180)
     terminal.press_ctrl_c()
     assert terminal.process.wait(timeout=120) == 130, terminal.shown
-    assert b"The same command goes on from the last checkpoint" in terminal.shown
+    assert b"The same command continues from the last checkpoint" in terminal.shown
     assert b"Traceback" not in terminal.shown
     (run,) = runs(program)
     (ended,) = read_lines(run.attempts)
