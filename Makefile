@@ -8,10 +8,10 @@ DEMO := runs/rank-smollm2-tasks
 SIZE := about 2 GB; where torch brings CUDA some 3 GB more: README says how to avoid that
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format clean browser
+.PHONY: help install run test test-fast lint format clean browser
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 install: $(VENV)/.installed ## create .venv with the pinned versions
 
@@ -20,6 +20,9 @@ run: install ## train the default sweep (four LoRA ranks) here, end to end, and 
 
 test: $(VENV)/.tested browser ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadgroup
+
+test-fast: $(VENV)/.tested ## run the quick tests: no Slurm, no browser, nothing marked slow (under 3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow and not slurm and not browser"
 
 browser: # Chromium, for the tests of report.html; installed where that takes no more than a line
 	@for name in chromium chromium-browser google-chrome-stable google-chrome; do command -v $$name >/dev/null && exit 0; done; \

@@ -22,6 +22,17 @@ from train.model.source import model_fingerprint
 from train.store.layout import CacheDir
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs Chromium by its fixture, and say loudly that tests for a GPU did not run where there is none."""
+    no_gpu = pytest.mark.skip(reason="NOT TESTED ON A GPU: torch finds none here")
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, CacheDir, Path]:
     """``builtin:tiny``, staged: its configuration with fingerprint, the cache that holds it, its folder."""

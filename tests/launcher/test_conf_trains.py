@@ -24,6 +24,8 @@ from train.runtime.signals import STOP_SIGNALS
 from train.store.layout import CacheDir
 from train.store.storage import make_folder, read_json, write_json, write_text
 
+pytestmark = pytest.mark.slow
+
 Tiny = tuple[ModelConfig, CacheDir, Path]
 
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(shipped_conf().glob("*/*.yaml"))]

@@ -21,6 +21,8 @@ from train.config import ModelConfig
 from train.store.layout import CacheDir, RunDir, SweepDir
 from train.store.storage import read_json, read_lines
 
+pytestmark = pytest.mark.slow
+
 STEPS = 300
 COMMAND = [
     "model=tiny",

@@ -13,6 +13,8 @@ from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_unt
 from terminal import Terminal
 from wandb_server import KEY, WandbServer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:

@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if _on_cluster(item):
+            item.add_marker(pytest.mark.slurm)
             half = "one" if item.path.stem in ONE_HALF else "other"
             item.add_marker(pytest.mark.xdist_group(f"slurm: {half} half"))
             item.add_marker(pytest.mark.timeout(CLUSTER_TEST_SECONDS))

@@ -62,7 +62,8 @@ def test_every_run_answers_as_transformers_with_its_adapter(
     assert len({tuple(answers[0]) for answers in found.values()}) > 3, "the runs hardly differ: that proves little"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention and grouped products run on GPUs alone")
+# FlashAttention and grouped products run on GPUs alone.
+@pytest.mark.gpu
 def test_in_half_precision_on_a_gpu_the_cache_changes_no_answer(tmp_path: Path) -> None:
     base = packs.tiny_base(torch.bfloat16, device=torch.device("cuda"))
     packs.make_loop(tmp_path, base, packs.DIVERSE)

@@ -12,6 +12,8 @@ import pytest
 
 import packs
 
+pytestmark = pytest.mark.slow
+
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 

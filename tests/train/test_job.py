@@ -22,6 +22,8 @@ from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import read_lease
 from train.store.storage import make_folder, read_json, read_lines, write_json, write_text
 
+pytestmark = pytest.mark.slow
+
 MakePack = Callable[..., Path]
 
 

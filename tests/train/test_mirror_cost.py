@@ -23,6 +23,8 @@ from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_unt
 from train.store.storage import read_json, write_json
 from wandb_server import WandbServer
 
+pytestmark = pytest.mark.slow
+
 OUTAGES = ["down", "500", "401", "silent"]
 WAYS = ["off", "offline", "good", *OUTAGES]
 DAWDLING = "dawdling"  # the control: a trainer that waits and computes for longer

@@ -12,6 +12,8 @@ from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_unt
 from train.store.storage import make_folder
 from wandb_server import WandbServer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:

@@ -18,6 +18,8 @@ from train.store.layout import SweepDir
 from train.store.storage import Record, read_json
 from wandb_server import KEY, WandbServer
 
+pytestmark = pytest.mark.slow
+
 HEADER_BYTES = 7  # of W&B's files
 
 

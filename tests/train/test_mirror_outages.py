@@ -14,6 +14,8 @@ from mirrored import WrittenPack, assert_arrived, launcher, use_server, wait_unt
 from train.mirror.child import PATIENCE_SECONDS
 from wandb_server import WandbServer
 
+pytestmark = pytest.mark.slow
+
 OUTAGES = ["down", "500", "401", "silent"]
 
 

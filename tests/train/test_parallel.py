@@ -24,7 +24,7 @@ from train.store.storage import make_folder, read_lines
 from train.trainer import loop
 from train.trainer.process_group import SingleProcess, deal, open_process_group
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PATIENCE_SECONDS = 300  # machines that test other things besides are slow
 FINAL = "final.safetensors"

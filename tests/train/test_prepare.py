@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from train.config import DataConfig, LoraConfig, ModelConfig
 from train.data.source import data_fingerprint
 from train.data.stats import read_facts
 from train.model.source import model_fingerprint
 from train.store.layout import CacheDir
+
+pytestmark = pytest.mark.slow
 
 TINY = ModelConfig(name="tiny", source="builtin:tiny")
 MODEL = TINY.model_copy(update={"fingerprint": model_fingerprint(TINY)})

@@ -19,6 +19,8 @@ from train.store.storage import read_lines
 from train.trainer import loop
 from train.trainer.checkpoint import load_checkpoint, sound_checkpoints
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 
