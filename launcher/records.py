@@ -206,8 +206,8 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """How many jobs of a plan may run side by side on Slurm (`launcher.cluster.lanes`).
+class JobSlots:
+    """How many jobs of a plan may run side by side on Slurm (`launcher.cluster.arrays`).
 
     taken: how many jobs of each array that the sweep has in the queue already may run at once, with the array's number.
     waits: whether those have to end before the first of these jobs starts.
@@ -230,12 +230,12 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen, completely: `submit` does exactly this. `lanes` is None on this machine, or where nothing is to do."""
+    """What will happen, completely: `submit` does exactly this. `slots` is None on this machine, or where nothing is to do."""
 
     sweep: Sweep
     runs: tuple[PlannedRun, ...]
     packs: tuple[Pack, ...]
-    lanes: Lanes | None = None
+    slots: JobSlots | None = None
 
 
 class State(StrEnum):

@@ -84,10 +84,10 @@ def status(request: Request) -> int:
 def list_sweeps(request: Request) -> int:
     """The sweeps below the root."""
     from launcher.terminal.tables import print_sweeps
-    from launcher.track.find import sweep_facts, sweeps
+    from launcher.track.find import sweep_summary, sweeps
 
     _, root, _ = request.places(names=0)
-    rows = [sweep_facts(sweep) for sweep in sweeps(root)]
+    rows = [sweep_summary(sweep) for sweep in sweeps(root)]
     if request.json:
         return _print_json({"root": str(root), "sweeps": rows})
     print_sweeps(rows, str(root), _console())
@@ -203,7 +203,7 @@ def sync(request: Request) -> int:
 
 def dashboard(request: Request) -> int:
     """Build the sweep's W&B workspace."""
-    from launcher.subprocesses.export import make_dashboard
+    from launcher.subprocesses.foreground import make_dashboard
     from launcher.track.find import find_sweep
 
     names, root, _ = request.places()
@@ -212,7 +212,7 @@ def dashboard(request: Request) -> int:
 
 def merge(request: Request) -> int:
     """Merge a run's adapter into its base."""
-    from launcher.subprocesses.export import export
+    from launcher.subprocesses.foreground import export
     from launcher.track.find import find_run
 
     names, root, cache = request.places()
@@ -222,7 +222,7 @@ def merge(request: Request) -> int:
 
 def chat(request: Request) -> int:
     """Answer a prompt, or talk until the end of input."""
-    from launcher.subprocesses.export import export
+    from launcher.subprocesses.foreground import export
     from launcher.track.find import find_run
 
     words, root, cache = request.places(names=2)

@@ -12,11 +12,11 @@ from launcher.cluster.parsing import (
     LivePartition,
     Qos,
     Settings,
-    read_associations,
-    read_partition_details,
-    read_qos,
-    read_settings,
-    read_sinfo,
+    parse_associations,
+    parse_config,
+    parse_partition_fields,
+    parse_qos,
+    parse_sinfo,
     with_details,
 )
 
@@ -45,7 +45,7 @@ def take_inventory() -> Inventory | None:
     if partitions is None:
         return None
     settings = answer_of("scontrol", "show", "config")
-    records = settings is None or read_settings(settings).accounting
+    records = settings is None or parse_config(settings).accounting
     manage = ("sacctmgr", "--noheader", "--parsable2", "show")
     user = user_name()
     limits = (
@@ -54,9 +54,9 @@ def take_inventory() -> Inventory | None:
     qos = answer_of(*manage, "qos", "format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser") if records else None
     return Inventory(
         partitions,
-        None if settings is None else read_settings(settings),
-        None if limits is None else read_associations(limits),
-        None if qos is None else read_qos(qos),
+        None if settings is None else parse_config(settings),
+        None if limits is None else parse_associations(limits),
+        None if qos is None else parse_qos(qos),
     )
 
 
@@ -65,8 +65,8 @@ def ask_partitions() -> list[LivePartition] | None:
     rows = answer_of("sinfo", "--noheader", "--format=%P|%a|%l|%D|%T|%G|%f")
     if rows is None:
         return None
-    details = read_partition_details(answer_of("scontrol", "--oneliner", "show", "partition") or "")
-    return [with_details(partition, details.get(partition.name, {})) for partition in read_sinfo(rows)]
+    details = parse_partition_fields(answer_of("scontrol", "--oneliner", "show", "partition") or "")
+    return [with_details(partition, details.get(partition.name, {})) for partition in parse_sinfo(rows)]
 
 
 def _may_use(partition: LivePartition, groups: set[str], accounts: set[str] | None) -> bool:

@@ -80,7 +80,7 @@ class Qos:
     max_submit_per_user: int | None
 
 
-def read_settings(text: str) -> Settings:
+def parse_config(text: str) -> Settings:
     """``scontrol show config``. A setting that is not there has Slurm's default."""
     config = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
     signals = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")  # old, new versions
@@ -97,7 +97,7 @@ def read_settings(text: str) -> Settings:
     )
 
 
-def read_sinfo(text: str) -> list[LivePartition]:
+def parse_sinfo(text: str) -> list[LivePartition]:
     """``sinfo --format=%P|%a|%l|%D|%T|%G|%f``: a row per partition and kind of node."""
     partitions: dict[str, LivePartition] = {}
     for line in text.splitlines():
@@ -106,17 +106,17 @@ def read_sinfo(text: str) -> list[LivePartition]:
         known = partitions.get(plain)
         works = state.lower().startswith(NODES_THAT_WORK) and not state.endswith("*")
         gpus, per_node = (Counter(known.gpus), dict(known.per_node)) if known else (Counter[str](), {})
-        for kind, count in read_gres(gres).items() if works else ():
+        for kind, count in parse_gres(gres).items() if works else ():
             gpus[kind] += count * int(nodes)
             per_node[kind] = max(count, per_node.get(kind, 0))
         named = frozenset() if features == "(null)" else frozenset(features.split(","))
-        up, default, minutes = available == "up", name.endswith("*"), read_minutes(limit)
+        up, default, minutes = available == "up", name.endswith("*"), parse_minutes(limit)
         both = named if known is None else known.features | named
         partitions[plain] = LivePartition(plain, up, default, minutes, dict(gpus), both, per_node=per_node)
     return list(partitions.values())
 
 
-def read_partition_details(text: str) -> dict[str, dict[str, str]]:
+def parse_partition_fields(text: str) -> dict[str, dict[str, str]]:
     """``scontrol --oneliner show partition``: the fields of each partition by name."""
     rows = (dict(word.partition("=")[::2] for word in line.split()) for line in text.splitlines())
     return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
@@ -134,7 +134,7 @@ def with_details(partition: LivePartition, fields: dict[str, str]) -> LivePartit
         partition.name,
         partition.up,
         partition.default,
-        read_minutes(fields["MaxTime"]) if "MaxTime" in fields else partition.max_minutes,
+        parse_minutes(fields["MaxTime"]) if "MaxTime" in fields else partition.max_minutes,
         partition.gpus,
         partition.features,
         tier=_number(fields.get("PriorityTier", "")) or 1,
@@ -145,7 +145,7 @@ def with_details(partition: LivePartition, fields: dict[str, str]) -> LivePartit
     )
 
 
-def read_gres(text: str) -> dict[str, int]:
+def parse_gres(text: str) -> dict[str, int]:
     """GPUs of a node by type: ``gpu:a100:4(S:0-1),lscratch:1`` gives four a100, ``gpu:2`` two untyped ones."""
     found: Counter[str] = Counter()
     for match in GRES.finditer(re.sub(r"\([^)]*\)", "", text)):
@@ -153,7 +153,7 @@ def read_gres(text: str) -> dict[str, int]:
     return dict(found)
 
 
-def read_minutes(text: str) -> int | None:
+def parse_minutes(text: str) -> int | None:
     """A time limit: ``30``, ``30:00``, ``1:30:00``, ``2-00:00:00``, ``1-12``; None for no limit. Seconds are dropped."""
     match = DURATION.fullmatch(text.strip())
     if match is None:
@@ -165,7 +165,7 @@ def read_minutes(text: str) -> int | None:
     return clock[0] * 60 + clock[1] if len(clock) == 3 else clock[0]
 
 
-def read_associations(text: str) -> list[Association]:
+def parse_associations(text: str) -> list[Association]:
     """``sacctmgr --noheader --parsable2 show assoc format=Account,QOS,MaxJobs,MaxSubmitJobs``."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
     return [
@@ -174,7 +174,7 @@ def read_associations(text: str) -> list[Association]:
     ]
 
 
-def read_qos(text: str) -> list[Qos]:
+def parse_qos(text: str) -> list[Qos]:
     """``sacctmgr --noheader --parsable2 show qos format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser``."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
     return [

@@ -1,16 +1,50 @@
-"""Which partitions jobs may go to: what the configuration says, completed by what the cluster and the table of GPUs know."""
+"""Slurm or this machine: decided once per command, and said."""
 
 from __future__ import annotations
 
-from launcher.cluster.choice import on_slurm
+import shutil
+
+from launcher.cluster.commands import CommandRefused, NoAnswer, run_command
 from launcher.cluster.inventory import Inventory, take_inventory
 from launcher.cluster.parsing import UNTYPED, LivePartition
 from launcher.errors import ClusterError
-from launcher.estimate.devices import gpu_device
+from launcher.estimate.devices import Partition, gpu_device, local_partition
 from launcher.estimate.gpus import GpuModel, known_gpu
-from launcher.estimate.partition import Partition, local_partition
 from launcher.records import ClusterConfig, PartitionConfig
 from train.errors import BadInput
+from train.runtime.slurm import NOT_CONFIGURED
+
+
+def explain_choice(cluster: ClusterConfig, *, slurm: bool) -> str:
+    """A line that says where the jobs will run, and why."""
+    if cluster.kind != "auto":
+        return f"cluster={cluster.kind}: {'submitting to Slurm' if slurm else 'training on this machine'}"
+    return f"cluster=auto: {'Slurm answers here, submitting to it' if slurm else 'no Slurm here, training on this machine'}"
+
+
+def on_slurm(cluster: ClusterConfig) -> bool:
+    """Whether jobs go to Slurm: asked for by name, or answering here."""
+    return cluster.kind == "slurm" or (cluster.kind == "auto" and slurm_answers())
+
+
+def slurm_answers() -> bool:
+    """Whether this machine belongs to a Slurm cluster.
+
+    Raises:
+        ClusterError: it does, and the controller is away.
+    """
+    try:
+        run_command("sinfo", "--noheader", "--format=%P")
+    except NoAnswer as exc:
+        if shutil.which("sinfo") is None or NOT_CONFIGURED in str(exc):
+            return False
+        raise ClusterError(
+            f"{exc}. This machine belongs to a Slurm cluster whose controller is away: try again when sinfo answers, or train "
+            "here with cluster=local."
+        ) from exc
+    except CommandRefused:
+        return False
+    return True
 
 
 def partitions_for(cluster: ClusterConfig) -> tuple[Partition, ...]:

@@ -15,11 +15,11 @@ NAMES_PER_CALL = 200  # a command line has an end
 
 @dataclass(frozen=True)
 class JobView:
-    """One job or task as Slurm sees it. `reason` is why it waits; `word` is Slurm's own."""
+    """One job or task as Slurm sees it. `reason` is why it waits; `raw_state` is what Slurm calls it."""
 
     id: str
     state: SlurmState
-    word: str
+    raw_state: str
     reason: str | None
     node: str | None
 
@@ -78,10 +78,10 @@ def parse_squeue(text: str) -> dict[JobKey, JobView]:
     """The lines of ``squeue --array --format=%j|%i|%T|%r|%N``."""
     views = {}
     for line in text.splitlines():
-        name, number, word, reason, nodes = (part.strip() for part in line.rsplit("|", 4))
+        name, number, raw_state, reason, nodes = (part.strip() for part in line.rsplit("|", 4))
         waits = None if reason in {"None", ""} else reason
         for job in _jobs(number):
-            views[name, job] = JobView(job, slurm_state(word), word, waits, nodes or None)
+            views[name, job] = JobView(job, slurm_state(raw_state), raw_state, waits, nodes or None)
     return views
 
 
@@ -93,17 +93,17 @@ def parse_sacct(text: str) -> dict[JobKey, JobView]:
     newest: dict[JobKey, tuple[str, JobView]] = {}
     killed: dict[str, str] = {}  # when the last step began that was killed for its memory, by job
     for line in text.splitlines():
-        name, number, word, started, nodes = (part.strip() for part in line.rsplit("|", 4))
+        name, number, raw_state, started, nodes = (part.strip() for part in line.rsplit("|", 4))
         begun = started if started[:1].isdigit() else ""
         job, _, step = number.partition(".")
         if step:
-            if slurm_state(word) == OUT_OF_MEMORY:
+            if slurm_state(raw_state) == OUT_OF_MEMORY:
                 killed[job] = max(begun, killed.get(job, ""))
             continue
         node = None if nodes in {"", "None assigned"} else nodes
         for job in _jobs(number):
             if (name, job) not in newest or begun >= newest[name, job][0]:
-                newest[name, job] = begun, JobView(job, slurm_state(word), word, None, node)
+                newest[name, job] = begun, JobView(job, slurm_state(raw_state), raw_state, None, node)
     return {
         key: replace(view, state=OUT_OF_MEMORY) if view.state == FAILED and killed.get(view.id, "") >= begun else view
         for key, (begun, view) in newest.items()

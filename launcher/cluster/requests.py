@@ -1,4 +1,7 @@
-"""What will be submitted, as values: packs -> arrays -> the parameters that submitit renders. Nothing here runs a command."""
+"""What sbatch is asked for, as values: the parameters that submitit renders. Nothing here runs a command.
+
+A new setting of a job (`launcher.records.ClusterConfig`) is passed on in `sbatch_parameters`.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +10,42 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.lanes import deal
-from launcher.cluster.names import JobNames
+from launcher.cluster.arrays import ArrayRequest
 from launcher.installation import python_path
-from launcher.records import ClusterConfig, Lanes, Pack
+from launcher.records import ClusterConfig
 from train.errors import BadInput
 from train.runtime.slurm import warning_seconds
 from train.store.layout import ArrayDir
 
-LONG_MINUTES = 60  # any limit that is no short one
-REPORT_MINUTES = 30  # plenty
+# Any limit that does not count as short: how early a job without a limit is warned.
+LONG_MINUTES = 60
+# Writing a report takes seconds to a few minutes.
+REPORT_MINUTES = 30
 
-# Slurm ends a job's shell with it. A shell that waits keeps srun alive, and with it the log of what the job does in its last seconds.
+# Slurm sends SIGTERM to a job's shell too. A shell that ignores it keeps waiting for srun, so the log also gets what the job
+# writes in its last seconds.
 KEEP_THE_SHELL = "trap '' TERM"
-# From 22.05 on srun no longer takes this from the job, and a step may be bound to one CPU (srun(1), --cpus-per-task).
+# Since Slurm 22.05 srun does not inherit --cpus-per-task from the job, so a step could be bound to one CPU (srun(1)).
 STEP_HAS_ALL_CPUS = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
+# ``123_4`` for a task of an array, ``123`` for a plain job.
 TASK_ID = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 
 
 @dataclass(frozen=True)
-class ArrayRequest:
-    """Jobs that differ in nothing but their packs. `token` is in their name, by which they are found if sbatch's answer is lost.
+class Placement:
+    """Where a job goes: a partition, a time limit that it allows (None for no limit), and the GPUs to ask for there."""
 
-    parallel: how many of them run at once. They start after the arrays in the queue with the numbers `after` have ended, and
-    those requests with the tokens `follows`, which are submitted before.
-    """
-
-    token: str
-    name: str
     partition: str
-    gres: str
-    packs: tuple[str, ...]
     minutes: int | None
-    parallel: int
-    after: tuple[str, ...] = ()
-    follows: tuple[str, ...] = ()
-
-
-def array_requests(names: JobNames, packs: Sequence[Pack], lanes: Lanes, largest: int) -> list[ArrayRequest]:
-    """One array per partition and GPU, cut at `largest` tasks; all together run as many jobs at once as there are lanes."""
-    by_shape: dict[tuple[str, str], list[Pack]] = {}
-    for pack in packs:
-        by_shape.setdefault((pack.partition, pack.gres), []).append(pack)
-    parts = [group[start : start + largest] for group in by_shape.values() for start in range(0, len(group), largest)]
-    shares = deal([len(part) for part in parts], lanes.count)
-    requests = [_request(names, part, share, lanes.after) for part, share in zip(parts, shares, strict=True)]
-    for place in range(lanes.count, len(requests)):
-        requests[place] = replace(requests[place], follows=(requests[place - lanes.count].token,))
-    return requests
+    gres: str | None = None
 
 
 def refuse_pattern(folder: Path) -> None:
-    """Refuse a sweep's folder in whose name Slurm would see a pattern: logs would go to another one, or nowhere.
+    """Refuse a sweep's folder whose name Slurm would read as a pattern: logs would go elsewhere, or nowhere.
 
     Raises:
         BadInput: naming the character.
@@ -70,43 +53,26 @@ def refuse_pattern(folder: Path) -> None:
     for character in "%\\":
         if character in str(folder):
             raise BadInput(
-                f"root={folder.parent}: Slurm takes a {character} in the path of a log for a pattern (sbatch --output); choose a root "
+                f"root={folder.parent}: Slurm reads a {character} in the path of a log as a pattern (sbatch --output). Choose a root "
                 "without one."
             )
-
-
-def split(requests: Sequence[ArrayRequest], names: JobNames) -> list[ArrayRequest]:
-    """The same jobs with the first request in two halves, for a queue that takes no more in one go; they share its lanes."""
-    whole, rest = requests[0], requests[1:]
-    middle = math.ceil(len(whole.packs) / 2)
-    parts = whole.packs[:middle], whole.packs[middle:]
-    shares = deal([len(part) for part in parts], whole.parallel)
-    first, second = (_part(whole, names, part, share) for part, share in zip(parts, shares, strict=True))
-    if whole.parallel == 1:
-        second = replace(second, follows=(first.token,))
-    halves = (first.token, second.token)
-    return [first, second, *(_following(request, whole.token, halves) for request in rest)]
-
-
-def _following(request: ArrayRequest, token: str, others: tuple[str, ...]) -> ArrayRequest:
-    """`request`, which now waits for `others` where it waited for `token`."""
-    follows = (others if followed == token else (followed,) for followed in request.follows)
-    return replace(request, follows=tuple(followed for group in follows for followed in group))
 
 
 def sbatch_parameters(
     request: ArrayRequest, cluster: ClusterConfig, array: ArrayDir, before: Sequence[str]
 ) -> dict[str, Any]:
-    """What submitit's executor is told for an array that starts when the arrays with the numbers `before` have ended."""
+    """The parameters of submitit's executor for an array that starts when the arrays with the numbers `before` have ended."""
     return _for_submitit(
         _common(cluster)
         | {
             "job_name": request.name,
             "partition": request.partition,
             "gres": _for_all_tasks(request.gres, cluster.gpus_per_job) or None,
+            # One process per GPU.
             "ntasks_per_node": cluster.gpus_per_job,
             "time": request.minutes,
             "cpus_per_task": math.ceil(cluster.cpus / cluster.gpus_per_job),
+            # Slurm takes whole MiB.
             "mem": None if cluster.ram_gib is None else f"{math.ceil(1024 * cluster.ram_gib)}M",
             "constraint": cluster.constraint,
             "signal_delay_s": warning_seconds(request.minutes or LONG_MINUTES),
@@ -118,24 +84,16 @@ def sbatch_parameters(
 
 
 def afterwards_parameters(
-    names: JobNames,
-    cluster: ClusterConfig,
-    partition: str,
-    allowed_minutes: int | None,
-    jobs: Sequence[str],
-    gres: str | None = None,
+    name: str, cluster: ClusterConfig, placement: Placement, jobs: Sequence[str]
 ) -> dict[str, Any]:
-    """What submitit's executor is told for the job that runs when `jobs` have ended. The partition allows `allowed_minutes`.
-
-    gres: what it asks for although it needs none, where nothing else is let in.
-    """
+    """The parameters of submitit's executor for the small job called `name` that runs when `jobs` have ended."""
     return _for_submitit(
         _common(cluster)
         | {
-            "job_name": names.report,
-            "partition": partition,
-            "gres": gres or None,
-            "time": min(REPORT_MINUTES, allowed_minutes or REPORT_MINUTES),
+            "job_name": name,
+            "partition": placement.partition,
+            "gres": placement.gres or None,
+            "time": min(REPORT_MINUTES, placement.minutes or REPORT_MINUTES),
             "cpus_per_task": 1,
             "setup": [KEEP_THE_SHELL, *_user_setup(cluster)],
             "dependency": _afterany(jobs),
@@ -143,42 +101,12 @@ def afterwards_parameters(
     )
 
 
-def _common(cluster: ClusterConfig) -> dict[str, Any]:
-    return {
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "srun_args": ["--open-mode=append"],  # srun would empty the log of the attempt before
-        "additional_parameters": _filled({"requeue": True, "reservation": cluster.reservation}),
-    }
-
-
-def _afterany(jobs: Sequence[str]) -> str | None:
-    """What ``sbatch --dependency`` takes for jobs that have to end first, however they do."""
-    return f"afterany:{':'.join(jobs)}" if jobs else None
-
-
-def _for_all_tasks(gres: str, tasks: int) -> str:
-    """One GPU becomes one for each task of the job; a request that already names more is the user's own."""
-    return re.sub(r":1$", f":{tasks}", gres)
-
-
-def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if value is not None}
-
-
-def _for_submitit(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What is set, and no word of submitit's own: its wckey is refused where such keys are checked."""
-    return _filled(parameters) | {"wckey": None}
-
-
-def _user_setup(cluster: ClusterConfig) -> list[str]:
-    return [*(f"module load {shlex.quote(module)}" for module in cluster.modules), *cluster.setup]
-
-
 def setup_lines(cluster: ClusterConfig, array: ArrayDir) -> list[str]:
-    """The shell lines before srun: the user's, and what lets a task start whose launcher died before naming its pickle."""
+    """The shell lines before srun: the user's own, and a link that lets a task start whose launcher died too early.
+
+    submitit renames its pickle to ``<task id>_submitted.pkl`` after sbatch has answered. If the launcher is killed in between, the
+    task makes that name itself.
+    """
     pickle = f'{shlex.quote(str(array.submitit))}/"{TASK_ID}"_submitted.pkl'
     return [
         KEEP_THE_SHELL,
@@ -189,23 +117,47 @@ def setup_lines(cluster: ClusterConfig, array: ArrayDir) -> list[str]:
 
 
 def job_python(code: Path, container: str | None) -> str:
-    """The words before submitit's module: the frozen code first, nothing from the working folder.
+    """The command before submitit's module: Python with the frozen code first and nothing from the working folder.
 
-    Until Python's handlers stand, a signal would end the job, and one that ends while it is preempted is not queued again.
+    The shell around it ignores signals until Python has installed its handlers. A signal before that would end the job, and Slurm
+    does not requeue a job that has ended while it was being preempted.
     """
     settings = {"PYTHONPATH": python_path(code), "PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "WARNING"}
-    deaf = ["sh", "-c", "trap '' TERM USR1 USR2; exec \"$@\"", "job"]
-    words = shlex.join([*deaf, "env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])
-    return f"{container} {words}" if container else words
+    ignoring = ["sh", "-c", "trap '' TERM USR1 USR2; exec \"$@\"", "job"]
+    command = shlex.join([*ignoring, "env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])
+    return f"{container} {command}" if container else command
 
 
-def _request(names: JobNames, packs: list[Pack], share: int, after: tuple[str, ...]) -> ArrayRequest:
-    """The array of these packs; its time limit is that of the longest."""
-    limits = [pack.minutes for pack in packs if pack.minutes is not None]
-    minutes = max(limits) if len(limits) == len(packs) else None
-    ids, first = tuple(pack.id for pack in packs), packs[0]
-    return ArrayRequest(names.token(ids), names.array(ids), first.partition, first.gres, ids, minutes, share, after)
+def _common(cluster: ClusterConfig) -> dict[str, Any]:
+    return {
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        # By default srun would empty the log of the previous attempt.
+        "srun_args": ["--open-mode=append"],
+        "additional_parameters": _without_none({"requeue": True, "reservation": cluster.reservation}),
+    }
 
 
-def _part(request: ArrayRequest, names: JobNames, packs: tuple[str, ...], share: int) -> ArrayRequest:
-    return replace(request, token=names.token(packs), name=names.array(packs), packs=packs, parallel=share)
+def _afterany(jobs: Sequence[str]) -> str | None:
+    """``sbatch --dependency`` for jobs that have to end first, successfully or not: ``afterany:12:13``."""
+    return f"afterany:{':'.join(jobs)}" if jobs else None
+
+
+def _for_all_tasks(gres: str, tasks: int) -> str:
+    """``gpu:a100:1`` becomes ``gpu:a100:4`` for 4 tasks. A request that names more already is the user's own and stays."""
+    return re.sub(r":1$", f":{tasks}", gres)
+
+
+def _without_none(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _for_submitit(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What is set, and no wckey: submitit's own default is refused by clusters that check these keys."""
+    return _without_none(parameters) | {"wckey": None}
+
+
+def _user_setup(cluster: ClusterConfig) -> list[str]:
+    return [*(f"module load {shlex.quote(module)}" for module in cluster.modules), *cluster.setup]

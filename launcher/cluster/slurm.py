@@ -1,45 +1,47 @@
-"""Submitting to Slurm through submitit: each array once, whatever happens to the answer or to the launcher.
+"""Submit to Slurm and cancel there: each array once, whatever happens to sbatch's answer or to the launcher.
 
-An array's record is written before sbatch is called. Its name holds a token, so that a later look at the queue tells whether it is
-there; and a task finds what to do by that record alone (`train.job.ArrayTask`).
+An array's record is written before sbatch is called. The array's name holds a token, so a later look at the queue tells whether the
+array is there. A task finds out what to do from the record alone (`train.job.ArrayTask`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command, user_name
-from launcher.cluster.names import job_names
+from launcher.cluster.arrays import ArrayRequest, job_names, split
+from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, run_command, user_name
 from launcher.cluster.queue import read_accounting, read_queue
-from launcher.cluster.requests import ArrayRequest, afterwards_parameters, job_python, sbatch_parameters, split
+from launcher.cluster.requests import Placement, afterwards_parameters, sbatch_parameters
+from launcher.cluster.sbatch import sbatch
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
 from train.store.layout import ArrayDir, SweepDir
 from train.store.storage import make_folder, read_json, write_json
 
-USUAL_MAX_ARRAY_SIZE = 1001  # Slurm's default
-SBATCH_SECONDS = 60.0
+# Slurm's default.
+USUAL_MAX_ARRAY_SIZE = 1001
 SCANCEL_SECONDS = 60.0
-JOBS_PER_CALL = 200  # a command line has an end
+# The length of a command line is limited.
+JOBS_PER_CALL = 200
 RETRY_WAITS_SECONDS = (2, 5, 10, 20)
-# The user may have no more jobs now. The rest goes in with the next command.
-# Not "submit limit": the line that follows, the same for limits that no waiting mends, names all of them.
+# How far back accounting is searched for an array whose answer was lost.
+LOOK_BACK_SECONDS = 86_400
+# What sbatch says when the user may have no more jobs now; the rest is submitted with the next command.
+# "submit limit" is not in the list: sbatch prints it also for limits that waiting does not lift.
 QUEUE_IS_FULL = ("MaxSubmit", "MaxJobCount")
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of a plan's arrays: job ids by pack, packs that the queue has no room for and why, the code that the jobs run."""
+    """What became of a plan's arrays.
+
+    jobs: job ids by pack. left, why: the packs that the queue had no room for, and what Slurm said. code: what the jobs run.
+    """
 
     jobs: dict[str, str]
     left: tuple[str, ...]
@@ -47,93 +49,132 @@ class Submitted:
     code: Path
 
 
+class ArraySubmitter:
+    """Submits the arrays of one sweep. `say` gets a line when Slurm does not answer."""
+
+    def __init__(self, sweep: SweepDir, code: Path, cluster: ClusterConfig, say: Callable[[str], None]) -> None:
+        self._sweep = sweep
+        self._code = code
+        self._cluster = cluster
+        self._say = say
+
+    def submit(self, requests: Sequence[ArrayRequest]) -> Submitted:
+        """Submit every array. An array that the queue has no room for is halved until some of its jobs go in.
+
+        Raises:
+            CommandRefused: sbatch refuses for another reason. Earlier arrays are in the queue.
+            NoAnswer: nobody knows whether the last array is in the queue; the next command will find out.
+        """
+        jobs: dict[str, str] = {}
+        number_of: dict[str, str] = {}
+        waiting, left, why = list(requests), list[str](), None
+        while waiting:
+            request, *rest = waiting
+            before = (*request.after, *(number_of[token] for token in request.follows))
+            try:
+                ids = self._submit_once(request, before)
+            except CommandRefused as exc:
+                if not any(phrase in exc.said for phrase in QUEUE_IS_FULL):
+                    raise
+                why = exc.said
+                if len(request.packs) == 1:
+                    left = [pack for request in waiting for pack in request.packs]
+                    break
+                waiting = split(waiting, job_names(self._sweep))
+                continue
+            jobs |= dict(zip(request.packs, ids, strict=True))
+            number_of[request.token] = array_number(ids[0])
+            waiting = rest
+        return Submitted(jobs, tuple(left), why, self._code)
+
+    def _submit_once(self, request: ArrayRequest, before: Sequence[str]) -> list[str]:
+        """Submit an array; its job ids. After a lost answer, look for it in the queue before sending it again."""
+        array = self._sweep.array(request.token)
+        _write_record(request, array, None)
+        for wait in (*RETRY_WAITS_SECONDS, None):
+            try:
+                ids = self._send(request, array, before)
+                break
+            except CommandRefused:
+                # sbatch said no, so the record describes an array that does not exist.
+                shutil.rmtree(array.path)
+                raise
+            except NoAnswer as exc:
+                if wait is None:
+                    raise
+                self._say(f"{exc}; checking whether {request.name} is in the queue")
+                time.sleep(wait)
+                ids = _look_for(request)
+                if ids:
+                    break
+        _write_record(request, array, array_number(ids[0]))
+        return ids
+
+    def _send(self, request: ArrayRequest, array: ArrayDir, before: Sequence[str]) -> list[str]:
+        """Call sbatch for an array; the ids of its jobs.
+
+        Raises:
+            CommandRefused, NoAnswer: see `launcher.cluster.commands`.
+        """
+        from submitit.core.utils import DelayedSubmission
+
+        from train.job import ArrayTask
+
+        task = ArrayTask(str(array.record))
+        DelayedSubmission(task).dump(array.callable)
+        parameters = sbatch_parameters(request, self._cluster, array, before)
+        return sbatch([task] * len(request.packs), array.submitit, self._code, self._cluster, parameters)
+
+
+@dataclass(frozen=True)
+class Afterwards:
+    """A small job that runs once the arrays with the numbers `after` have ended, successfully or not."""
+
+    task: Callable[[], str]
+    after: tuple[str, ...]
+    placement: Placement
+
+
+def submit_afterwards(job: Afterwards, sweep: SweepDir, code: Path, cluster: ClusterConfig) -> str:
+    """Submit `job`, which needs no GPU; its id.
+
+    Some clusters refuse jobs without a GPU on their GPU partitions. Only then a GPU is asked for, if ``placement.gres`` names one.
+
+    Raises:
+        CommandRefused, NoAnswer: see `launcher.cluster.commands`.
+    """
+    name, folder, placement = job_names(sweep).report, make_folder(sweep.report_job), job.placement
+
+    def send(gres: str | None) -> str:
+        asked = Placement(placement.partition, placement.minutes, gres)
+        (number,) = sbatch([job.task], folder, code, cluster, afterwards_parameters(name, cluster, asked, job.after))
+        return number
+
+    try:
+        return send(None)
+    except CommandRefused:
+        if not placement.gres:
+            raise
+        return send(placement.gres)
+
+
 def max_array_size() -> int:
-    """How many tasks an array may have here; a cluster without arrays (MaxArraySize=0) has plain jobs, which are arrays of one."""
+    """How many tasks an array may have here.
+
+    A cluster without arrays (MaxArraySize=0) has plain jobs only, which count as arrays of one.
+    """
     settings = answer_of("scontrol", "show", "config") or ""
     values = (line.partition("=")[2].strip() for line in settings.splitlines() if line.startswith("MaxArraySize"))
     return next((max(1, int(value)) for value in values if value.isdigit()), USUAL_MAX_ARRAY_SIZE)
 
 
-def submit_arrays(
-    requests: list[ArrayRequest], sweep: SweepDir, code: Path, cluster: ClusterConfig, say: Callable[[str], None]
-) -> Submitted:
-    """Submit every array; where the queue takes no more at once, as many jobs of it as it takes.
-
-    Raises:
-        CommandRefused: sbatch says no for another reason. Arrays before that one are in the queue.
-        NoAnswer: nobody knows whether the last array is in the queue; the next command will see.
-    """
-    jobs: dict[str, str] = {}
-    numbers: dict[str, str] = {}  # of arrays, by token
-    waiting, left, why = list(requests), list[str](), None
-    while waiting:
-        request, *rest = waiting
-        before = (*request.after, *(numbers[token] for token in request.follows))
-        try:
-            ids = _submit_once(request, sweep.array(request.token), before, code, cluster, say)
-            jobs |= dict(zip(request.packs, ids, strict=True))
-            numbers[request.token] = array_number(ids[0])
-            waiting = rest
-        except CommandRefused as exc:
-            if not any(words in exc.said for words in QUEUE_IS_FULL):
-                raise
-            why = exc.said
-            if len(request.packs) == 1:
-                left = [pack for request in waiting for pack in request.packs]
-                break
-            waiting = split(waiting, job_names(sweep))
-    return Submitted(jobs, tuple(left), why, code)
-
-
-def _submit_once(
-    request: ArrayRequest,
-    array: ArrayDir,
-    before: Sequence[str],
-    code: Path,
-    cluster: ClusterConfig,
-    say: Callable[[str], None],
-) -> list[str]:
-    """Submit an array, and after a lost answer look whether it is in the queue before it is sent again; its job ids."""
-    _write_record(request, array, None)
-    for wait in (*RETRY_WAITS_SECONDS, None):
-        try:
-            numbers = _send(request, array, before, code, cluster)
-            break
-        except CommandRefused:
-            shutil.rmtree(array.path)
-            raise
-        except NoAnswer as exc:
-            if wait is None:
-                raise
-            say(f"{exc}; looking whether {request.name} is in the queue")
-            time.sleep(wait)
-            numbers = _look_for(request)
-            if numbers:
-                break
-    _write_record(request, array, array_number(numbers[0]))
-    return numbers
-
-
-def _look_for(request: ArrayRequest) -> list[str]:
-    """`find_array` for a controller that comes back soon: before it has said no, nothing may be sent again.
-
-    Raises:
-        NoAnswer: it does not.
-    """
-    for wait in RETRY_WAITS_SECONDS:
-        with contextlib.suppress(NoAnswer):
-            return find_array(request.name, len(request.packs))
-        time.sleep(wait)
-    return find_array(request.name, len(request.packs))
-
-
 def array_number(job: str) -> str:
-    """The number that all tasks of an array share."""
+    """The number that all tasks of an array share: ``123`` of ``123_4``."""
     return job.partition("_")[0]
 
 
 def find_array(name: str, tasks: int) -> list[str]:
-    """The ids of the jobs with that name, whether they wait, run or ended lately; none if there are none.
+    """The ids of the jobs with that name, whether they wait, run or have ended lately; empty if there are none.
 
     Raises:
         NoAnswer: squeue does not answer.
@@ -141,21 +182,67 @@ def find_array(name: str, tasks: int) -> list[str]:
     queue = read_queue([name])
     if not queue.answered:
         raise NoAnswer("squeue does not answer")
-    views = queue.views or read_accounting([name], time.time() - 86_400)
+    views = queue.views or read_accounting([name], time.time() - LOOK_BACK_SECONDS)
     numbers = {view.number for view in views.values()}
     return task_ids(str(min(numbers)), tasks) if numbers else []
 
 
 def task_ids(job: str, tasks: int) -> list[str]:
-    """The ids of an array's tasks; submitit makes a plain job of an array of one."""
+    """The ids of an array's tasks. An array of one is a plain job for submitit."""
     return [job] if tasks == 1 else [f"{job}_{task}" for task in range(tasks)]
 
 
 def task_logs(array: ArrayDir, task: int) -> list[Path]:
-    """The logs of one task, as submitit names them: ``<job>_<task>_0_log.out``, for a plain job ``<job>_0_log.out``; stdout first."""
+    """The logs of one task, stdout first.
+
+    submitit calls them ``<job>_<task>_0_log.out``, and ``<job>_0_log.out`` for a plain job.
+    """
     tasks = len(read_json(array.record)["packs"])
     pattern = "*_0_log.out" if tasks == 1 else f"*_{task}_0_log.out"
     return [file for out in array.submitit.glob(pattern) for file in (out, out.with_suffix(".err")) if file.exists()]
+
+
+def cancel_jobs(numbers: Sequence[str]) -> None:
+    """Take these jobs out of the queue, also those that Slurm is requeueing right now. Jobs that have ended are left alone.
+
+    Raises:
+        ClusterError: scancel refused or did not answer.
+    """
+    for start in range(0, len(numbers), JOBS_PER_CALL):
+        run_command("scancel", *numbers[start : start + JOBS_PER_CALL], timeout=SCANCEL_SECONDS)
+
+
+def warn_jobs(numbers: Sequence[str]) -> None:
+    """Send SIGTERM to the processes of these running jobs, so that each saves and ends by itself.
+
+    If one of the jobs has ended meanwhile, scancel signals the others and then fails: without a message, or after 95 s of retries
+    if Slurm is requeueing that job. A lost warning costs only time, because jobs look for cancel requests in their run folders.
+    """
+    for start in range(0, len(numbers), JOBS_PER_CALL):
+        with contextlib.suppress(ClusterError):
+            run_command("scancel", "--signal=TERM", *numbers[start : start + JOBS_PER_CALL])
+
+
+def cancel_named(name: str) -> None:
+    """Take this user's jobs of that name out of the queue, if there are any.
+
+    Raises:
+        ClusterError: scancel refused or did not answer.
+    """
+    run_command("scancel", f"--user={user_name()}", f"--name={name}", timeout=SCANCEL_SECONDS)
+
+
+def _look_for(request: ArrayRequest) -> list[str]:
+    """`find_array`, repeated until the controller answers. Until it has said that the array is missing, nothing is sent again.
+
+    Raises:
+        NoAnswer: the controller stays silent.
+    """
+    for wait in RETRY_WAITS_SECONDS:
+        with contextlib.suppress(NoAnswer):
+            return find_array(request.name, len(request.packs))
+        time.sleep(wait)
+    return find_array(request.name, len(request.packs))
 
 
 def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> None:
@@ -172,157 +259,3 @@ def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> No
         "job": job,
     }
     write_json(array.record, record)
-
-
-def submit_afterwards(
-    task: Callable[[], str],
-    sweep: SweepDir,
-    code: Path,
-    numbers: Sequence[str],
-    cluster: ClusterConfig,
-    partition: str,
-    allowed_minutes: int | None,
-    gres: str | None,
-) -> str:
-    """Submit a small job that runs `task` from `code` once all arrays with these numbers have ended, however they did; its id.
-
-    allowed_minutes: a time limit that the partition is known to allow, None if it has none.
-    gres: one of the partition's GPUs, asked for where the job is refused without one: some clusters keep their GPUs so from others.
-
-    Raises:
-        CommandRefused, NoAnswer: see `commands`.
-    """
-    names, folder = job_names(sweep), make_folder(sweep.report_job)
-
-    def send(wanted: str | None) -> str:
-        parameters = afterwards_parameters(names, cluster, partition, allowed_minutes, numbers, wanted)
-        (number,) = _sbatch([task], folder, code, cluster, parameters)
-        return number
-
-    try:
-        return send(None)
-    except CommandRefused:
-        if not gres:
-            raise
-        return send(gres)
-
-
-def _send(
-    request: ArrayRequest, array: ArrayDir, before: Sequence[str], code: Path, cluster: ClusterConfig
-) -> list[str]:
-    """Submit an array; the ids of its jobs.
-
-    Raises:
-        CommandRefused, NoAnswer: see `commands`.
-    """
-    from submitit.core.utils import DelayedSubmission
-
-    from train.job import ArrayTask
-
-    task = ArrayTask(str(array.record))
-    DelayedSubmission(task).dump(array.callable)
-    parameters = sbatch_parameters(request, cluster, array, before)
-    return _sbatch([task] * len(request.packs), array.submitit, code, cluster, parameters)
-
-
-def _sbatch(
-    tasks: Sequence[Callable[[], str]], folder: Path, code: Path, cluster: ClusterConfig, parameters: dict[str, Any]
-) -> list[str]:
-    """One sbatch by submitit, an array where there are several tasks; the ids of the jobs."""
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
-
-    executor = SlurmExecutor(folder, python=job_python(code, cluster.container))
-    executor.update_parameters(**parameters)
-    jobs: list[Any] = []
-    try:
-        quiet = contextlib.redirect_stderr(io.StringIO())
-        with _private_files(), _plain_environment(cluster), _deadline(SBATCH_SECONDS), quiet, executor.batch():
-            jobs += [executor.submit(task) for task in tasks]
-    except FailedJobError as exc:
-        raise refusal("sbatch", str(exc)) from exc
-    return [str(job.job_id) for job in jobs]
-
-
-class _TooLate(Exception):
-    """Interrupts submitit, which waits for sbatch without an end."""
-
-
-@contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """End what takes longer. submitit kills the command that it waits for when an exception comes.
-
-    Raises:
-        NoAnswer: the time is over.
-    """
-
-    def ring(_number: int, _frame: FrameType | None) -> None:
-        raise _TooLate
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except Exception as exc:
-        if isinstance(exc, _TooLate) or isinstance(exc.__cause__, _TooLate):
-            raise NoAnswer(f"sbatch did not answer in {seconds:.0f} s") from exc
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def _private_files() -> Iterator[None]:
-    """What is written in here, also by the jobs that are submitted in here, only its owner can read."""
-    umask = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(umask)
-
-
-@contextlib.contextmanager
-def _plain_environment(cluster: ClusterConfig) -> Iterator[None]:
-    """Without the variables that would contradict what a job asks for: the user's own for sbatch, which outweigh what its script
-    says, but for those that `cluster` leaves open; and inside of an interactive job what its allocation says."""
-    said = {"ACCOUNT": cluster.account, "QOS": cluster.qos, "RESERVATION": cluster.reservation}
-    said |= {"CONSTRAINT": cluster.constraint, "WCKEY": None}
-    left_open = {f"SBATCH_{word}" for word, value in said.items() if value is None}
-    overruling = ("SBATCH_", "SLURM_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ("SBATCH_",)
-    names = [name for name in os.environ if name.startswith(overruling) and name not in {"SLURM_CONF", *left_open}]
-    taken = {name: os.environ.pop(name) for name in names}
-    try:
-        yield
-    finally:
-        os.environ.update(taken)
-
-
-def cancel_jobs(numbers: Sequence[str]) -> None:
-    """Take these jobs out of the queue, also those that Slurm is just putting back there; what has ended needs nothing.
-
-    Raises:
-        ClusterError: Slurm did not take the order.
-    """
-    for start in range(0, len(numbers), JOBS_PER_CALL):
-        run_command("scancel", *numbers[start : start + JOBS_PER_CALL], timeout=SCANCEL_SECONDS)
-
-
-def warn_jobs(numbers: Sequence[str]) -> None:
-    """Send SIGTERM to the processes of these running jobs, so that each saves and ends by itself.
-
-    Where one has ended meanwhile scancel fails after it has signalled the others: without a word, or, if Slurm is requeueing it, when
-    it has tried again for 95 s. A warning that does not arrive costs time alone: jobs look for requests to cancel in their run folders.
-    """
-    for start in range(0, len(numbers), JOBS_PER_CALL):
-        with contextlib.suppress(ClusterError):
-            run_command("scancel", "--signal=TERM", *numbers[start : start + JOBS_PER_CALL])
-
-
-def cancel_named(name: str) -> None:
-    """Take this user's jobs of that name out of the queue, if there are any.
-
-    Raises:
-        ClusterError: Slurm did not take the order.
-    """
-    run_command("scancel", f"--user={user_name()}", f"--name={name}", timeout=SCANCEL_SECONDS)

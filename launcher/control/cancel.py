@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from launcher.cluster.names import job_names
+from launcher.cluster.arrays import job_names
 from launcher.cluster.slurm import cancel_jobs, cancel_named, warn_jobs
 from launcher.errors import ClusterError
 from launcher.records import RunStatus, State
@@ -68,7 +68,7 @@ def _without_work(sweep: SweepDir, jobs: list[JobRecord]) -> list[JobRecord]:
 def _is_running(job: JobRecord) -> bool:
     """Whether its processes can be told to save; those of a job that is COMPLETING are being ended already."""
     view = job.slurm.view if job.slurm is not None else None
-    return view is not None and view.state.state is State.RUNNING and view.word != "COMPLETING"
+    return view is not None and view.state.state is State.RUNNING and view.raw_state != "COMPLETING"
 
 
 def _goes_on(run: RunDir) -> bool:

@@ -1,4 +1,7 @@
-"""From started jobs to the end of the queue: the next ones start, progress is shown, failures are explained."""
+"""Show a sweep's jobs until they end: `follow` for a queue on this machine, `watch` for jobs on Slurm.
+
+`follow` also drives the queue: it starts the next jobs, echoes their output, explains failures, and passes on Ctrl-C (`Stopper`).
+"""
 
 from __future__ import annotations
 
@@ -16,30 +19,39 @@ from launcher.cluster.local import LocalJob, LocalQueue
 from launcher.records import RunStatus, State
 from launcher.terminal.interrupts import Interrupts
 from launcher.terminal.progress import open_progress
-from launcher.track.logs import JobVoice, complaint
+from launcher.track.logs import LogTailer, last_stderr
 from launcher.track.tracker import track
 from train.store.causes import Cause
 from train.store.layout import PackDir, RunDir, SweepDir, runs_of_pack
 from train.store.storage import last_line
 
 TICK_SECONDS = 0.5
+# The longest wait for jobs that were asked to stop.
+SAVE_SECONDS = 60.0
+# Between questions to a Slurm controller, which serves many users.
+FIRST_PAUSE_SECONDS = 3.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+# Why a run ended that could not say so itself.
 SILENT_ENDS: dict[str | None, str] = {
-    None: "its job ended before it began",
-    Cause.NODE_FAIL: "its process was killed (out of memory?); the same command goes on from its checkpoint",
+    None: "its job ended before the run began",
+    Cause.NODE_FAIL: "its process was killed (out of memory?); the same command continues from its checkpoint",
 }
-EXPLAINED_BY_STDERR = {None, Cause.CRASH, Cause.OUT_OF_MEMORY}  # the other causes come with a sentence of their own
+# The other causes come with a sentence of their own.
+EXPLAINED_BY_STDERR = {None, Cause.CRASH, Cause.OUT_OF_MEMORY}
 
 
 def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
-    """Show the jobs of the queue until all have ended, or until the user stopped them."""
-    board, voice = _Board(queue, sweep), JobVoice()
+    """Drive the queue and show its jobs until all have ended, or until the user has stopped them."""
+    cache = StatusCache(queue, sweep)
+    tailer = LogTailer()
     stopper = Stopper(queue, interrupts, console.print)
     with open_progress(console) as progress:
         while queue.busy and not stopper.gives_up:
             ended = queue.advance()
             for job in queue.running + ended:
-                _repeat(voice.new_lines(job.pack), console)
-            progress.show(board.update(queue.running + ended))
+                _echo(tailer.new_lines(job.pack), console)
+            progress.show(cache.update(queue.running + ended))
             for job in ended:
                 _explain_failure(job, sweep, console)
             stopper.act()
@@ -48,8 +60,23 @@ def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Int
         console.print(f"job {job.id} is still saving and will end by itself; 'python -m launcher status' shows it.")
 
 
-class _Board:
-    """The last known status of every run in the queue; only those of running jobs are read again."""
+def watch(sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
+    """Show the runs of the sweep until none trains or waits any more, or until the user presses Ctrl-C."""
+    pause = FIRST_PAUSE_SECONDS
+    with open_progress(console) as progress:
+        while not interrupts.count:
+            statuses = track(sweep)
+            progress.show(statuses)
+            if not any(status.under_way for status in statuses):
+                return
+            wake_at = time.monotonic() + pause
+            while time.monotonic() < wake_at and not interrupts.count:
+                time.sleep(TICK_SECONDS)
+            pause = min(LONGEST_PAUSE_SECONDS, 1.1 * pause)
+
+
+class StatusCache:
+    """The last known status of every run in the queue. Only the runs of running jobs are read again."""
 
     def __init__(self, queue: LocalQueue, sweep: SweepDir) -> None:
         self._sweep = sweep
@@ -57,6 +84,7 @@ class _Board:
         self._statuses = self._read([run for pack in packs for run in runs_of_pack(pack)])
 
     def update(self, jobs: list[LocalJob]) -> list[RunStatus]:
+        """Read the runs of `jobs`; the statuses of all runs."""
         self._statuses |= self._read([run for job in jobs for run in job.runs()])
         return list(self._statuses.values())
 
@@ -64,14 +92,49 @@ class _Board:
         return {status.id: status for status in track(self._sweep, runs)}
 
 
-def _repeat(lines: list[str], console: Console) -> None:
-    """Say what a job said."""
+@dataclass
+class Stopper:
+    """Turns presses of Ctrl-C into signals to the jobs of a queue. Every process is asked once and killed once."""
+
+    queue: LocalQueue
+    interrupts: Interrupts
+    say: Callable[[str], None]
+    _asked_at: float | None = None
+    _sent: set[tuple[int, int]] = field(default_factory=set)
+
+    def act(self) -> None:
+        """Send what is due after so many presses. A job that holds no run yet is asked as soon as it holds one."""
+        if self.interrupts.count == 0:
+            return
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self.queue.drop_waiting()
+            self.say("stopping, saving a checkpoint… (Ctrl-C again kills the jobs)")
+        number = signal.SIGINT if self.interrupts.count == 1 else signal.SIGKILL
+        for job in self.queue.running:
+            for pid in job.pids():
+                self._send(pid, number)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether the jobs have had their time to save."""
+        return self._asked_at is not None and time.monotonic() - self._asked_at > SAVE_SECONDS
+
+    def _send(self, pid: int, number: signal.Signals) -> None:
+        if (pid, number) not in self._sent:
+            self._sent.add((pid, number))
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _echo(lines: list[str], console: Console) -> None:
+    """Print what a job printed."""
     for line in lines:
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _explain_failure(job: LocalJob, sweep: SweepDir, console: Console) -> None:
-    """Why runs of an ended job failed: a sentence per cause, the last lines of stderr where they say more, and the log."""
+    """Why runs of an ended job failed: a sentence per cause, the last lines of stderr if they say more, and the log."""
     names: dict[tuple[str | None, str], list[str]] = {}
     for run, status in zip(job.runs(), track(sweep, job.runs()), strict=True):
         if _went_wrong(status):
@@ -97,65 +160,8 @@ def _why(run: RunDir, status: RunStatus) -> str:
 
 
 def _show_log(pack: PackDir, console: Console, *, with_end: bool) -> None:
-    lines, log = complaint(pack)
+    lines, log = last_stderr(pack)
     if log is None:
         return
-    _repeat([f"  {line}" for line in lines] if with_end else [], console)
+    _echo([f"  {line}" for line in lines] if with_end else [], console)
     console.print(f"its log is {log}", markup=False, highlight=False, soft_wrap=True)
-
-
-SAVE_SECONDS = 60.0  # the longest wait for jobs that were asked to stop
-
-
-@dataclass
-class Stopper:
-    """Turns presses of Ctrl-C into signals to the jobs of a queue; every process is asked once and killed once."""
-
-    queue: LocalQueue
-    interrupts: Interrupts
-    say: Callable[[str], None]
-    _asked_at: float | None = None
-    _sent: set[tuple[int, int]] = field(default_factory=set)
-
-    def act(self) -> None:
-        """Do what is due after so many presses. A job that holds no run yet is asked as soon as it does."""
-        if self.interrupts.count == 0:
-            return
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
-            self.queue.drop_waiting()
-            self.say("stopping, saving a checkpoint… (Ctrl-C again kills the jobs)")
-        number = signal.SIGINT if self.interrupts.count == 1 else signal.SIGKILL
-        for job in self.queue.running:
-            for pid in job.pids():
-                self._send(pid, number)
-
-    @property
-    def gives_up(self) -> bool:
-        """Whether the jobs have had their time to save."""
-        return self._asked_at is not None and time.monotonic() - self._asked_at > SAVE_SECONDS
-
-    def _send(self, pid: int, number: signal.Signals) -> None:
-        if (pid, number) not in self._sent:
-            self._sent.add((pid, number))
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-TICK_SECONDS = 0.5
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 3.0, 30.0  # between questions to a controller that serves many users
-
-
-def watch(sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
-    """Show the runs of the sweep until none trains or waits any more, or until the user has seen enough."""
-    pause = FIRST_PAUSE_SECONDS
-    with open_progress(console) as progress:
-        while not interrupts.count:
-            statuses = track(sweep)
-            progress.show(statuses)
-            if not any(status.under_way for status in statuses):
-                return
-            wake_at = time.monotonic() + pause
-            while time.monotonic() < wake_at and not interrupts.count:
-                time.sleep(TICK_SECONDS)
-            pause = min(LONGEST_PAUSE_SECONDS, 1.1 * pause)

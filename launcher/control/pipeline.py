@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from rich.console import Console
 
-from launcher.cluster.choice import explain_choice, on_slurm
+from launcher.cluster.partitions import explain_choice, on_slurm
 from launcher.cluster.slurm import Submitted, array_number
 from launcher.control.follow import follow, watch
 from launcher.plan.planner import make_plan
@@ -14,8 +14,7 @@ from launcher.records import Plan, State, Sweep, Verdict, verb_command
 from launcher.report.job import submit_missing_report, submit_report
 from launcher.report.writer import print_report, write_report
 from launcher.submit.prepare import prepare, unprepared
-from launcher.submit.sole import sole_launcher
-from launcher.submit.submission import plan_numbers, submit, submit_to_slurm
+from launcher.submit.submission import plan_numbers, sole_launcher, submit, submit_to_slurm
 from launcher.terminal.interrupts import Interrupts
 from launcher.terminal.tables import print_plan, print_statuses
 from launcher.track.tracker import track

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.cluster.choice import slurm_answers
 from launcher.cluster.inventory import Inventory, take_inventory
 from launcher.cluster.parsing import LivePartition
+from launcher.cluster.partitions import slurm_answers
 from launcher.doctor.advice import Advice, cluster_advice
-from launcher.doctor.machine import LITTLE_SPACE_GIB, NODE_LOCAL, Disk, Machine, look_at_machine
+from launcher.doctor.machine import Machine, look_at_machine, machine_advice
 from launcher.errors import ClusterError
 from launcher.estimate.gpus import known_gpu
 from launcher.terminal.units import MISSING, number
@@ -38,7 +38,7 @@ def examine(root: Path, cache: Path) -> Examination:
     """Look at everything; every question to the cluster has a time-out."""
     inventory, machine, wandb = take_inventory(), look_at_machine(root, cache), look_for_server(None)
     about_cluster = _about_silence() if inventory is None else cluster_advice(inventory)
-    about_machine = _about_machine(machine, slurm=inventory is not None)
+    about_machine = machine_advice(machine, slurm=inventory is not None)
     return Examination(inventory, machine, wandb, [*about_cluster, *about_machine, _about_wandb(wandb)])
 
 
@@ -82,29 +82,6 @@ def _about_wandb(wandb: Reach) -> Advice:
         return Advice("good", f"Weights & Biases answers at {wandb.server}.")
     text = f"Weights & Biases is not reached from here: {wandb.trouble}. Runs are kept in offline folders until 'sync'."
     return Advice("note", text)
-
-
-def _about_machine(machine: Machine, *, slurm: bool) -> list[Advice]:
-    """What would go wrong here."""
-    missing = [name for name, found in machine.packages.items() if found is None and name != "wandb"]
-    found = [Advice("warning", f"Not installed here: {', '.join(missing)}; run 'make install'.")] if missing else []
-    for name, disk in (("root", machine.root), ("cache", machine.cache)):
-        found += _about_disk(name, disk, slurm=slurm)
-    return found
-
-
-def _about_disk(name: str, disk: Disk, *, slurm: bool) -> list[Advice]:
-    if not disk.writable:
-        return [Advice("warning", f"{name}={disk.path} cannot be written to; give another one.")]
-    found = []
-    if slurm and disk.kind in NODE_LOCAL:
-        text = (
-            f"{name}={disk.path} is on {disk.kind}, which the cluster's nodes may not see; jobs need a shared folder."
-        )
-        found.append(Advice("warning", text))
-    if disk.free_gib < LITTLE_SPACE_GIB:
-        found.append(Advice("warning", f"Only {disk.free_gib:.1f} GiB are free for {name}={disk.path}."))
-    return found
 
 
 def _partition_json(partition: LivePartition, mine: set[str]) -> dict[str, Any]:

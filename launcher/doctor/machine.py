@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launcher.estimate.devices import GIB, DeviceFacts, local_device
+from launcher.doctor.advice import Advice
+from launcher.estimate.devices import GIB, DeviceSpec, local_device
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "submitit", "hydra-core", "wandb")
 MOUNTS = Path("/proc/self/mounts")
@@ -34,7 +35,7 @@ class Machine:
     host: str
     python: str
     packages: dict[str, str | None]
-    device: DeviceFacts
+    device: DeviceSpec
     root: Disk
     cache: Disk
 
@@ -52,6 +53,29 @@ def look_at_disk(path: Path) -> Disk:
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(folder).free / GIB
     return Disk(str(path), _kind(folder.resolve()), free, os.access(folder, os.W_OK))
+
+
+def machine_advice(machine: Machine, *, slurm: bool) -> list[Advice]:
+    """What would go wrong here."""
+    missing = [name for name, found in machine.packages.items() if found is None and name != "wandb"]
+    found = [Advice("warning", f"Not installed here: {', '.join(missing)}; run 'make install'.")] if missing else []
+    for name, disk in (("root", machine.root), ("cache", machine.cache)):
+        found += _disk_advice(name, disk, slurm=slurm)
+    return found
+
+
+def _disk_advice(name: str, disk: Disk, *, slurm: bool) -> list[Advice]:
+    if not disk.writable:
+        return [Advice("warning", f"{name}={disk.path} cannot be written to; give another one.")]
+    found = []
+    if slurm and disk.kind in NODE_LOCAL:
+        text = (
+            f"{name}={disk.path} is on {disk.kind}, which the cluster's nodes may not see; jobs need a shared folder."
+        )
+        found.append(Advice("warning", text))
+    if disk.free_gib < LITTLE_SPACE_GIB:
+        found.append(Advice("warning", f"Only {disk.free_gib:.1f} GiB are free for {name}={disk.path}."))
+    return found
 
 
 def _kind(folder: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.estimate.devices import GIB, DeviceFacts
+from launcher.estimate.devices import GIB, DeviceSpec
 from launcher.estimate.shapes import ModelShape
 from launcher.estimate.workload import Workload, share
 from launcher.records import Forecast
@@ -42,7 +42,7 @@ def forecast(
     config: RunConfig,
     work: list[Workload],
     shape: ModelShape,
-    device: DeviceFacts,
+    device: DeviceSpec,
     correction: Correction,
     gpus: int = 1,
 ) -> Forecast:
@@ -57,12 +57,12 @@ def forecast(
     return Forecast(memory / GIB, seconds, paid * seconds / 3600, usd=None)
 
 
-def fits(expected: Forecast, device: DeviceFacts) -> bool:
+def fits(expected: Forecast, device: DeviceSpec) -> bool:
     """Whether a pack with this forecast can train on `device`."""
     return expected.vram_gib <= USABLE_SHARE[device.kind] * device.memory_gib
 
 
-def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> float:
+def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceSpec) -> float:
     """Peak memory: base, adapters with their optimizer, activations of a micro-batch and its logits."""
     fit, tokens = _micro_batch(config, work, shape, device)
     width = _dtype_bytes(config, device)
@@ -80,7 +80,7 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     return base + adapters + activations + logits + PROCESS_GIB[device.kind] * GIB
 
 
-def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> float:
+def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceSpec) -> float:
     """Time in steps and evaluations: 2 FLOP a weight forward, 2 backward (a frozen weight has no gradient), 2 if recomputed."""
     fit, tokens = _micro_batch(config, work, shape, device)
     train_tokens, eval_tokens = sum(w.train_tokens for w in work), sum(w.eval_tokens for w in work)
@@ -95,13 +95,13 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
     return max(flop / device.flops, launches) + micro_batches * shape.layers * LAYER_SECONDS
 
 
-def _replays_graphs(config: RunConfig, device: DeviceFacts, fit: Fit) -> bool:
+def _replays_graphs(config: RunConfig, device: DeviceSpec, fit: Fit) -> bool:
     """As `train.nn.backends` chooses; that a model's decoder is a Llama is taken for granted."""
     may = config.train.compile is not False and config.train.dtype in ("auto", "bfloat16")
     return may and device.graphed and fit.graphs
 
 
-def _micro_batch(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceFacts) -> tuple[Fit, float]:
+def _micro_batch(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceSpec) -> tuple[Fit, float]:
     """What the trainer will choose, and the tokens of the largest micro-batch."""
     size = Device(device.kind, device.memory_gib * GIB)
     longest = max((w.longest for w in work), default=0)
@@ -109,7 +109,7 @@ def _micro_batch(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     return fit, min(sum(w.step_tokens for w in work), float(fit.micro_batch_tokens))
 
 
-def _dtype_bytes(config: RunConfig, device: DeviceFacts) -> int:
+def _dtype_bytes(config: RunConfig, device: DeviceSpec) -> int:
     """Bytes of a value in the training precision; ``auto`` is 16 bit on a GPU and 32 on a CPU."""
     widths = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "auto": 4 if device.kind == "cpu" else 2}
     return widths[config.train.dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ CPU_CORE_FLOPS = 50e9
 
 
 @dataclass(frozen=True)
-class DeviceFacts:
+class DeviceSpec:
     """One device that a pack can train on: a GPU, or all cores of a machine.
 
     `flops` is FLOP/s in training; `graphed` says that steps can be CUDA graphs, so that no launch holds them up.
@@ -31,27 +32,27 @@ class DeviceFacts:
     graphed: bool = False
 
 
-def local_device() -> DeviceFacts:
+def local_device() -> DeviceSpec:
     """The first GPU that a job on this machine would see, else its CPU."""
     return _first_gpu() or cpu_device()
 
 
-def cpu_device() -> DeviceFacts:
+def cpu_device() -> DeviceSpec:
     """The cores that this process may use, and the machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
-    return DeviceFacts("cpu", f"{cores} CPU cores", memory / GIB, cores * CPU_CORE_FLOPS)
+    return DeviceSpec("cpu", f"{cores} CPU cores", memory / GIB, cores * CPU_CORE_FLOPS)
 
 
-def gpu_device(name: str, memory_gib: float) -> DeviceFacts:
+def gpu_device(name: str, memory_gib: float) -> DeviceSpec:
     """A GPU by the name that NVIDIA's tools or a cluster give it."""
     model = known_gpu(name)
     if model is None:
-        return DeviceFacts("cuda", name, memory_gib, UNKNOWN_GPU_FLOPS)
-    return DeviceFacts("cuda", name, memory_gib, model.flops, model.graphed)
+        return DeviceSpec("cuda", name, memory_gib, UNKNOWN_GPU_FLOPS)
+    return DeviceSpec("cuda", name, memory_gib, model.flops, model.graphed)
 
 
-def _first_gpu() -> DeviceFacts | None:
+def _first_gpu() -> DeviceSpec | None:
     """The first visible GPU by nvidia-smi, None where there is none or the driver hangs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in {"", "-1"} or shutil.which("nvidia-smi") is None:
@@ -66,3 +67,52 @@ def _first_gpu() -> DeviceFacts | None:
         return gpu_device(name.strip(), float(mebibytes) / 1024)
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None
+
+
+LOCAL_PARTITION = "local"
+
+# Tokens of a micro-batch from which on a device gains no speed: about 4,500 on an H200, 1,500 on a T4; between and beyond by the
+# power law through these two.
+T4_FLOPS, T4_FULL_TOKENS, FULL_TOKENS_EXPONENT = 25e12, 1500.0, 0.35
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A kind of device that jobs can ask for. `gpus` is how many there are, None where nobody said; `max_minutes` None is no limit.
+
+    tier: its priority; jobs of a higher one may push out those of a lower one. gpus_per_job: how many share every step of a job.
+    per_node: the most GPUs on one of its nodes, None where nobody said.
+    """
+
+    name: str
+    device: DeviceSpec
+    gres: str = ""
+    gpus: int | None = None
+    max_minutes: int | None = None
+    usd_per_gpu_hour: float | None = None
+    tier: int = 1
+    gpus_per_job: int = 1
+    per_node: int | None = None
+
+    @property
+    def full_tokens(self) -> float:
+        """Tokens of one step over all runs of a pack that keep a job's devices busy; on a CPU more runs always help."""
+        if self.device.kind == "cpu":
+            return float("inf")
+        return self.gpus_per_job * T4_FULL_TOKENS * math.pow(self.device.flops / T4_FLOPS, FULL_TOKENS_EXPONENT)
+
+    @property
+    def most_per_job(self) -> float:
+        """How many GPUs a job can have, which does not leave its node; any number where nobody said."""
+        return self.per_node or self.gpus or math.inf
+
+    @property
+    def jobs(self) -> int | None:
+        """Jobs that find GPUs there at once, None where nobody said."""
+        return None if self.gpus is None else max(1, self.gpus // self.gpus_per_job)
+
+
+def local_partition(gpus_per_job: int) -> Partition:
+    """This machine, whose jobs ask for so many of its GPUs; without any a job is one process on the CPU."""
+    device = local_device()
+    return Partition(LOCAL_PARTITION, device, gpus_per_job=gpus_per_job if device.kind == "cuda" else 1)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import statistics
+from dataclasses import dataclass, replace
 
 from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
-from launcher.estimate.devices import GIB
-from launcher.estimate.facts import Facts
-from launcher.estimate.history import Measured, measured_packs, median_ratio
-from launcher.estimate.partition import Partition
-from launcher.estimate.workload import BaseKey, Workload, base_key, share
+from launcher.estimate.devices import GIB, DeviceSpec, Partition
+from launcher.estimate.gpus import known_gpu
+from launcher.estimate.workload import BaseKey, SizingInputs, Workload, base_key, share
 from launcher.records import Forecast, Run
-from train.config import RunConfig
-from train.store.layout import SweepDir
+from train.config import RunConfig, read_run_config
+from train.store.layout import PackDir, RunDir, SweepDir
+from train.store.storage import Record, read_json
 
 
 class Forecaster:
     """Answers what a pack of the sweep's runs would take in `partition`."""
 
-    def __init__(self, sweep: SweepDir, partition: Partition, facts: Facts) -> None:
-        self._partition, self._device, self._facts = partition, partition.device, facts
+    def __init__(self, sweep: SweepDir, partition: Partition, inputs: SizingInputs) -> None:
+        self._partition, self._device, self._inputs = partition, partition.device, inputs
         self._corrections: dict[BaseKey, Correction] = {}
         self._measured = measured_packs(sweep, partition.device)
 
     def forecast(self, config: RunConfig, work: list[Workload]) -> Forecast:
         """The forecast for one pack of runs that share the base of `config`."""
-        shape = self._facts.shape(config.model)
+        shape = self._inputs.shape(config.model)
         gpus, price = self._partition.gpus_per_job, self._partition.usd_per_gpu_hour
         expected = forecast(config, work, shape, self._device, self._correction(config), gpus)
         return expected if price is None else replace(expected, usd=price * expected.gpu_hours)
@@ -50,8 +50,62 @@ class Forecaster:
         """The median ratios of seconds and of memory."""
         seconds, memory = [], []
         for pack in packs:
-            config, work = pack.configs[0], [share(self._facts.work(config), pack.gpus) for config in pack.configs]
-            shape = self._facts.shape(config.model)
+            config, work = pack.configs[0], [share(self._inputs.work(config), pack.gpus) for config in pack.configs]
+            shape = self._inputs.shape(config.model)
             seconds.append(pack.seconds / training_seconds(config, work, shape, self._device))
             memory.append(pack.memory_gib * GIB / memory_bytes(config, work, shape, self._device))
         return Correction(median_ratio(seconds), median_ratio(memory))
+
+
+NEWEST_PACKS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pack whose runs all finished: the packed configurations, its training seconds, its peak memory and its GPUs (1 on a CPU)."""
+
+    key: BaseKey
+    configs: list[RunConfig]
+    seconds: float
+    memory_gib: float
+    gpus: int
+
+
+def measured_packs(sweep: SweepDir, device: DeviceSpec) -> list[Measured]:
+    """The newest packs that trained on a device like this one, without interruption."""
+    folders = sorted(sweep.jobs.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    packs = (_measured(sweep, PackDir(folder), device) for folder in folders[:NEWEST_PACKS])
+    return [pack for pack in packs if pack is not None]
+
+
+def median_ratio(ratios: list[float]) -> float:
+    """A correction factor that no odd pack can spoil; 1 where nothing was measured.
+
+    Far from 1 is no error: a tiny model on a CPU spends its time in Python, which the arithmetic does not know.
+    """
+    return min(100.0, max(0.2, statistics.median(ratios))) if ratios else 1.0
+
+
+def _measured(sweep: SweepDir, pack: PackDir, device: DeviceSpec) -> Measured | None:
+    """The pack's facts, if all of its runs finished at the first attempt on this kind of device."""
+    facts = read_json(pack.pack)
+    runs = [RunDir(sweep.path / name) for name in facts["runs"]] if facts else []
+    results = [result for result in (read_json(run.result) for run in runs) if result is not None]
+    if not results or len(results) < len(runs) or not all(_alike(result, device) for result in results):
+        return None
+    configs = [read_run_config(run.config) for run in runs]
+    seconds = max(result["seconds"] for result in results)
+    memory = max(result["peak_memory_gib"] for result in results)
+    gpus = round(3600 * sum(result["gpu_hours"] for result in results) / seconds) if seconds else 1
+    return Measured(base_key(configs[0]), configs, seconds, memory, max(1, gpus))
+
+
+def _alike(result: Record, device: DeviceSpec) -> bool:
+    """Whether a result comes from one attempt on such a device."""
+    return result["attempts"] == 1 and _same_kind(result["device"], "cpu" if device.kind == "cpu" else device.name)
+
+
+def _same_kind(name: str, other: str) -> bool:
+    """Whether two names mean one GPU: clusters say ``a100``, the trainer writes ``NVIDIA A100-SXM4-40GB``."""
+    models = known_gpu(name), known_gpu(other)
+    return name == other or (models[0] is not None and models[1] is not None and models[0].name == models[1].name)

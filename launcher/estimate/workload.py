@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from launcher.estimate.shapes import ModelShape
-from train.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from launcher.estimate.shapes import ModelShape, model_shape
+from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from train.data.reading import read_split
 from train.data.rows import AlpacaRow, Row
 from train.data.source import data_path
 from train.data.stats import read_facts
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, trainable_parameters
+from train.model.architecture import check_architecture
+from train.model.source import staged_model
 from train.store.layout import CacheDir
 
 CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
@@ -21,7 +23,7 @@ HUB_ROWS, HUB_TOKENS_PER_ROW = 52_002, 130.0  # Stanford Alpaca, by far the usua
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DatasetStats:
     """Rows, mean tokens of a row, and the tokens of the longest."""
 
     train_rows: int
@@ -47,7 +49,7 @@ class Workload:
     adapted: frozenset[str] = frozenset()
 
 
-def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
+def dataset_stats(config: RunConfig, cache: CacheDir) -> DatasetStats:
     """Counted where the data is tokenized already, else guessed from its rows.
 
     Raises:
@@ -56,8 +58,8 @@ def data_facts(config: RunConfig, cache: CacheDir) -> DataFacts:
     facts = read_facts(config.data, config.model, cache)
     if facts is not None:
         mean = facts["train_tokens"] / facts["train_rows"]
-        return DataFacts(facts["train_rows"], facts["eval_rows"], mean, facts["longest"])
-    return _guessed_facts(config.data)
+        return DatasetStats(facts["train_rows"], facts["eval_rows"], mean, facts["longest"])
+    return _guessed_stats(config.data)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Adapter:
     layers: frozenset[str]
 
 
-def workload(train: TrainConfig, data: DataFacts, adapter: Adapter, done_steps: int) -> Workload:
+def workload(train: TrainConfig, data: DatasetStats, adapter: Adapter, done_steps: int) -> Workload:
     """What is left of a run with that adapter after `done_steps`."""
     steps = max(0, train.total_steps(data.train_rows) - done_steps)
     step_tokens = train.batch_size * data.tokens_per_row
@@ -112,14 +114,14 @@ def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter:
         return Adapter(shape.layers * 2 * lora.r * 2 * shape.hidden, frozenset())
 
 
-def _guessed_facts(data: DataConfig) -> DataFacts:
+def _guessed_stats(data: DataConfig) -> DatasetStats:
     """Rows as the files have them, tokens by characters; a hub's data set is taken for one like Alpaca."""
     if any(data_path(source) is None for source in (data.source, data.eval_source or data.source)):
         rows = min(HUB_ROWS, data.train_rows or HUB_ROWS)
-        return DataFacts(rows, data.eval_rows, min(HUB_TOKENS_PER_ROW, data.max_length), data.max_length)
+        return DatasetStats(rows, data.eval_rows, min(HUB_TOKENS_PER_ROW, data.max_length), data.max_length)
     learnt, held_out, _ = read_split(data)
     tokens = TEMPLATE_TOKENS + sum(map(_characters, learnt)) / CHARACTERS_PER_TOKEN / len(learnt)
-    return DataFacts(len(learnt), len(held_out), min(tokens, data.max_length), data.max_length)
+    return DatasetStats(len(learnt), len(held_out), min(tokens, data.max_length), data.max_length)
 
 
 def _characters(row: Row) -> int:
@@ -137,3 +139,48 @@ def base_key(config: RunConfig) -> BaseKey:
     train = config.train
     shared = (config.model.fingerprint, config.quant, train.dtype, train.residency)
     return tuple(repr(value) for value in (*shared, train.gradient_checkpointing, train.micro_batch_tokens))
+
+
+class SizingInputs:
+    """Answers from the cache folder, each looked up once."""
+
+    def __init__(self, cache: CacheDir) -> None:
+        self._cache = cache
+        self._shapes: dict[ModelConfig, ModelShape] = {}
+        self._data: dict[tuple[ModelConfig, DataConfig], DatasetStats] = {}
+        self._adapters: dict[tuple[ModelConfig, str], Adapter] = {}
+        self._checked: set[tuple[ModelConfig, int]] = set()
+
+    def shape(self, model: ModelConfig) -> ModelShape:
+        """The base model's shape, real or assumed."""
+        if model not in self._shapes:
+            self._shapes[model] = model_shape(model, self._cache)
+        return self._shapes[model]
+
+    def work(self, config: RunConfig, done_steps: int = 0) -> Workload:
+        """What is left of a run.
+
+        Raises:
+            BadInput: the model cannot be trained, or has no module that the adapter targets.
+        """
+        self._check(config.model, config.data.max_length)
+        key = (config.model, config.data)
+        if key not in self._data:
+            self._data[key] = dataset_stats(config, self._cache)
+        return workload(config.train, self._data[key], self._adapter(config.model, config.lora), done_steps)
+
+    def _check(self, model: ModelConfig, longest: int) -> None:
+        """Refuse an architecture by its ``config.json``, once that is at hand."""
+        if (model, longest) not in self._checked:
+            self._checked.add((model, longest))
+            folder = staged_model(model, self._cache)
+            if folder is not None:
+                check_architecture(folder, longest)
+
+    def _adapter(self, model: ModelConfig, lora: LoraConfig) -> Adapter:
+        """The adapter of a run; a thousand runs have few different ones."""
+        decisive = lora.model_dump(exclude={"lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"})
+        key = (model, repr(decisive))
+        if key not in self._adapters:
+            self._adapters[key] = adapter_of(lora, self.shape(model))
+        return self._adapters[key]

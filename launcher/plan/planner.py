@@ -6,21 +6,21 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-from launcher.cluster.lanes import lanes_for
+from launcher.cluster.arrays import job_slots
 from launcher.cluster.partitions import partitions_for
 from launcher.cluster.requests import refuse_pattern
-from launcher.estimate.facts import Facts
-from launcher.estimate.partition import LOCAL_PARTITION
+from launcher.estimate.devices import LOCAL_PARTITION
+from launcher.estimate.workload import SizingInputs
+from launcher.plan.decision import RunDecision, decide
 from launcher.plan.packing import pack_id
 from launcher.plan.routing import Routed, Router
-from launcher.plan.verdict import Judgement, judge
-from launcher.records import ClusterConfig, Forecast, Lanes, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from launcher.records import ClusterConfig, Forecast, JobSlots, Pack, Plan, PlannedRun, Run, Sweep, Verdict
 from launcher.track.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
 from train.store.layout import CacheDir, RunDir, SweepDir
 
 TO_TRAIN = {Verdict.NEW, Verdict.RESUMABLE}
 
-Judged = list[tuple[Run, Judgement]]
+Decided = list[tuple[Run, RunDecision]]
 
 
 def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
@@ -31,16 +31,16 @@ def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
             write to the root.
         ClusterError: Slurm is asked for and does not answer.
     """
-    judged = _judge_runs(sweep, retry_failed)
-    sweep = replace(sweep, runs=tuple(run for run, _ in judged))
-    facts = Facts(CacheDir(sweep.cache))
-    packs = _packs(sweep, judged, facts)
+    decided = _decide_runs(sweep, retry_failed)
+    sweep = replace(sweep, runs=tuple(run for run, _ in decided))
+    inputs = SizingInputs(CacheDir(sweep.cache))
+    packs = _packs(sweep, decided, inputs)
     pack_of = {run: pack.id for pack in packs for run in pack.runs}
     planned = (
-        PlannedRun(run, judgement.verdict, _reason(run, judgement, facts), pack_of.get(run.id))
-        for run, judgement in judged
+        PlannedRun(run, decision.verdict, _reason(run, decision, inputs), pack_of.get(run.id))
+        for run, decision in decided
     )
-    return Plan(sweep, tuple(planned), tuple(packs), _lanes(sweep, packs))
+    return Plan(sweep, tuple(planned), tuple(packs), _slots(sweep, packs))
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -61,16 +61,16 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _judge_runs(sweep: Sweep, retry_failed: bool) -> Judged:
-    """A judgement per run; a run keeps the folder that it has, even if its name would be another one now."""
+def _decide_runs(sweep: Sweep, retry_failed: bool) -> Decided:
+    """A decision per run; a run keeps the folder that it has, even if its name would be another one now."""
     folders = {folder.id: folder for folder in sweep.dir.runs()}
     jobs = _jobs(folders.values(), sweep.dir)
-    judged = []
+    decided = []
     for run in sweep.runs:
         folder = folders.get(run.id)
         named = run if folder is None else replace(run, name=folder.name)
-        judged.append((named, judge(folder, retry_failed=retry_failed, job=jobs.get(named.folder))))
-    return judged
+        decided.append((named, decide(folder, retry_failed=retry_failed, job=jobs.get(named.folder))))
+    return decided
 
 
 def _jobs(folders: Iterable[RunDir], sweep: SweepDir) -> dict[str, JobRecord]:
@@ -81,28 +81,28 @@ def _jobs(folders: Iterable[RunDir], sweep: SweepDir) -> dict[str, JobRecord]:
     return {run: seen[job.pack.path] for run, job in newest.items()}
 
 
-def _packs(sweep: Sweep, judged: Judged, facts: Facts) -> list[Pack]:
+def _packs(sweep: Sweep, decided: Decided, inputs: SizingInputs) -> list[Pack]:
     """The packs that train everything that is new or resumable."""
-    todo = [(run, judgement.step) for run, judgement in judged if judgement.verdict in TO_TRAIN]
+    todo = [(run, decision.step) for run, decision in decided if decision.verdict in TO_TRAIN]
     if not todo:
         return []
-    work = {run.id: facts.work(run.config, step) for run, step in todo}
-    router = Router(sweep.dir, partitions_for(sweep.cluster), facts, _gentler(sweep.cluster, judged), work)
+    work = {run.id: inputs.work(run.config, step) for run, step in todo}
+    router = Router(sweep.dir, partitions_for(sweep.cluster), inputs, _gentler(sweep.cluster, decided), work)
     prior_plans = len(list(sweep.dir.plans.glob("*.json")))
     return [_pack(routed, prior_plans) for routed in router.route([run for run, _ in todo])]
 
 
-def _lanes(sweep: Sweep, packs: list[Pack]) -> Lanes | None:
+def _slots(sweep: Sweep, packs: list[Pack]) -> JobSlots | None:
     """How many of the packs may train at once on Slurm, beside what the sweep has in the queue."""
     if not packs or packs[0].partition == LOCAL_PARTITION:
         return None
     refuse_pattern(sweep.dir.path)
-    return lanes_for(len(packs), sweep.cluster.jobs_at_once(slurm=True), arrays_in_queue(sweep.dir))
+    return job_slots(len(packs), sweep.cluster.jobs_at_once(slurm=True), arrays_in_queue(sweep.dir))
 
 
-def _gentler(cluster: ClusterConfig, judged: Judged) -> ClusterConfig:
+def _gentler(cluster: ClusterConfig, decided: Decided) -> ClusterConfig:
     """Smaller packs where one of the runs has shown that its last one was too large."""
-    limits = [judgement.most_runs for _, judgement in judged] + [cluster.max_runs_per_pack]
+    limits = [decision.most_runs for _, decision in decided] + [cluster.max_runs_per_pack]
     return cluster.model_copy(update={"max_runs_per_pack": min((most for most in limits if most), default=None)})
 
 
@@ -117,11 +117,11 @@ def _pack(routed: Routed, prior_plans: int) -> Pack:
     )
 
 
-def _reason(run: Run, judgement: Judgement, facts: Facts) -> str:
-    """The judgement's reason, and what could not be checked yet."""
-    if judgement.verdict in TO_TRAIN and facts.shape(run.config.model).assumed:
-        return f"{judgement.reason}; architecture and target modules are checked once the model is fetched"
-    return judgement.reason
+def _reason(run: Run, decision: RunDecision, inputs: SizingInputs) -> str:
+    """The decision's reason, and what could not be checked yet."""
+    if decision.verdict in TO_TRAIN and inputs.shape(run.config.model).assumed:
+        return f"{decision.reason}; architecture and target modules are checked once the model is fetched"
+    return decision.reason
 
 
 def _run_json(planned: PlannedRun) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from launcher.estimate.facts import Facts
+from launcher.estimate.devices import Partition
 from launcher.estimate.forecaster import Forecaster
-from launcher.estimate.partition import Partition
+from launcher.estimate.workload import SizingInputs
 from launcher.records import Run
 from train.config import RunConfig
 from train.errors import BadInput
@@ -18,27 +18,27 @@ FEW_TARGETS = ["q_proj", "v_proj"]  # those of the LoRA paper (arXiv 2106.09685,
 Change = dict[str, Any]  # full keys to new values
 
 
-def refuse(run: Run, forecasters: dict[Partition, Forecaster], facts: Facts) -> NoReturn:
+def refuse(run: Run, forecasters: dict[Partition, Forecaster], inputs: SizingInputs) -> NoReturn:
     """Say how much too large a run is, and what would fit.
 
     Raises:
         BadInput: always.
     """
     largest = max(forecasters, key=lambda partition: partition.device.memory_gib)
-    needed = forecasters[largest].forecast(run.config, [facts.work(run.config)]).vram_gib
-    hint = _nearest_change(run.config, forecasters, facts)
+    needed = forecasters[largest].forecast(run.config, [inputs.work(run.config)]).vram_gib
+    hint = _nearest_change(run.config, forecasters, inputs)
     raise BadInput(
         f"run {run.name} needs about {needed:.1f} GiB of GPU memory, more than any partition has room for; the largest GPU is that of "
         f"{largest.name}, {largest.device.name} with {largest.device.memory_gib:.0f} GiB. {hint}"
     )
 
 
-def _nearest_change(config: RunConfig, forecasters: dict[Partition, Forecaster], facts: Facts) -> str:
+def _nearest_change(config: RunConfig, forecasters: dict[Partition, Forecaster], inputs: SizingInputs) -> str:
     """The first change that some partition holds, those first that change the result least."""
     by_size = sorted(forecasters, key=lambda partition: partition.device.memory_gib)
     for change in changes(config):
         changed = changed_config(config, change)
-        work = [facts.work(changed)]
+        work = [inputs.work(changed)]
         for partition in by_size:
             if forecasters[partition].holds(changed, work):
                 needed = forecasters[partition].forecast(changed, work).vram_gib

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.estimate.facts import Facts
+from launcher.estimate.devices import LOCAL_PARTITION, Partition
 from launcher.estimate.forecaster import Forecaster
-from launcher.estimate.partition import LOCAL_PARTITION, Partition
-from launcher.estimate.workload import Workload
+from launcher.estimate.workload import SizingInputs, Workload
 from launcher.plan.packing import MOST_RUNS_PER_PACK, DeviceModel, by_base, pack_runs
 from launcher.plan.refusal import refuse
 from launcher.records import ClusterConfig, Forecast, Run
@@ -42,12 +41,12 @@ class Router:
         self,
         sweep: SweepDir,
         partitions: tuple[Partition, ...],
-        facts: Facts,
+        inputs: SizingInputs,
         cluster: ClusterConfig,
         work: dict[str, Workload],
     ) -> None:
-        self._partitions, self._facts, self._cluster, self._work = partitions, facts, cluster, work
-        self._forecasters = {partition: Forecaster(sweep, partition, facts) for partition in partitions}
+        self._partitions, self._inputs, self._cluster, self._work = partitions, inputs, cluster, work
+        self._forecasters = {partition: Forecaster(sweep, partition, inputs) for partition in partitions}
 
     def route(self, runs: list[Run]) -> list[Routed]:
         """A pack and a partition for every run.
@@ -78,7 +77,7 @@ class Router:
         work = [self._work[run.id]]
         holding = [p for p, forecaster in self._forecasters.items() if forecaster.fits([run], work)]
         if not holding and self._partitions[0].name != LOCAL_PARTITION:
-            refuse(run, self._forecasters, self._facts)
+            refuse(run, self._forecasters, self._inputs)
         return holding or list(self._partitions)
 
     def _cheapest(self, group: list[Run], holding: list[Partition]) -> Partition:

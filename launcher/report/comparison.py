@@ -24,7 +24,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Row:
+class FinishedRun:
     """A finished run. Losses are nats per response token, speeds tokens per second of this run alone; `seconds` and
     `peak_memory_gib` are those of the whole pack that it trained in, `gpu_hours` is its share, and `cost_usd` what that
     costs where the partition has a price. `eval_rows` is how many held-out rows loss and match are means over.
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class UnfinishedRun:
     """A run without a result: listed, never ranked. `state` is a `records.State`, `reason` what a plan says of it."""
 
     id: str
@@ -138,21 +138,21 @@ class Report:
     sweep: str
     commands: tuple[str, ...]
     axes: tuple[Axis, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[FinishedRun, ...]
     groups: tuple[Group, ...]
     noise: Noise
     caveats: tuple[str, ...]
-    unfinished: tuple[Unfinished, ...]
+    unfinished: tuple[UnfinishedRun, ...]
     curves: tuple[Curve, ...]
     answers: tuple[Answers, ...]
 
     @property
-    def runs(self) -> tuple[Row | Unfinished, ...]:
+    def runs(self) -> tuple[FinishedRun | UnfinishedRun, ...]:
         """Every run, ranked ones first."""
         return (*self.rows, *self.unfinished)
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> FinishedRun | None:
         """The run with the lowest eval loss."""
         return self.rows[0] if self.rows else None
 

@@ -10,9 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.report.axis_charts import axis_charts
+from launcher.report.axes import axes_label, axis_charts, value_label
 from launcher.report.comparison import Answers, Curve, Report, Sample, report_json
-from launcher.report.differences import axes_label, value_label
 
 PAGE_DIR = Path(__file__).parent / "page"
 # In the order in which they use each other; together they are one script.

@@ -9,8 +9,8 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from launcher.report.comparison import Axis, Group, Noise, Row, Unfinished
-from launcher.report.differences import SEED, axes_label
+from launcher.report.axes import SEED, axes_label
+from launcher.report.comparison import Axis, FinishedRun, Group, Noise, UnfinishedRun
 from train.config import DataConfig
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; above, the normal distribution's 1.96 is within 4 %.
@@ -20,9 +20,9 @@ NORMAL_95 = 1.96
 SEEDS_TO_START = 3
 
 
-def group_by_seed(rows: Sequence[Row]) -> tuple[Group, ...]:
+def group_by_seed(rows: Sequence[FinishedRun]) -> tuple[Group, ...]:
     """Finished runs that differ in the seed alone, as groups with mean and spread of their eval loss; best mean first."""
-    members: dict[str, list[Row]] = {}
+    members: dict[str, list[FinishedRun]] = {}
     for row in rows:
         if row.eval_loss is not None:
             members.setdefault(json.dumps(_without_seed(row)), []).append(row)
@@ -71,11 +71,11 @@ def t_95(degrees_of_freedom: float) -> float:
     return T_95[whole - 1] if whole <= len(T_95) else NORMAL_95
 
 
-def _without_seed(row: Row) -> dict[str, object]:
+def _without_seed(row: FinishedRun) -> dict[str, object]:
     return {key: value for key, value in row.axes.items() if key != SEED}
 
 
-def _group(rows: list[Row]) -> Group:
+def _group(rows: list[FinishedRun]) -> Group:
     """Mean, standard deviation and the mean's interval of one configuration's eval losses."""
     losses = [row.eval_loss for row in rows if row.eval_loss is not None]
     deviation = statistics.stdev(losses) if len(losses) > 1 else None
@@ -134,7 +134,9 @@ MEASURED_OVER = {f"data.{key}" for key in DataConfig.model_fields if key != "tra
 MEASURED_OVER |= {"model.name", "model.source", "model.revision"}
 
 
-def caveats_of(axes: Sequence[Axis], rows: Sequence[Row], unfinished: Sequence[Unfinished]) -> tuple[str, ...]:
+def caveats_of(
+    axes: Sequence[Axis], rows: Sequence[FinishedRun], unfinished: Sequence[UnfinishedRun]
+) -> tuple[str, ...]:
     """Sentences for whoever reads the ranking of `rows`; none where it says all there is."""
     sentences = []
     if rows and unfinished:

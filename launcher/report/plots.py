@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from launcher.report.axis_charts import AxisChart, axis_charts
-from launcher.report.comparison import Axis, Curve, Report, Row
-from launcher.report.differences import SEED, axes_label
+from launcher.report.axes import SEED, AxisChart, axes_label, axis_charts
+from launcher.report.comparison import Axis, Curve, FinishedRun, Report
 
 PIXELS_PER_INCH = 160
 LEGEND_ROWS = 12
@@ -39,7 +38,7 @@ def _loss_curves(report: Report) -> bytes:
         label = _plain(axes_label(run.axes)) if index < LEGEND_ROWS else None
         training.plot(curve.steps, curve.losses, color=color, lw=1.3, label=label)
         evaluation.plot(curve.eval_steps, curve.eval_losses, color=color, lw=1.6, marker="o", ms=3)
-    ranked = [curve for run, curve in drawn if isinstance(run, Row)]
+    ranked = [curve for run, curve in drawn if isinstance(run, FinishedRun)]
     _cut_above(training, [loss for curve in ranked for loss in curve.losses])
     _cut_above(evaluation, [loss for curve in ranked for loss in curve.eval_losses])
     _name_axes(training, _training_title(report.curves, len(drawn)), "optimizer step", "training loss")

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from launcher.report.comparison import Report, Row
-from launcher.report.differences import axes_label, value_label
+from launcher.report.axes import axes_label, value_label
+from launcher.report.comparison import FinishedRun, Report
 from launcher.terminal.units import count, number, percent, seconds
 
 TOP_ROWS = 50
@@ -20,7 +20,7 @@ NAME_WIDTH = 20  # characters at most, of a run's name and of a swept value
 
 
 class Measure(NamedTuple):
-    """A column behind the axes: a field of `Row`, and how it is written."""
+    """A column behind the axes: a field of `FinishedRun`, and how it is written."""
 
     title: str
     key: str
@@ -116,7 +116,7 @@ def _print_verdict(report: Report, console: Console) -> None:
         console.print(f"  {report.noise.command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _best_text(best: Row) -> str:
+def _best_text(best: FinishedRun) -> str:
     """Name, values and gain of the best run."""
     label = f" ({axes_label(best.axes)})" if best.axes else ""
     gains = f"eval loss {number(best.base_eval_loss, 4)} -> {number(best.eval_loss, 4)}"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from launcher.plan.verdict import judge
-from launcher.report.comparison import Report, Row, Unfinished, report_json
+from launcher.plan.decision import decide
+from launcher.report.axes import SEED, Values, flat, swept_axes
+from launcher.report.comparison import FinishedRun, Report, UnfinishedRun, report_json
 from launcher.report.curves import read_answers, read_curve
-from launcher.report.differences import SEED, Values, flat, swept_axes
 from launcher.report.html_page import render_page
 from launcher.report.noise import caveats_of, group_by_seed, judge_noise
 from launcher.report.table import print_report
@@ -25,7 +25,7 @@ __all__ = ["build_report", "print_report", "report_json", "write_report"]
 # Reading 500 configurations takes 3 s with the parser written in Python.
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FROM_ELSEWHERE = {"rank", "id", "name", "axes", "pack", "eval_rows", "cost_usd"}
-MEASURED = [key for key in Row.__dataclass_fields__ if key not in FROM_ELSEWHERE]
+MEASURED = [key for key in FinishedRun.__dataclass_fields__ if key not in FROM_ELSEWHERE]
 
 
 def build_report(sweep_dir: SweepDir) -> Report:
@@ -87,7 +87,7 @@ def write_report(sweep_dir: SweepDir) -> Report:
     return report
 
 
-def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, Record]) -> tuple[Row, ...]:
+def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, Record]) -> tuple[FinishedRun, ...]:
     """The finished runs by eval loss, lowest first; equal ones by name. A run that measured none comes last."""
     results = [(run, result) for run in runs if (result := read_json(run.result)) is not None]
 
@@ -101,9 +101,9 @@ def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, Reco
     )
 
 
-def _row(rank: int, run: RunDir, axes: Values, result: Record, pack: Record) -> Row:
+def _row(rank: int, run: RunDir, axes: Values, result: Record, pack: Record) -> FinishedRun:
     """A finished run; `pack` is what is known of the last one that it trained in."""
-    return Row(
+    return FinishedRun(
         rank=rank,
         id=run.id,
         name=run.name,
@@ -115,11 +115,11 @@ def _row(rank: int, run: RunDir, axes: Values, result: Record, pack: Record) -> 
     )
 
 
-def _unfinished(sweep_dir: SweepDir, runs: list[RunDir], points: dict[str, Values]) -> tuple[Unfinished, ...]:
+def _unfinished(sweep_dir: SweepDir, runs: list[RunDir], points: dict[str, Values]) -> tuple[UnfinishedRun, ...]:
     """The runs without a result: their state now, and what a plan would say of them."""
-    reasons = {run.id: judge(run, retry_failed=False).reason for run in runs}
+    reasons = {run.id: decide(run, retry_failed=False).reason for run in runs}
     return tuple(
-        Unfinished(status.id, status.name, points[status.id], status.state.value, reasons[status.id], status.step)
+        UnfinishedRun(status.id, status.name, points[status.id], status.state.value, reasons[status.id], status.step)
         for status in track(sweep_dir, runs)
     )
 

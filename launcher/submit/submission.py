@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launcher.cluster.arrays import array_requests, job_names
 from launcher.cluster.local import LocalQueue, open_queue, refuse_too_few_gpus
-from launcher.cluster.names import job_names
-from launcher.cluster.requests import array_requests
-from launcher.cluster.slurm import Submitted, max_array_size, submit_arrays
+from launcher.cluster.slurm import ArraySubmitter, Submitted, max_array_size
 from launcher.errors import ClusterError
 from launcher.plan.planner import plan_json
-from launcher.records import Pack, Plan, Run
+from launcher.records import Pack, Plan, Run, verb_command
 from launcher.submit.freeze import freeze_code
-from train.errors import BadInput, StorageError
+from train.errors import BadInput, LeaseHeld, StorageError
 from train.store.layout import SweepDir
+from train.store.lease import Heartbeat, acquire, read_lease, release
 from train.store.storage import make_folder, read_json, write_json, write_text
 
 
@@ -44,9 +46,9 @@ def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
         ClusterError: the same packs were submitted meanwhile, or Slurm refuses.
     """
     sweep, code = plan.sweep, _write_all(plan)
-    assert plan.lanes is not None, "a plan for this machine"
-    requests = array_requests(job_names(sweep.dir), plan.packs, plan.lanes, max_array_size())
-    return submit_arrays(requests, sweep.dir, code, sweep.cluster, say)
+    assert plan.slots is not None, "a plan for this machine"
+    requests = array_requests(job_names(sweep.dir), plan.packs, plan.slots, max_array_size())
+    return ArraySubmitter(sweep.dir, code, sweep.cluster, say).submit(requests)
 
 
 def _write_all(plan: Plan) -> Path:
@@ -126,3 +128,41 @@ def _accept(plan: Plan) -> None:
     make_folder(sweep.plans)
     number = max(plan_numbers(sweep), default=0) + 1
     write_json(sweep.plans / f"{number}.json", accepted_plan(plan))
+
+
+@contextmanager
+def sole_launcher(sweep: SweepDir) -> Iterator[None]:
+    """Own the sweep's folder, made if need be; a dead launcher's place is taken over.
+
+    If no plan was accepted, a folder that was made here disappears again: whatever refused the sweep leaves nothing behind.
+
+    Raises:
+        LeaseHeld: another live launcher has it.
+        BadInput: the folder cannot be made.
+    """
+    fresh = not sweep.path.exists()
+    try:
+        make_folder(sweep.path)
+        lease = acquire(sweep, job="launcher", attempt=0)
+    except LeaseHeld as exc:
+        raise LeaseHeld(_who_has(sweep)) from exc
+    except StorageError as exc:  # before anything is started a full disk is for the user to mend, like any other input
+        if fresh:
+            shutil.rmtree(sweep.path, ignore_errors=True)
+        raise BadInput(str(exc)) from exc
+    try:
+        with Heartbeat([(sweep, lease)]):
+            yield
+    finally:
+        release(sweep, lease)
+        if fresh and not any(sweep.plans.glob("*.json")):
+            shutil.rmtree(sweep.path, ignore_errors=True)
+
+
+def _who_has(sweep: SweepDir) -> str:
+    held = read_lease(sweep)
+    who = f"process {held.pid} on {held.host}" if held else "a process that just ended"
+    return (
+        f"Another launcher ({who}) is at work on the sweep {sweep.path.name}; wait until it is done, or watch it: "
+        f"{verb_command('status', sweep)}"
+    )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from launcher.records import Lanes, Plan, RunStatus, State, Verdict
+from launcher.records import JobSlots, Plan, RunStatus, State, Verdict
 from launcher.terminal.units import MISSING, count, number, seconds
 
 MOST_ROWS = 60  # of a table on the terminal; --json has all
@@ -46,18 +46,18 @@ def print_plan(plan: Plan, console: Console) -> None:
     _say_left_out(len(plan.runs), console)
     if plan.packs:
         console.print(_pack_table(plan))
-    if plan.lanes is not None:
-        console.print(at_once(plan.lanes, len(plan.packs)), highlight=False)
+    if plan.slots is not None:
+        console.print(at_once(plan.slots, len(plan.packs)), highlight=False)
 
 
-def at_once(lanes: Lanes, jobs: int) -> str:
+def at_once(slots: JobSlots, jobs: int) -> str:
     """How many of a plan's jobs run side by side, and because of what."""
-    limit, taken = "cluster.max_parallel", sum(count for _, count in lanes.taken)
-    if lanes.waits:
-        whose = f"job{'s' * (len(lanes.after) > 1)} {', '.join(lanes.after)} of this sweep"
-        return f"{limit} is {lanes.count}, and {whose} may take {taken}: these wait until those have ended."
+    limit, taken = "cluster.max_parallel", sum(count for _, count in slots.taken)
+    if slots.waits:
+        whose = f"job{'s' * (len(slots.after) > 1)} {', '.join(slots.after)} of this sweep"
+        return f"{limit} is {slots.count}, and {whose} may take {taken}: these wait until those have ended."
     beside = f", beside {taken} that are in the queue" if taken else ""
-    return f"At most {min(lanes.count, jobs)} of these jobs at once ({limit}){beside}."
+    return f"At most {min(slots.count, jobs)} of these jobs at once ({limit}){beside}."
 
 
 def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> None:

@@ -108,7 +108,7 @@ def _listing(folders: Sequence[Folder]) -> str:
     return ", ".join(map(_label, folders[:MOST_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
-def sweep_facts(sweep: SweepDir) -> dict[str, Any]:
+def sweep_summary(sweep: SweepDir) -> dict[str, Any]:
     """Runs, finished runs, when it was last submitted (Unix time) and how much disk it takes."""
     runs = sweep.runs()
     return {

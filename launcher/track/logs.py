@@ -68,7 +68,7 @@ def last_lines(file: Path, count: int) -> list[str]:
         return log.read().decode(errors="replace").splitlines()[-count:]
 
 
-class JobVoice:
+class LogTailer:
     """What jobs say on stdout, line by line as it comes."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class JobVoice:
         return whole.decode(errors="replace").splitlines()
 
 
-def complaint(pack: PackDir, count: int = 12) -> tuple[list[str], Path | None]:
+def last_stderr(pack: PackDir, count: int = 12) -> tuple[list[str], Path | None]:
     """The last lines of the newest stderr, and where the rest is; nothing where the job never wrote any."""
     errors = [file for file in log_files(pack) if file.suffix == ".err"]
     return (last_lines(errors[-1], count), errors[-1]) if errors else ([], None)

@@ -96,10 +96,10 @@ def forecast(model: Path, setting: Setting) -> tuple[float, float]:
     from launcher.estimate.arithmetic import memory_bytes, training_seconds
     from launcher.estimate.devices import GIB, local_device
     from launcher.estimate.shapes import staged_shape
-    from launcher.estimate.workload import DataFacts, adapter_of, workload
+    from launcher.estimate.workload import DatasetStats, adapter_of, workload
 
     shape, device = staged_shape(model), local_device()
-    rows = DataFacts(ROWS, eval_rows=0, tokens_per_row=float(table(256).lengths().mean()), longest=LONGEST)
+    rows = DatasetStats(ROWS, eval_rows=0, tokens_per_row=float(table(256).lengths().mean()), longest=LONGEST)
     configs = [run_config(model, setting, seed) for seed in range(setting.runs)]
     work = [workload(config.train, rows, adapter_of(config.lora, shape), done_steps=0) for config in configs]
     seconds = training_seconds(configs[0], work, shape, device)

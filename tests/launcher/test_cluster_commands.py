@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster.choice import explain_choice, on_slurm
 from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refusal, run_command, user_name
-from launcher.cluster.slurm import _plain_environment
+from launcher.cluster.partitions import explain_choice, on_slurm
+from launcher.cluster.sbatch import _plain_environment
 from launcher.cluster.states import SLURM_STATES, slurm_state
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig, State

@@ -9,7 +9,7 @@ import yaml
 
 from launcher.cluster.local import LocalJob, LocalQueue, log_files, refuse_too_few_gpus, start_job, visible_gpus
 from launcher.records import ClusterConfig
-from launcher.track.logs import JobVoice
+from launcher.track.logs import LogTailer
 from stand_in import install, put_command, wait_for
 from train.errors import BadInput
 from train.store.layout import PackDir, RunDir, SweepDir
@@ -55,7 +55,7 @@ def test_a_job_trains_from_the_frozen_code_and_leaves_no_process(sweep: SweepDir
     run = end_of(job)
     assert run.result.exists()
     assert read_lines(run.attempts)[-1]["job"] == job.id
-    assert "loading the stand-in" in JobVoice().new_lines(job.pack)
+    assert "loading the stand-in" in LogTailer().new_lines(job.pack)
     assert children() == before
     for file in log_files(job.pack):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600

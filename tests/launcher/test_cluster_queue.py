@@ -31,7 +31,7 @@ def test_the_last_attempt_counts_in_sacct() -> None:
         "rank.1a|12_1|CANCELLED by 1000|Unknown|None assigned\n"
         "rank.1a|12_[2-3,6%4]|CANCELLED by 1000|Unknown|None assigned\n"
     )
-    assert (views["rank.1a", "12_0"].word, views["rank.1a", "12_0"].node) == ("COMPLETED", "t4-2")
+    assert (views["rank.1a", "12_0"].raw_state, views["rank.1a", "12_0"].node) == ("COMPLETED", "t4-2")
     assert views["rank.1a", "12_1"].state.cause == "cancelled"
     assert {view.place for view in views.values()} == {0, 1, 2, 3, 6}
     assert {view.number for view in views.values()} == {12}

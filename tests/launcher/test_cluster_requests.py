@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 from submitit import SlurmExecutor
 
-from launcher.cluster.names import JobNames
-from launcher.cluster.requests import (
-    ArrayRequest,
-    afterwards_parameters,
-    array_requests,
-    job_python,
-    refuse_pattern,
-    sbatch_parameters,
-    split,
-)
-from launcher.records import ClusterConfig, Forecast, Lanes, Pack
+from launcher.cluster.arrays import ArrayRequest, JobNames, array_requests, split
+from launcher.cluster.requests import Placement, afterwards_parameters, job_python, refuse_pattern, sbatch_parameters
+from launcher.records import ClusterConfig, Forecast, JobSlots, Pack
 from stand_in import put_command
 from train.errors import BadInput
 from train.store.layout import ArrayDir
@@ -34,7 +26,7 @@ def pack(number: int, partition: str = "t4", minutes: int | None = 60) -> Pack:
 
 def test_an_array_per_partition_cut_at_the_clusters_limit() -> None:
     packs = [*(pack(i) for i in range(5)), *(pack(i, "a100", minutes=90 + i) for i in range(5, 8))]
-    requests = array_requests(NAMES, packs, Lanes(6), largest=3)
+    requests = array_requests(NAMES, packs, JobSlots(6), largest=3)
     assert [(r.partition, len(r.packs)) for r in requests] == [("t4", 3), ("t4", 2), ("a100", 3)]
     assert [name for request in requests for name in request.packs] == [pack.id for pack in packs]
     assert sum(request.parallel for request in requests) == 6
@@ -45,13 +37,13 @@ def test_an_array_per_partition_cut_at_the_clusters_limit() -> None:
 
 
 def test_one_pack_without_a_limit_leaves_the_array_without() -> None:
-    (request,) = array_requests(NAMES, [pack(1), pack(2, minutes=None)], Lanes(8), largest=9)
+    (request,) = array_requests(NAMES, [pack(1), pack(2, minutes=None)], JobSlots(8), largest=9)
     assert request.minutes is None
 
 
 def test_arrays_without_a_lane_wait_for_those_that_have_one() -> None:
     packs = [pack(i, partition) for i, partition in enumerate(["t4", "a100", "h100", "h200"])]
-    requests = array_requests(NAMES, packs, Lanes(2, (("12", 2),), waits=True), largest=9)
+    requests = array_requests(NAMES, packs, JobSlots(2, (("12", 2),), waits=True), largest=9)
     tokens = [request.token for request in requests]
     assert [request.follows for request in requests] == [(), (), (tokens[0],), (tokens[1],)]
     assert [(request.parallel, request.after) for request in requests] == [(1, ("12",))] * 4
@@ -138,7 +130,7 @@ def test_the_job_is_deaf_to_signals_until_its_handlers_stand(tmp_path: Path) -> 
 
 
 def test_the_report_waits_for_all_jobs_however_they_end() -> None:
-    parameters = afterwards_parameters(NAMES, SLURM, "t4", None, ["12", "13"])
+    parameters = afterwards_parameters(NAMES.report, SLURM, Placement("t4", None), ["12", "13"])
     assert parameters["dependency"] == "afterany:12:13"
     assert "gres" not in parameters
     assert (parameters["job_name"], parameters["time"]) == (NAMES.report, 30)
@@ -146,7 +138,7 @@ def test_the_report_waits_for_all_jobs_however_they_end() -> None:
 
 @pytest.mark.parametrize(("allowed", "asked"), [(10, 10), (30, 30), (1440, 30)])
 def test_the_report_asks_for_no_longer_limit_than_the_partition_allows(allowed: int, asked: int) -> None:
-    assert afterwards_parameters(NAMES, SLURM, "t4", allowed, ["12"])["time"] == asked
+    assert afterwards_parameters(NAMES.report, SLURM, Placement("t4", allowed), ["12"])["time"] == asked
 
 
 def test_the_key_of_weights_and_biases_is_in_no_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from launcher.cluster.inventory import Inventory
-from launcher.cluster.parsing import LivePartition, Qos, Settings, read_associations
+from launcher.cluster.parsing import LivePartition, Qos, Settings, parse_associations
 from launcher.doctor.advice import cluster_advice
 from launcher.doctor.examine import NO_SLURM, examine
 from launcher.doctor.machine import look_at_disk
@@ -29,12 +29,12 @@ MIXED = LivePartition("gpu", True, False, None, {"a100": 4, "v100": 2}, frozense
 def warnings(
     settings: Settings | None = SETTINGS, partition: LivePartition = T4, limits: str = "lab|normal||\n"
 ) -> str:
-    advice = cluster_advice(Inventory([partition], settings, read_associations(limits), []))
+    advice = cluster_advice(Inventory([partition], settings, parse_associations(limits), []))
     return " ".join(item.text for item in advice if item.level == "warning")
 
 
 def texts(settings: Settings, limits: str = "lab|normal||\n", qos: list[Qos] | None = None) -> str:
-    return " ".join(item.text for item in cluster_advice(Inventory([T4], settings, read_associations(limits), qos)))
+    return " ".join(item.text for item in cluster_advice(Inventory([T4], settings, parse_associations(limits), qos)))
 
 
 def test_a_kind_cluster_has_no_warning() -> None:

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from launcher.estimate.arithmetic import STARTUP_SECONDS, Correction, fits, forecast, memory_bytes, training_seconds
-from launcher.estimate.devices import GIB, DeviceFacts, cpu_device, gpu_device, local_device
-from launcher.estimate.history import median_ratio
+from launcher.estimate.devices import GIB, DeviceSpec, cpu_device, gpu_device, local_device
+from launcher.estimate.forecaster import median_ratio
 from launcher.estimate.shapes import model_shape, staged_shape, typical_shape
-from launcher.estimate.workload import Adapter, DataFacts, Workload, adapter_of, data_facts, workload
+from launcher.estimate.workload import Adapter, DatasetStats, Workload, adapter_of, dataset_stats, workload
 from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
 from train.errors import BadInput
 from train.store.layout import CacheDir
 
 H200, T4 = gpu_device("NVIDIA H200", 139.8), gpu_device("Tesla T4", 15.0)
-LAPTOP = DeviceFacts("cpu", "2 CPU cores", 16.0, 100e9)
+LAPTOP = DeviceSpec("cpu", "2 CPU cores", 16.0, 100e9)
 LLAMA_7B = typical_shape("meta-llama/Llama-2-7b-hf")
 QUERY_AND_VALUE = frozenset(name for name in LLAMA_7B.linears if name.endswith(("q_proj", "v_proj")))
 TOKENS_PER_ROW = 131.4
@@ -131,7 +131,7 @@ def test_recomputation_trades_memory_for_time() -> None:
 def test_a_pack_too_large_for_a_device_does_not_fit() -> None:
     llama_13b = typical_shape("meta-llama/Llama-2-13b-hf")
 
-    def expected(device: DeviceFacts) -> bool:
+    def expected(device: DeviceSpec) -> bool:
         return fits(forecast(config(load_in_4bit=False), runs(1), llama_13b, device, Correction()), device)
 
     assert expected(H200)
@@ -156,7 +156,7 @@ def test_a_correction_scales_what_was_measured() -> None:
 
 
 def test_the_work_left_shrinks_with_every_finished_step() -> None:
-    data = DataFacts(train_rows=1000, eval_rows=50, tokens_per_row=100.0, longest=300)
+    data = DatasetStats(train_rows=1000, eval_rows=50, tokens_per_row=100.0, longest=300)
     train = config(eval_steps=25).train
     fresh, later = (workload(train, data, Adapter(1, frozenset()), done) for done in (0, 60))
     assert (fresh.steps, later.steps) == (100, 40)
@@ -190,7 +190,7 @@ def test_data_that_is_not_tokenized_yet_is_guessed_from_its_file(tmp_path: Path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "count the letters of apple", "output": "5"}\n' * 200)
     data = DataConfig(name="rows", source=str(rows), fingerprint="d", train_rows=150, eval_rows=20)
-    facts = data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
+    facts = dataset_stats(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
     assert (facts.train_rows, facts.eval_rows) == (150, 20)
     assert 20 < facts.tokens_per_row < 60
 
@@ -200,7 +200,7 @@ def test_a_malformed_row_is_refused_with_its_line(tmp_path: Path) -> None:
     rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"\n')
     data = DataConfig(name="rows", source=str(rows), fingerprint="d")
     with pytest.raises(BadInput, match=r"rows\.jsonl.*2"):
-        data_facts(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
+        dataset_stats(config().model_copy(update={"data": data}), CacheDir(tmp_path / "cache"))
 
 
 def test_graphs_replay_from_ampere_on() -> None:

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from launcher.compose.composer import compose
-from launcher.estimate.facts import Facts
+from launcher.estimate.devices import local_partition
 from launcher.estimate.forecaster import Forecaster
-from launcher.estimate.partition import local_partition
+from launcher.estimate.workload import SizingInputs
 from launcher.plan.packing import DeviceModel, pack_runs
 from launcher.plan.planner import make_plan, plan_json
 from launcher.records import Run, Sweep, Verdict
@@ -50,7 +50,7 @@ def end_attempt(folder: RunDir, cause: str, last_step: int, detail: str | None =
     append_lines(folder.attempts, [{"attempt": 1, "cause": cause, "detail": detail, "last_step": last_step}])
 
 
-def finish(folder: RunDir, **facts: object) -> None:
+def finish(folder: RunDir, **fields: object) -> None:
     result = {
         "steps": 60,
         "eval_loss": 1.5,
@@ -60,7 +60,7 @@ def finish(folder: RunDir, **facts: object) -> None:
         "attempts": 1,
         "device": "cpu",
     }
-    write_json(folder.result, result | facts)
+    write_json(folder.result, result | fields)
 
 
 def save(folder: RunDir, step: int) -> None:
@@ -270,9 +270,9 @@ def test_finished_packs_correct_the_forecast(tmp_path: Path) -> None:
     pack = sweep.dir.pack("abc")
     make_folder(pack.path)
     write_json(pack.pack, {"id": "abc", "runs": [folder.path.name for folder in runs]})
-    facts = Facts(CacheDir(sweep.cache))
-    forecaster = Forecaster(sweep.dir, local_partition(1), facts)
-    after = forecaster.forecast(sweep.runs[0].config, [facts.work(run.config) for run in sweep.runs])
+    inputs = SizingInputs(CacheDir(sweep.cache))
+    forecaster = Forecaster(sweep.dir, local_partition(1), inputs)
+    after = forecaster.forecast(sweep.runs[0].config, [inputs.work(run.config) for run in sweep.runs])
     assert after.vram_gib == pytest.approx(3 * before.vram_gib, rel=1e-6)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.report.axis_charts import axis_charts
+from launcher.report.axes import axis_charts, flat, swept_axes
 from launcher.report.curves import MAX_POINTS, read_curve, thin
-from launcher.report.differences import flat, swept_axes
 from launcher.report.noise import T_95, more_seeds_command, t_95
 from launcher.report.table import GPU_ONLY, MEASURES
 from launcher.report.writer import build_report, print_report, report_json, write_report

@@ -15,11 +15,10 @@ from launcher.cluster.partitions import choose_partitions
 from launcher.compose.composer import compose
 from launcher.doctor.site import site_text
 from launcher.errors import ClusterError
-from launcher.estimate.devices import gpu_device
-from launcher.estimate.facts import Facts
+from launcher.estimate.devices import Partition, gpu_device
 from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.gpus import known_gpu
-from launcher.estimate.partition import Partition
+from launcher.estimate.workload import SizingInputs
 from launcher.plan.packing import DeviceModel, makespan, pack_runs
 from launcher.plan.planner import make_plan
 from launcher.records import ClusterConfig, PartitionConfig, Plan
@@ -150,12 +149,12 @@ def test_what_fits_nowhere_is_refused_with_a_change_that_fits(tmp_path: Path, ov
 def test_what_was_measured_on_one_gpu_corrects_the_forecast_for_that_kind(tmp_path: Path) -> None:
     """Clusters say ``a100``, the trainer writes what the driver calls it."""
     sweep = compose(["lora.r=4,8", *LLAMA, f"root={tmp_path}/runs", f"cache={tmp_path}/cache"])
-    facts = Facts(CacheDir(sweep.cache))
+    inputs = SizingInputs(CacheDir(sweep.cache))
     kinds = [Partition(name, gpu_device(name, 40.0)) for name in ("a100", "l40s")]
-    work = [facts.work(run.config) for run in sweep.runs]
+    work = [inputs.work(run.config) for run in sweep.runs]
 
     def forecasts() -> list[float]:
-        return [Forecaster(sweep.dir, kind, facts).forecast(sweep.runs[0].config, work).vram_gib for kind in kinds]
+        return [Forecaster(sweep.dir, kind, inputs).forecast(sweep.runs[0].config, work).vram_gib for kind in kinds]
 
     before = forecasts()
     for run in sweep.runs:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cluster.arrays import ArrayRequest, JobNames, job_names
 from launcher.cluster.commands import CommandRefused, NoAnswer
-from launcher.cluster.names import JobNames, job_names
-from launcher.cluster.requests import ArrayRequest
-from launcher.cluster.slurm import QUEUE_IS_FULL, _look_for, find_array, max_array_size, submit_afterwards
+from launcher.cluster.requests import Placement
+from launcher.cluster.slurm import QUEUE_IS_FULL, Afterwards, _look_for, find_array, max_array_size, submit_afterwards
 from launcher.control.cancel import cancel_runs
 from launcher.errors import ClusterError
-from launcher.plan.verdict import judge
+from launcher.plan.decision import decide
 from launcher.records import ClusterConfig, RunStatus, State, Verdict, verb_command
 from launcher.report.job import report_note
 from launcher.track.jobs import jobs_of, look_up
@@ -60,7 +60,7 @@ def status(run: RunDir) -> RunStatus:
 
 def verdict(run: RunDir) -> Verdict:
     (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
-    return judge(run, retry_failed=False, job=job).verdict
+    return decide(run, retry_failed=False, job=job).verdict
 
 
 def end_attempt(run: RunDir, cause: str) -> None:
@@ -171,7 +171,7 @@ def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monke
     assert (status(run).state, status(run).cause) == (State.FAILED, "out_of_memory")
     assert verdict(run) is Verdict.FAILED
     (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
-    assert judge(run, retry_failed=True, job=job).most_runs == 1
+    assert decide(run, retry_failed=True, job=job).most_runs == 1
     # as a real 22.05 with cgroups said it: the step is killed, and the job's script ends with srun's exit code
     rows = "rank.1a|12|FAILED|2026-11-24T10:00:00|t4-1\nbatch|12.batch|FAILED|2026-11-24T10:00:00|t4-1\n"
     killed = f"{rows}sh|12.0|OUT_OF_MEMORY|2026-11-24T10:00:00|t4-1"
@@ -247,8 +247,8 @@ def test_a_pack_that_ran_out_of_memory_is_halved(run: RunDir, tmp_path: Path, mo
     end_attempt(run, "out_of_memory")
     slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|COMPLETED|None|t4-1'")
     (job,) = look_up(jobs_of(SweepDir(run.path.parent)))
-    assert judge(run, retry_failed=False, job=job).verdict is Verdict.FAILED
-    assert judge(run, retry_failed=True, job=job).most_runs == 3
+    assert decide(run, retry_failed=False, job=job).verdict is Verdict.FAILED
+    assert decide(run, retry_failed=True, job=job).most_runs == 3
 
 
 def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypat
     write_text(sweep.report, "")
     assert note("exit 0") is None
     os.utime(sweep.report, (time.time() - 60,) * 2)
-    assert "no report of all that is done" in (note("exit 0") or "")
+    assert "The finished runs have no current report" in (note("exit 0") or "")
 
 
 def test_a_cancel_that_slurm_does_not_hear_says_what_becomes_of_it(
@@ -299,7 +299,8 @@ def test_the_report_asks_for_a_gpu_where_no_job_is_let_in_without(
 
     def submit(gres: str | None) -> str:
         cluster = ClusterConfig(kind="slurm")
-        return submit_afterwards(partial(str, "done"), sweep, tmp_path, ["12"], cluster, "t4", None, gres)
+        job = Afterwards(partial(str, "done"), ("12",), Placement("t4", None, gres))
+        return submit_afterwards(job, sweep, tmp_path, cluster)
 
     assert submit("gpu:t4:1") == "14"
     with pytest.raises(CommandRefused, match="QOSMinGRES"):

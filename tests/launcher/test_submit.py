@@ -13,8 +13,7 @@ from launcher.plan.planner import make_plan, plan_json
 from launcher.records import Plan, Verdict
 from launcher.submit.freeze import freeze_code
 from launcher.submit.frozen import frozen_sweep
-from launcher.submit.sole import sole_launcher
-from launcher.submit.submission import submit
+from launcher.submit.submission import sole_launcher, submit
 from stand_in import SMALL, install, wait_for
 from train.config import parse_run_config
 from train.errors import BadInput, LeaseHeld

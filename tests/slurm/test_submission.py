@@ -155,7 +155,7 @@ def test_a_lost_answer_is_looked_up(lab: Lab, pair: Journals) -> None:
     )
     said = lab.run(*PAIR, *SLURM, "sweep.name=lost", PATH=path)
     sweep = lab.sweep("lost")
-    assert "looking whether" in said
+    assert "checking whether" in said
     assert job_numbers(lab, "lost") == [sweep.job]
     sweep.assert_as_if_undisturbed(pair, "done")
 

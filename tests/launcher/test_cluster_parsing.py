@@ -8,13 +8,13 @@ from launcher.cluster.inventory import Inventory
 from launcher.cluster.parsing import (
     Access,
     LivePartition,
-    read_associations,
-    read_gres,
-    read_minutes,
-    read_partition_details,
-    read_qos,
-    read_settings,
-    read_sinfo,
+    parse_associations,
+    parse_config,
+    parse_gres,
+    parse_minutes,
+    parse_partition_fields,
+    parse_qos,
+    parse_sinfo,
     with_details,
 )
 
@@ -43,7 +43,7 @@ DETAILS = (
 
 
 def test_settings_of_a_real_cluster() -> None:
-    settings = read_settings(CONFIG)
+    settings = parse_config(CONFIG)
     assert (settings.version, settings.cluster, settings.requeue, settings.kill_wait) == (
         "22.05.8",
         "box20010",
@@ -57,17 +57,17 @@ def test_settings_of_a_real_cluster() -> None:
 @pytest.mark.parametrize("key", ["SlurmctldParameters", "PreemptParameters"])
 def test_the_users_signal_is_found_where_either_version_has_it(key: str) -> None:
     text = CONFIG.replace("SlurmctldParameters     = (null)", f"{key} = enable_configless,preempt_send_user_signal")
-    assert read_settings(text).user_signal
+    assert parse_config(text).user_signal
 
 
 def test_what_a_cluster_does_not_say_is_slurms_default() -> None:
-    settings = read_settings("")
+    settings = parse_config("")
     assert (settings.requeue, settings.preempt_type, settings.kill_wait) == (True, "none", 30)
     assert (settings.max_array_size, settings.accounting) == (1001, False)
 
 
 def test_gpus_are_counted_on_nodes_that_work() -> None:
-    t4, a100, cpu = read_sinfo(SINFO)
+    t4, a100, cpu = parse_sinfo(SINFO)
     assert (t4.name, t4.default, t4.max_minutes, t4.gpus) == ("t4", True, 1440, {"t4": 4})
     assert (a100.default, a100.max_minutes, a100.gpus) == (False, None, {"a100": 4})
     assert a100.features == {"a100", "nvlink"}
@@ -76,8 +76,8 @@ def test_gpus_are_counted_on_nodes_that_work() -> None:
 
 
 def test_details_complete_a_partition() -> None:
-    details = read_partition_details(DETAILS)
-    t4 = with_details(read_sinfo(SINFO)[0], details["t4"])
+    details = parse_partition_fields(DETAILS)
+    t4 = with_details(parse_sinfo(SINFO)[0], details["t4"])
     assert (t4.tier, t4.grace, t4.preempt_mode) == (1, 10, "REQUEUE")
     assert t4.access == Access(frozenset({"lab", "staff"}), None, frozenset({"guests"}), root_only=False)
     urgent = with_details(replace(t4, name="urgent"), details["urgent"])
@@ -96,7 +96,7 @@ def test_details_complete_a_partition() -> None:
     ],
 )
 def test_gres_of_a_node(text: str, gpus: dict[str, int]) -> None:
-    assert read_gres(text) == gpus
+    assert parse_gres(text) == gpus
 
 
 @pytest.mark.parametrize(
@@ -107,17 +107,17 @@ def test_gres_of_a_node(text: str, gpus: dict[str, int]) -> None:
     ],
 )  # fmt: skip
 def test_time_limits(text: str, minutes: int | None) -> None:
-    assert read_minutes(text) == minutes
+    assert parse_minutes(text) == minutes
 
 
 def test_limits_of_a_user() -> None:
-    (lab, guests) = read_associations("lab|normal,long||5\nguests|normal|2|\n")
+    (lab, guests) = parse_associations("lab|normal,long||5\nguests|normal|2|\n")
     assert (lab.account, lab.qos, lab.max_jobs, lab.max_submit) == ("lab", ("normal", "long"), None, 5)
     assert (guests.max_jobs, guests.max_submit) == (2, None)
 
 
 def test_a_quality_of_service() -> None:
-    (normal, high) = read_qos("normal|00:00:00||\nhigh|00:01:30|normal,low|20\n")
+    (normal, high) = parse_qos("normal|00:00:00||\nhigh|00:01:30|normal,low|20\n")
     assert (normal.grace, normal.preempts) == (0, ())
     assert (high.grace, high.preempts, high.max_submit_per_user) == (90, ("normal", "low"), 20)
 
@@ -134,5 +134,5 @@ def test_a_quality_of_service() -> None:
 )
 def test_a_partition_lets_in_whom_its_lists_name(access: Access, is_open: bool) -> None:
     partition = LivePartition("gpu", True, True, None, {"a100": 1}, frozenset(), access=access)
-    inventory = Inventory([partition], None, read_associations("lab|normal||\n"), None)
+    inventory = Inventory([partition], None, parse_associations("lab|normal||\n"), None)
     assert bool(inventory.open_partitions()) == is_open

@@ -1,4 +1,4 @@
-"""What to do with a run, judged by its folder, and by Slurm where its last job is there."""
+"""What to do with a run, decided by its folder, and by Slurm where its last job is there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CANNOT_TELL = (
 
 
 @dataclass(frozen=True)
-class Judgement:
+class RunDecision:
     """A verdict, why, and after which optimizer step the run would go on.
 
     `most_runs` limits the pack of a run that ran out of memory: half of the one that was too large.
@@ -32,26 +32,26 @@ class Judgement:
     most_runs: int | None = None
 
 
-def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = None) -> Judgement:
+def decide(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = None) -> RunDecision:
     """The verdict on a run with this folder, None for one that has no folder yet; `job` is the last that it was given to.
 
     Raises:
         ClusterError: only Slurm could tell whether the run is still in its queue, and it does not answer.
     """
     if run is None:
-        return Judgement(Verdict.NEW, "never trained")
+        return RunDecision(Verdict.NEW, "never trained")
     result = read_json(run.result)
     if result is not None:
-        return Judgement(Verdict.DONE, _done_reason(result))
+        return RunDecision(Verdict.DONE, _done_reason(result))
     lease = read_lease(run)
     if lease is not None and lease.alive() and not _is_over(lease, job):
-        return Judgement(Verdict.RUNNING, f"process {lease.pid} on {lease.host} trains it (attempt {lease.attempt})")
+        return RunDecision(Verdict.RUNNING, f"process {lease.pid} on {lease.host} trains it (attempt {lease.attempt})")
     attempts = read_lines(run.attempts)
     if job is not None and job.slurm is not None and not _let_go(attempts, job):
         if job.alive is None:
             raise ClusterError(_CANNOT_TELL.format(name=run.path.name))
         if job.alive:
-            return Judgement(Verdict.RUNNING, _in_the_queue(job))
+            return RunDecision(Verdict.RUNNING, _in_the_queue(job))
     killed = _killed_for_memory(lease, attempts, job) if lease is not None else None
     failure = killed or _failure(attempts)
     if failure is None:
@@ -60,8 +60,8 @@ def judge(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = Non
         again = _unfinished(run, attempts)
         out_of_memory = killed or (attempts and attempts[-1]["cause"] == Cause.OUT_OF_MEMORY)
         most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
-        return Judgement(again.verdict, f"tried again: {failure}", again.step, most_runs)
-    return Judgement(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
+        return RunDecision(again.verdict, f"tried again: {failure}", again.step, most_runs)
+    return RunDecision(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
 
 
 def _is_over(lease: Lease, job: JobRecord | None) -> bool:
@@ -83,7 +83,7 @@ def _in_the_queue(job: JobRecord) -> str:
     view = job.slurm.view if job.slurm is not None else None
     if view is None:
         return f"job {job.id} has it"
-    return f"job {view.id} is {view.word.lower()}" + (f" ({view.reason})" if view.reason else "")
+    return f"job {view.id} is {view.raw_state.lower()}" + (f" ({view.reason})" if view.reason else "")
 
 
 def _done_reason(result: Record) -> str:
@@ -111,12 +111,12 @@ def _killed_for_memory(lease: Lease, attempts: list[Record], job: JobRecord | No
     return f"Slurm killed job {view.id} for using more memory than it had asked for (cluster.ram_gib)"
 
 
-def _unfinished(run: RunDir, attempts: list[Record]) -> Judgement:
+def _unfinished(run: RunDir, attempts: list[Record]) -> RunDecision:
     """Go on from the newest checkpoint, or start."""
     steps = run.checkpoint_steps()
     if steps and steps[-1] > 0:
-        return Judgement(Verdict.RESUMABLE, f"from step {steps[-1]}{_after(attempts)}", steps[-1])
-    return Judgement(Verdict.NEW, f"nothing saved yet{_after(attempts)}")
+        return RunDecision(Verdict.RESUMABLE, f"from step {steps[-1]}{_after(attempts)}", steps[-1])
+    return RunDecision(Verdict.NEW, f"nothing saved yet{_after(attempts)}")
 
 
 def _after(attempts: list[Record]) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster.lanes import deal, lanes_for
+from launcher.cluster.arrays import deal, job_slots
 from launcher.errors import ClusterError
-from launcher.records import Lanes
+from launcher.records import JobSlots
 from launcher.terminal.tables import at_once
 from launcher.track.jobs import arrays_in_queue
 from stand_in import put_command
@@ -16,11 +16,11 @@ from train.store.storage import make_folder, write_json
 
 
 @pytest.mark.parametrize(
-    ("sizes", "lanes", "shares"),
+    ("sizes", "slots", "shares"),
     [([10], 4, [4]), ([2], 8, [2]), ([500, 500], 8, [4, 4]), ([9, 3], 8, [6, 2]), ([1, 1, 1], 2, [1, 1, 1])],
 )
-def test_lanes_are_dealt_out(sizes: list[int], lanes: int, shares: list[int]) -> None:
-    assert deal(sizes, lanes) == shares
+def test_lanes_are_dealt_out(sizes: list[int], slots: int, shares: list[int]) -> None:
+    assert deal(sizes, slots) == shares
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,16 @@ def test_lanes_are_dealt_out(sizes: list[int], lanes: int, shares: list[int]) ->
     ],
 )
 def test_new_jobs_take_what_is_free_or_wait_for_all(jobs: int, taken: dict[str, int], count: int, waits: bool) -> None:
-    lanes = lanes_for(jobs, 8, taken)
-    assert (lanes.count, lanes.waits) == (count, waits)
-    assert lanes.after == (tuple(taken) if waits else ())
+    slots = job_slots(jobs, 8, taken)
+    assert (slots.count, slots.waits) == (count, waits)
+    assert slots.after == (tuple(taken) if waits else ())
     assert waits or count + sum(taken.values()) <= 8
 
 
 def test_a_plan_says_how_many_jobs_run_at_once_and_why() -> None:
-    assert at_once(Lanes(8), 3) == "At most 3 of these jobs at once (cluster.max_parallel)."
-    assert "At most 4 of these jobs at once (cluster.max_parallel), beside 4" in at_once(Lanes(4, (("12", 4),)), 9)
-    told = at_once(Lanes(8, (("12", 4), ("13", 4)), waits=True), 9)
+    assert at_once(JobSlots(8), 3) == "At most 3 of these jobs at once (cluster.max_parallel)."
+    assert "At most 4 of these jobs at once (cluster.max_parallel), beside 4" in at_once(JobSlots(4, (("12", 4),)), 9)
+    told = at_once(JobSlots(8, (("12", 4), ("13", 4)), waits=True), 9)
     assert "jobs 12, 13 of this sweep may take 8: these wait until those have ended" in told
 
 
