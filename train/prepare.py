@@ -81,9 +81,9 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     modules = linear_modules(model_dir)
     for lora in request["loras"]:  # before the tokenizing, which may take minutes
         adapted_modules(parse_section(LoraConfig, lora, "lora"), modules)
-    facts = load_tokenized(data, model, model_dir, cache).facts
-    print(f"{data.name} for {model.name}: {summary(facts)}", file=sys.stderr, flush=True)
-    return facts | {"model_dir": str(model_dir)}
+    stats = load_tokenized(data, model, model_dir, cache).stats
+    print(f"{data.name} for {model.name}: {summary(stats)}", file=sys.stderr, flush=True)
+    return stats | {"model_dir": str(model_dir)}
 
 
 def _failure(exc: Exception, exit_code: int) -> Json:

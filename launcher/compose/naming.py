@@ -8,6 +8,8 @@ import unicodedata
 from pathlib import PurePosixPath
 from typing import Any
 
+from train.data.row_files import READERS
+
 MAX_RUN_NAME = 53  # with '-' and the ten digits of a run id, a folder's name has at most 64 characters
 MAX_SWEEP_NAME = 64
 
@@ -26,7 +28,6 @@ SHORT = {
     "train.dtype": "",
     "train.lr_scheduler_type": "",
 }
-DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet"}
 
 
 def run_name(axes: dict[str, Any]) -> str:
@@ -45,7 +46,7 @@ def source_name(source: str) -> str:
     """The last part of a path, hub id or ``kind:`` source, without a data file's suffix."""
     last = PurePosixPath(source).name.rpartition(":")[2]
     path = PurePosixPath(last)
-    return fitting(path.stem if path.suffix in DATA_SUFFIXES else last, 32)
+    return fitting(path.stem if path.suffix in READERS else last, 32)
 
 
 def fitting(name: str, limit: int) -> str:

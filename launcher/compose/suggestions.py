@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from launcher.compose.keys import ANY_NAME, accepts, field_of, key_fields, members, section_classes, value_text
 from train.config import RunConfig
+from train.data.row_files import READERS
 
 # Shares of difflib's ratio. Names in full share their section, so they have to agree more: `lora.rnak` is 0.89 near to
 # `lora.rank`, but `train.lrate` is 0.73 near to `train.dtype`.
@@ -99,7 +100,6 @@ OPTIONS = {
     "cluster": dict.fromkeys(("submitit", "submitit_slurm", "sbatch"), "slurm") | {"submitit_local": "local"},
 }
 ALL_LINEAR = "all-linear"
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def nearest_key(name: str) -> str | None:
@@ -224,7 +224,11 @@ def _near(word: str, known: Iterable[str], cutoff: float) -> str:
 def _is_source(text: str) -> bool:
     """Whether an option looks like a file, a folder, a hub id or a ``kind:`` source."""
     return (
-        "/" in text or ":" in text or text.startswith(("~", ".")) or text.endswith(DATA_SUFFIXES) or Path(text).is_dir()
+        "/" in text
+        or ":" in text
+        or text.startswith(("~", "."))
+        or text.endswith(tuple(READERS))
+        or Path(text).is_dir()
     )
 
 

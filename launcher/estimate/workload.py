@@ -9,8 +9,7 @@ from launcher.estimate.shapes import ModelShape, model_shape
 from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from train.data.reading import read_split
 from train.data.rows import AlpacaRow, Row
-from train.data.source import data_path
-from train.data.stats import read_facts
+from train.data.source import data_path, read_dataset_stats
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, trainable_parameters
 from train.model.architecture import check_architecture
@@ -55,7 +54,7 @@ def dataset_stats(config: RunConfig, cache: CacheDir) -> DatasetStats:
     Raises:
         BadInput: a local file has a malformed row, or fewer rows than asked for.
     """
-    facts = read_facts(config.data, config.model, cache)
+    facts = read_dataset_stats(config.data, config.model, cache)
     if facts is not None:
         mean = facts["train_tokens"] / facts["train_rows"]
         return DatasetStats(facts["train_rows"], facts["eval_rows"], mean, facts["longest"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.installation import child_environment
 from train.config import RunConfig
-from train.data.stats import read_facts
+from train.data.source import read_dataset_stats
 from train.errors import BadInput, LorapackError, StorageError
 from train.model.source import staged_model
 from train.store.layout import CacheDir
@@ -70,7 +70,10 @@ def _request(alike: list[RunConfig]) -> dict[str, Any]:
 
 
 def _is_prepared(config: RunConfig, cache: CacheDir) -> bool:
-    return staged_model(config.model, cache) is not None and read_facts(config.data, config.model, cache) is not None
+    return (
+        staged_model(config.model, cache) is not None
+        and read_dataset_stats(config.data, config.model, cache) is not None
+    )
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:

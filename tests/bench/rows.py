@@ -31,6 +31,6 @@ def in_order_of(seed: int, vocabulary: int) -> list[dict[str, list[int]]]:
     rows = table(vocabulary)
     found = []
     for i in epoch_order(seed, 0, len(rows)):
-        tokens = rows.row(int(i))[0].tolist()
+        tokens = rows.example(int(i))[0].tolist()
         found.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens})
     return found

@@ -18,7 +18,7 @@ from bench.rows import LONGEST, SHORTEST, in_order_of, table
 from bench.shapes import SHAPES
 from bench.tables import ratios, speed_table, together, where_packing_stops
 from train.config import TrainConfig
-from train.data.sampling import rows_of_step, sequences_of
+from train.data.sampling import examples_of_step, sequences_of
 from train.nn import decoder
 
 
@@ -62,7 +62,7 @@ def test_rows_have_lengths_like_alpaca_and_peers_take_them_as_a_run_does() -> No
     assert lengths.max() <= LONGEST
     assert 125 < lengths.mean() < 135
     train = TrainConfig(learning_rate=1e-3, batch_size=4, seed=3)
-    step = sequences_of(0, rows, rows_of_step(train, len(rows), step=1))
+    step = sequences_of(0, rows, examples_of_step(train, len(rows), step=1))
     peers = in_order_of(3, 32_000)[4:8]
     for sequence, row in zip(step, peers, strict=True):
         np.testing.assert_array_equal(sequence.tokens, row["input_ids"])

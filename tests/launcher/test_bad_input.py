@@ -108,17 +108,21 @@ def test_a_wrong_word_on_the_command_line(program: Program, override: str, said:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("rows.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": "a"\n', ["rows.jsonl:2", "no JSON"]),
+        (
+            "rows.jsonl",
+            b'{"instruction": "a", "output": "b"}\n{"instruction": "a"\n',
+            ["rows.jsonl:2", "not valid JSON"],
+        ),
         ("rows.jsonl", b'{"instruction": "a", "output": 7}\n', ["rows.jsonl:1", "output has to be text, not 7"]),
         ("rows.jsonl", b'{"instruction": "a", "input": 0, "output": "b"}\n', ["rows.jsonl:1", "input has to be text"]),
         ("rows.jsonl", b'{"instruction": "a", "output": "\\ud83d"}\n', ["rows.jsonl:1", "half of a character"]),
         ("rows.jsonl", b'\n{"instruction": "Z\xfcrich", "output": "b"}\n', ["rows.jsonl:2", "0xfc"]),
-        ("rows.jsonl", b"[" * 100_000, ["rows.jsonl:1", "no JSON"]),
+        ("rows.jsonl", b"[" * 100_000, ["rows.jsonl:1", "not valid JSON"]),
         ("rows.csv", b"instruction,output\na,b\na\n", ["rows.csv:3", "fields"]),
         ("rows.json", b"[]", ["has no rows"]),
         ("rows.jsonl", b"", ["has no rows"]),
         ("rows.txt", b"x", ["'.txt'", ".jsonl"]),
-        ("rows.parquet", b"PAR1", ["no parquet file"]),
+        ("rows.parquet", b"PAR1", ["cannot be read as a Parquet file"]),
     ],
 )
 def test_a_bad_data_file(program: Program, name: str, content: bytes, said: list[str]) -> None:
@@ -131,13 +135,15 @@ def test_a_damaged_page_of_a_parquet_file(program: Program) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW] * 100), path, compression="gzip")
     content = path.read_bytes()
     path.write_bytes(content[:10] + bytes(50) + content[60:])
-    refuse(program, [*QUICK, "data.source=rows.parquet"], "no parquet file that can be read")
+    refuse(program, [*QUICK, "data.source=rows.parquet"], "cannot be read as a Parquet file")
 
 
 def test_rows_of_which_nothing_is_learnt(program: Program) -> None:
     write_rows(program.cwd / "long.jsonl", [ROW | {"instruction": "word " * 100}] * 30)
     refuse(
-        program, [*QUICK, "data.source=long.jsonl", "data.max_length=64"], "data.max_length=64 cuts the whole answer"
+        program,
+        [*QUICK, "data.source=long.jsonl", "data.max_length=64"],
+        "data.max_length=64 cuts off the whole answer",
     )
 
 
@@ -270,7 +276,7 @@ def test_a_root_that_the_user_may_not_write_is_refused_before_anything_is_fetche
     done = run_without_privileges(program, program.cwd / "shut", 0o500, *words)
     assert done.returncode == 2, done.stderr
     assert "shut is not writable for you" in " ".join(done.stderr.split())
-    assert "rows to learn" not in done.stderr
+    assert "rows to train on" not in done.stderr
 
 
 def shared_by_acl(folder: Path) -> None:

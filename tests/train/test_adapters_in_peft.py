@@ -13,7 +13,7 @@ from train.data.sampling import TokenSequence
 from train.nn.packed_model import PackedModel
 
 CASES = {"plain": 0, "dropout": 1, "all-linear, rsLoRA": 2, "mlp": 3, "one layer": 5, "patterns": 6, "regex": 7}
-TOKENS, LABELS = packs.random_table(1, seed=5).row(0)
+TOKENS, LABELS = packs.random_table(1, seed=5).example(0)
 
 
 @torch.no_grad()

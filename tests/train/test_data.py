@@ -1,8 +1,9 @@
-"""Rows become tokens of which exactly the answers are learnt; what is lost is counted; the cache gives the same again."""
+"""Rows become tokens of which exactly the answers are learned; what is lost is counted; the cache gives the same again."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from train.config import DataConfig, ModelConfig, parse_section
-from train.data import loading
+from train.data import loading, rendering, tokenizing
 from train.data.loading import load_tokenized, summary
 from train.data.reading import read_hub, read_split
 from train.data.rendering import alpaca_prompt, render
 from train.data.rows import AlpacaRow, ChatRow, Row
-from train.data.source import data_fingerprint
-from train.data.stats import read_facts, tokens_key
+from train.data.source import data_fingerprint, read_dataset_stats, tokens_key
 from train.data.token_table import TokenTable
 from train.data.tokenizing import IGNORED_LABEL, RowTokenizer
 from train.errors import BadInput
@@ -69,9 +69,9 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, *rows: Row, **values: Any) -> t
     return row_tokenizer.tokenize(rows, lambda: None, lambda count: None), row_tokenizer
 
 
-def learnt_texts(tokenizer: PreTrainedTokenizerFast, table: TokenTable, i: int = 0) -> list[str]:
-    """The learnt stretches of one row, as text."""
-    tokens, labels = table.row(i)
+def learned_texts(tokenizer: PreTrainedTokenizerFast, table: TokenTable, i: int = 0) -> list[str]:
+    """The learned stretches of one row, as text."""
+    tokens, labels = table.example(i)
     stretches = np.split(tokens, np.flatnonzero(np.diff(labels != IGNORED_LABEL)) + 1)
     masks = np.split(labels, np.flatnonzero(np.diff(labels != IGNORED_LABEL)) + 1)
     pairs = zip(stretches, masks, strict=True)
@@ -100,10 +100,23 @@ def write_rows(path: Path, count: int) -> Path:
 def test_of_a_conversation_every_answer_is_learnt_with_its_end_mark() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
     table, _ = tokenize(tokenizer, CONVERSATION)
-    assert learnt_texts(tokenizer, table) == ["assistant<|im_end|>", "Grüezi 🙂\nall<|im_end|>"]
+    assert learned_texts(tokenizer, table) == ["assistant<|im_end|>", "Grüezi 🙂\nall<|im_end|>"]
     assert tokenizer.decode(table.tokens.tolist()) == tokenizer.apply_chat_template(
         list(CONVERSATION.messages), tokenize=False
     ).rstrip("\n")
+
+
+def test_the_examples_of_the_docstrings_are_what_happens() -> None:
+    rendered = render(AlpacaRow("Add. 1 2", "", "3"), byte_tokenizer(CHAT_ML))
+    assert f"    {rendered.text}\n".replace("\n", "⏎").removesuffix("⏎") in str(rendering.__doc__)
+    ((start, end),) = rendered.answers
+    assert rendered.text[start:end] == "3<|im_end|>"
+    assert f"the answer is characters {start} to {end}:" in str(tokenizing.__doc__)
+    spans = re.findall(r"(\d+), (\d+)", str(tokenizing.__doc__))
+    texts = [rendered.text[int(first) : int(last)] for first, last in spans]
+    assert texts == ["assistant", "\n", "3", "<|im_end|>"]
+    overlaps = [int(last) > start and int(first) < end for first, last in spans]
+    assert overlaps == [False, False, True, True]
 
 
 def test_alpaca_rows_become_turns_where_there_is_a_chat_template() -> None:
@@ -111,18 +124,18 @@ def test_alpaca_rows_become_turns_where_there_is_a_chat_template() -> None:
     table, _ = tokenize(tokenizer, AlpacaRow("Add.", "1 2", "3"))
     text = "<|im_start|>user\nAdd.\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
     assert tokenizer.decode(table.tokens.tolist()) == text
-    assert learnt_texts(tokenizer, table) == ["3<|im_end|>"]
+    assert learned_texts(tokenizer, table) == ["3<|im_end|>"]
 
 
 def test_without_a_chat_template_the_words_are_those_of_stanford_alpaca() -> None:
     tokenizer = byte_tokenizer()
     table, _ = tokenize(tokenizer, AlpacaRow("Add.", "1 2", "3"), AlpacaRow("Hi", "", "Ho"))
-    assert tokenizer.decode(table.row(0)[0].tolist()) == (
+    assert tokenizer.decode(table.example(0)[0].tolist()) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
         "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3<|im_end|>"
     )
-    assert learnt_texts(tokenizer, table, 0) == ["3<|im_end|>"]
-    assert learnt_texts(tokenizer, table, 1) == ["Ho<|im_end|>"]
+    assert learned_texts(tokenizer, table, 0) == ["3<|im_end|>"]
+    assert learned_texts(tokenizer, table, 1) == ["Ho<|im_end|>"]
     assert "Input" not in alpaca_prompt("Hi", "")
 
 
@@ -134,7 +147,7 @@ def test_marks_that_the_tokenizer_adds_itself_are_neither_learnt_nor_doubled() -
     )
     table, _ = tokenize(tokenizer, AlpacaRow("Hi", "", "Ho"))
     assert tokenizer.decode(table.tokens.tolist()) == f"<|im_start|>{alpaca_prompt('Hi', '')}Ho<|im_end|>"
-    assert learnt_texts(tokenizer, table) == ["Ho<|im_end|>"]
+    assert learned_texts(tokenizer, table) == ["Ho<|im_end|>"]
 
 
 def test_answers_are_found_where_a_space_belongs_to_the_next_word() -> None:
@@ -152,14 +165,14 @@ def test_answers_are_found_where_a_space_belongs_to_the_next_word() -> None:
         eos_token="</s>",
     )
     table, _ = tokenize(fast, AlpacaRow("Hi", "", "Ho ho"))
-    tokens, labels = table.row(0)
+    tokens, labels = table.example(0)
     assert fast.convert_ids_to_tokens(tokens[labels != IGNORED_LABEL].tolist()) == ["▁Ho", "▁ho", "</s>"]
 
 
 def test_a_template_that_closes_no_turn_gets_the_end_of_text_token() -> None:
     tokenizer = byte_tokenizer(UNCLOSED)
     table, _ = tokenize(tokenizer, AlpacaRow("Hi", "", "Ho"))
-    assert learnt_texts(tokenizer, table) == ["Ho<|im_end|>"]
+    assert learned_texts(tokenizer, table) == ["Ho<|im_end|>"]
 
 
 def test_all_tokens_are_learnt_if_asked_for() -> None:
@@ -169,13 +182,13 @@ def test_all_tokens_are_learnt_if_asked_for() -> None:
 
 def test_a_template_that_rewrites_what_was_said_is_refused() -> None:
     render(AlpacaRow("Hi", "", "Ho"), byte_tokenizer(FORGETFUL))
-    with pytest.raises(BadInput, match="cannot be told from its prompt"):
+    with pytest.raises(BadInput, match="cannot be separated from its prompt"):
         render(CONVERSATION, byte_tokenizer(FORGETFUL))
     tokenize(byte_tokenizer(FORGETFUL), CONVERSATION, response_only=False)
 
 
 def test_what_a_template_says_against_a_row_reaches_the_user() -> None:
-    with pytest.raises(BadInput, match=r"refuses a conversation of system, user, assistant.*no system here"):
+    with pytest.raises(BadInput, match=r"rejects a conversation of system, user, assistant.*no system here"):
         render(CONVERSATION, byte_tokenizer("{{ raise_exception('no system here') }}"))
 
 
@@ -194,19 +207,19 @@ def test_long_rows_are_cut_or_dropped_and_counted() -> None:
     rows = [AlpacaRow("Hi", "", "x" * 3), AlpacaRow("Hi", "", "x" * 30), AlpacaRow("long " * 9, "", "x")]
     table, row_tokenizer = tokenize(tokenizer, *rows, max_length=32)
     assert table.lengths().tolist() == [25, 32]
-    assert learnt_texts(tokenizer, table, 1) == ["x" * 11]
-    assert row_tokenizer.tally.cut == 1
+    assert learned_texts(tokenizer, table, 1) == ["x" * 11]
+    assert row_tokenizer.tally.truncated == 1
     assert row_tokenizer.tally.dropped == {"the answer begins after 32 tokens": 1}
 
 
 def test_where_nothing_is_left_the_lengths_that_would_do_are_named() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
     rows = [AlpacaRow("Hi", "", "x" * 30), AlpacaRow("Hello", "", "x" * 10)]
-    with pytest.raises(BadInput, match=r"data.max_length=8 cuts the whole answer off each of the 2 rows") as error:
+    with pytest.raises(BadInput, match=r"data.max_length=8 cuts off the whole answer of each of the 2 rows") as error:
         tokenize(tokenizer, *rows, max_length=8)
     whole, _ = tokenize(tokenizer, *rows)
     assert f"max_length={max(whole.lengths())} would keep every row whole" in str(error.value)
-    least = int(str(error.value).split(" is the least")[0].split()[-1])
+    least = int(str(error.value).split(" is the smallest")[0].split()[-1])
     assert len(tokenize(tokenizer, *rows, max_length=least)[0]) == 1
     with pytest.raises(BadInput):
         tokenize(tokenizer, *rows, max_length=least - 1)
@@ -218,17 +231,17 @@ def test_held_out_rows_that_leave_nothing_are_told_from_those_to_learn(
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"instruction": "word " * 100, "output": "yes"}) + "\n")
     data = data_config(write_rows(tmp_path / "rows.jsonl", 20), eval_source=str(long), max_length=64, eval_rows=1)
-    with pytest.raises(BadInput, match="off each of the 1 held-out rows"):
+    with pytest.raises(BadInput, match="answer of each of the 1 held-out rows"):
         load_tokenized(data, MODEL, model_dir, cache)
 
 
 def test_the_cache_gives_the_same_and_is_not_made_twice(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 50), eval_rows=10)
-    assert read_facts(data, MODEL, cache) is None
+    assert read_dataset_stats(data, MODEL, cache) is None
     first = load_tokenized(data, MODEL, model_dir, cache)
-    made = TokensDir(cache.tokens(tokens_key(data, MODEL))).facts.stat().st_mtime_ns
+    made = TokensDir(cache.tokens(tokens_key(data, MODEL))).stats.stat().st_mtime_ns
     again = load_tokenized(data, MODEL, tmp_path / "not needed", cache)
-    assert TokensDir(cache.tokens(tokens_key(data, MODEL))).facts.stat().st_mtime_ns == made
+    assert TokensDir(cache.tokens(tokens_key(data, MODEL))).stats.stat().st_mtime_ns == made
     for name in ("tokens", "labels", "offsets"):
         assert isinstance(getattr(again.train, name), np.memmap)
         assert (getattr(again.train, name) == getattr(first.train, name)).all()
@@ -237,7 +250,7 @@ def test_the_cache_gives_the_same_and_is_not_made_twice(tmp_path: Path, model_di
         np.int32,
         np.int64,
     )
-    assert read_facts(data, MODEL, cache) == again.facts
+    assert read_dataset_stats(data, MODEL, cache) == again.stats
 
 
 def test_a_log_is_told_how_far_it_is(
@@ -260,13 +273,13 @@ def test_a_log_is_told_how_far_it_is(
 def test_the_facts_count_what_the_arrays_hold(tmp_path: Path, model_dir: Path, cache: CacheDir) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 50), eval_rows=10)
     tokenized = load_tokenized(data, MODEL, model_dir, cache)
-    facts, train = tokenized.facts, tokenized.train
-    assert (facts["train_rows"], facts["eval_rows"]) == (len(train), len(tokenized.eval)) == (40, 10)
-    assert facts["train_tokens"] == len(train.tokens) == train.lengths().sum()
-    assert facts["train_label_tokens"] == (train.labels != IGNORED_LABEL).sum()
-    assert facts["longest"] == max(train.lengths().max(), tokenized.eval.lengths().max())
-    assert summary(facts).startswith("40 rows to learn, 10 held out; 0 cut at 512 tokens, 0 dropped;")
-    assert "2 dropped (2 because it rained)" in summary(facts | {"dropped": {"it rained": 2}})
+    stats, train = tokenized.stats, tokenized.train
+    assert (stats["train_rows"], stats["eval_rows"]) == (len(train), len(tokenized.eval)) == (40, 10)
+    assert stats["train_tokens"] == len(train.tokens) == train.lengths().sum()
+    assert stats["train_label_tokens"] == (train.labels != IGNORED_LABEL).sum()
+    assert stats["longest"] == max(train.lengths().max(), tokenized.eval.lengths().max())
+    assert summary(stats).startswith("40 rows to train on, 10 held out; 0 truncated to 512 tokens, 0 dropped;")
+    assert "2 dropped (2 because it rained)" in summary(stats | {"dropped": {"it rained": 2}})
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
     hidden = base.hidden_states(batch)
     at = 0
     for row in range(3):
-        tokens, _ = table.row(row)
+        tokens, _ = table.example(row)
         expected = plain.base_model(torch.from_numpy(tokens).long()[None]).last_hidden_state[0]
         torch.testing.assert_close(
             hidden[at : at + len(tokens)], expected, rtol=1e-4, atol=1e-5

@@ -19,7 +19,7 @@ def reference(model: Any, table: TokenTable) -> tuple[float, float]:
     """Loss and exact match, row by row."""
     losses, targets, exact = 0.0, 0, 0
     for i in range(len(table)):
-        tokens, labels = (torch.tensor(part).long() for part in table.row(i))
+        tokens, labels = (torch.tensor(part).long() for part in table.example(i))
         with torch.no_grad():
             logits = model(input_ids=tokens[None]).logits[0, :-1]
         learnt = labels[1:] != -100

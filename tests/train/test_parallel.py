@@ -223,7 +223,9 @@ def sequences(count: int, seed: int) -> list[TokenSequence]:
 def test_every_sequence_is_dealt_once_and_hands_weigh_alike(count: int, size: int) -> None:
     dealt = sequences(count, seed=size)
     hands = deal(dealt, size)
-    assert sorted((s.run, s.index) for hand in hands for s in hand) == sorted((s.run, s.index) for s in dealt)
+    assert sorted((s.run_index, s.index) for hand in hands for s in hand) == sorted(
+        (s.run_index, s.index) for s in dealt
+    )
     weights = [sum(len(s.tokens) for s in hand) for hand in hands]
     assert max(weights) - min(weights) <= max(len(s.tokens) for s in dealt)
     again = deal(dealt[::-1], size)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from train.config import DataConfig, LoraConfig, ModelConfig
-from train.data.source import data_fingerprint
-from train.data.stats import read_facts
+from train.data.source import data_fingerprint, read_dataset_stats
 from train.model.source import model_fingerprint
 from train.store.layout import CacheDir
 
@@ -47,7 +46,7 @@ def document(cache: Path, *requests: DataConfig, target: str = "q_proj") -> str:
     return json.dumps({"cache": str(cache), "requests": items})
 
 
-def test_models_and_tokens_are_there_afterwards_and_the_facts_are_told(tmp_path: Path) -> None:
+def test_models_and_tokens_are_there_afterwards_and_the_stats_are_returned(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", *["yes"] * 30)
     several = [data_config(path, eval_rows=10), data_config(path, eval_rows=5, response_only=False)]
     answer, process = ask(document(tmp_path / "cache", *several))
@@ -57,8 +56,8 @@ def test_models_and_tokens_are_there_afterwards_and_the_facts_are_told(tmp_path:
     for data, facts in zip(several, answer["facts"], strict=True):
         model_dir = facts.pop("model_dir")
         assert (Path(model_dir) / "config.json").is_file()
-        assert read_facts(data, MODEL, CacheDir(tmp_path / "cache")) == facts
-    assert "20 rows to learn, 10 held out; 0 cut at 512 tokens, 0 dropped" in process.stderr
+        assert read_dataset_stats(data, MODEL, CacheDir(tmp_path / "cache")) == facts
+    assert "20 rows to train on, 10 held out; 0 truncated to 512 tokens, 0 dropped" in process.stderr
 
 
 def test_a_users_mistake_is_an_answer(tmp_path: Path) -> None:

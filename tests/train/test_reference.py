@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, get_scheduler
 
 import packs
 from train.config import QuantConfig, RunConfig
-from train.data.sampling import rows_of_step
+from train.data.sampling import examples_of_step
 from train.data.token_table import TokenizedData
 from train.store.storage import read_lines
 
@@ -54,7 +54,7 @@ def reference_losses(
     schedule = get_scheduler(train.lr_scheduler_type, optimizer, train.warmup(STEPS), STEPS)
     losses = []
     for step in range(STEPS):
-        rows = [data.train.row(int(row)) for row in rows_of_step(train, len(data.train), step)]
+        rows = [data.train.example(int(row)) for row in examples_of_step(train, len(data.train), step)]
         tokens = pad_sequence([torch.tensor(t).long() for t, _ in rows], batch_first=True, padding_value=0)
         labels = pad_sequence([torch.tensor(x).long() for _, x in rows], batch_first=True, padding_value=-100)
         mask = pad_sequence([torch.ones(len(t), dtype=torch.long) for t, _ in rows], batch_first=True)

@@ -1,4 +1,4 @@
-"""Local files give exactly their rows; a row that cannot be learnt is refused with its file and line."""
+"""Local files give exactly their rows; a row that cannot be learned is rejected with its file and line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_conversation_in_a_csv_is_json_text(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", f"id,messages\n1,{cell(json.dumps(CHAT['messages']))}\n")
     assert read_rows(path, "auto") == read_rows(jsonl(tmp_path, CHAT), "auto")
     path = write(tmp_path / "rows.csv", f"id,messages\n1,{cell(json.dumps(CHAT['messages']))}\n2,hello\n")
-    with pytest.raises(BadInput, match=r"rows\.csv:3: messages is no JSON .* as text"):
+    with pytest.raises(BadInput, match=r"rows\.csv:3: messages is not valid JSON .* as text"):
         read_rows(path, "auto")
 
 
@@ -135,7 +135,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "no.jsonl", "auto")
     with pytest.raises(BadInput, match=r"\.json, \.jsonl, \.csv, \.parquet"):
         read_rows(write(tmp_path / "rows.xlsx", "x"), "auto")
-    with pytest.raises(BadInput, match="is no parquet file"):
+    with pytest.raises(BadInput, match="cannot be read as a Parquet file"):
         read_rows(write(tmp_path / "rows.parquet", "x"), "auto")
 
 
@@ -149,7 +149,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 )
 def test_the_byte_and_the_line_that_are_no_utf8_are_named(name: str, before: str, after: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(f"\ufeff{before}".encode() + "Zürich".encode("latin-1") + after.encode())
-    with pytest.raises(BadInput, match=rf"{name}:2: the byte 0xfc there is not UTF-8"):
+    with pytest.raises(BadInput, match=rf"{name}:2: the byte 0xfc is not valid UTF-8"):
         read_rows(tmp_path / name, "auto")
 
 
@@ -159,15 +159,15 @@ def test_a_damaged_page_of_a_parquet_file_is_refused(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[10:60] = bytes(50)
     path.write_bytes(content)
-    with pytest.raises(BadInput, match=r"rows\.parquet is no parquet file that can be read"):
+    with pytest.raises(BadInput, match=r"rows\.parquet cannot be read as a Parquet file"):
         read_rows(path, "auto")
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[" * 100_000, "the line is no JSON"),
-        ('{"instruction": ' + "9" * 5000 + "}", "the line is no JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"instruction": ' + "9" * 5000 + "}", "not valid JSON"),
         ('{"instruction": "a", "output": "half \\ud83d"}', r"output has '\\ud83d', half of a character"),
         ('{"instruction": "a", "input": 0, "output": "b"}', "input has to be text, not 0"),
         ('{"instruction": "a", "input": [], "output": "b"}', r"input has to be text, not \[\]"),

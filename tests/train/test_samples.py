@@ -27,7 +27,7 @@ def test_every_evaluation_has_its_answers_to_the_same_prompts(tmp_path: Path) ->
         for line in lines:
             assert [sample["row"] for sample in line["samples"]] == [0, 3, 6, 9]
             for sample in line["samples"]:
-                tokens, labels = data.eval.row(sample["row"])
+                tokens, labels = data.eval.example(sample["row"])
                 start = answer_start(labels)
                 assert sample["prompt"] == packs.WORDS.decode(tokens[:start])
                 assert sample["expected"] == packs.WORDS.decode(tokens[start:])

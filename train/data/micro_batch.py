@@ -54,7 +54,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from train.data.sampling import IGNORED_LABEL, TokenSequence
+from train.data.sampling import TokenSequence
+from train.data.token_table import IGNORED_LABEL
 
 # Tokens of a sequence: a counter holds the sequence in its upper bits and the position in its lower 16.
 MAX_LENGTH = 1 << 16
@@ -150,11 +151,11 @@ class MicroBatch:
         self, sequences: list[TokenSequence], pack_size: int, device: torch.device, token_multiple: int = 1
     ) -> None:
         # The sort is stable, so a run's sequences keep their order.
-        ordered = sorted(sequences, key=lambda s: s.run)
+        ordered = sorted(sequences, key=lambda s: s.run_index)
         self.num_real_tokens = sum(len(s.tokens) for s in ordered)
         if token_multiple > 1:
             # 1 to token_multiple fillers: 9 tokens and a multiple of 12 take 3, 12 tokens take 12 more.
-            ordered.append(_fillers(ordered[-1].run, token_multiple - self.num_real_tokens % token_multiple))
+            ordered.append(_fillers(ordered[-1].run_index, token_multiple - self.num_real_tokens % token_multiple))
         self.device = device
         self.pack_size = pack_size
         self._note_tokens(ordered)
@@ -166,7 +167,7 @@ class MicroBatch:
         # [S] each: lengths 4 2 3, starts 0 4 6, runs 0 0 1.
         lengths = np.array([len(s.tokens) for s in ordered])
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        run_of_sequence = np.array([s.run for s in ordered])
+        run_of_sequence = np.array([s.run_index for s in ordered])
         # A generated token's sequence starts where its cache ends, so positions begin at `start`.
         positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in ordered])
         self.total = int(lengths.sum())

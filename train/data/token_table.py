@@ -1,28 +1,38 @@
-"""Tokenized rows as flat arrays, and their folder in the cache."""
+"""Tokenized examples as flat arrays, and their folder in the cache.
+
+A data row becomes an example here: its tokens, and a label per token. Two examples of 4 and 2 tokens, the prompts' labels masked:
+
+    tokens   11 12   13 14 | 21   22
+    labels -100 -100 13 14 | -100 22
+    offsets   0              4         6        example i is offsets[i]:offsets[i + 1]
+
+Labels are not shifted: label t is token t itself. `train.data.micro_batch` moves them to the token that predicts them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from train.data.source import DatasetStats
 from train.store.layout import TokensDir
 from train.store.storage import read_json, write_folder, write_json
 
-IGNORED_LABEL = -100  # of tokens that are read but not learnt
-PARTS = ("tokens", "labels", "offsets")
+# The label of tokens that are read but not learned; torch's cross_entropy and transformers ignore the same value.
+IGNORED_LABEL = -100
+ARRAYS = ("tokens", "labels", "offsets")
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Rows one after the other.
+    """Examples one after the other; see the module's example.
 
     Attributes:
-        tokens: [T] int32.
-        labels: [T] int32; the token itself where it is learnt, `IGNORED_LABEL` where not. Not shifted.
-        offsets: [rows + 1] int64; row i is ``offsets[i]:offsets[i + 1]``.
+        tokens: [T] int32, the tokens of all examples.
+        labels: [T] int32; the token itself where it is learned, `IGNORED_LABEL` elsewhere.
+        offsets: [examples + 1] int64, where each example begins; the last is T.
     """
 
     tokens: np.ndarray
@@ -32,30 +42,35 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels of row `i`, both [length]."""
+    def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of example `i`, both [length]."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.labels[span]
 
     def lengths(self) -> np.ndarray:
-        """Tokens per row [rows]."""
+        """Tokens per example [examples]."""
         return np.diff(self.offsets)
+
+    def num_targets(self) -> int:
+        """How many tokens are predicted: those with a label, except first tokens, which have no token before them."""
+        learned = self.labels != IGNORED_LABEL
+        return int(learned.sum() - learned[self.offsets[:-1]].sum())
 
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """What a run learns, what it is evaluated on, and the facts that the user reads about both."""
+    """The examples that a run trains on, those it is evaluated on, and counts of both."""
 
     train: TokenTable
     eval: TokenTable
-    facts: dict[str, Any]
+    stats: DatasetStats
 
 
 def read_tokenized(folder: Path) -> TokenizedData | None:
-    """Tokenized data from its folder in the cache, memory-mapped; None if there is none."""
+    """Tokenized data from its folder in the cache, memory-mapped; None if the cache does not have it."""
     files = TokensDir(folder)
-    facts = read_json(files.facts)
-    return None if facts is None else TokenizedData(_read_table(files, "train"), _read_table(files, "eval"), facts)
+    stats = read_json(files.stats)
+    return None if stats is None else TokenizedData(_read_table(files, "train"), _read_table(files, "eval"), stats)
 
 
 def write_tokenized(folder: Path, data: TokenizedData) -> None:
@@ -65,16 +80,17 @@ def write_tokenized(folder: Path, data: TokenizedData) -> None:
         StorageError: the disk is full, read-only or gone.
     """
     try:
-        with write_folder(folder) as beside:
-            files = TokensDir(beside)
+        with write_folder(folder) as unfinished:
+            files = TokensDir(unfinished)
             for name, table in (("train", data.train), ("eval", data.eval)):
-                for part in PARTS:
-                    np.save(files.array(name, part), getattr(table, part), allow_pickle=False)
-            write_json(files.facts, data.facts)
+                for array in ARRAYS:
+                    np.save(files.array(name, array), getattr(table, array), allow_pickle=False)
+            write_json(files.stats, data.stats)
     except OSError:
-        if not TokensDir(folder).facts.exists():  # otherwise another process came first, with the same content
+        # If the folder is complete now, another process wrote it first. The key is a hash of all inputs, so its content is the same.
+        if not TokensDir(folder).stats.exists():
             raise
 
 
 def _read_table(files: TokensDir, name: str) -> TokenTable:
-    return TokenTable(*(np.load(files.array(name, part), mmap_mode="r") for part in PARTS))
+    return TokenTable(*(np.load(files.array(name, array), mmap_mode="r") for array in ARRAYS))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from train.data.micro_batch import MicroBatch
-from train.data.sampling import IGNORED_LABEL, TokenSequence, cut
+from train.data.sampling import TokenSequence, split_by_tokens
+from train.data.token_table import IGNORED_LABEL
 from train.nn.forward_context import KeyValueCache
 from train.nn.packed_model import PackedModel
 from train.runtime.signals import StopFlag
@@ -56,12 +57,12 @@ def generate(
     """
     answers: dict[int, list[list[int]]] = {run: [[] for _ in asked] for run, asked in prompts.items()}
     asked = [_without_targets(run, index, tokens) for run, own in prompts.items() for index, tokens in enumerate(own)]
-    for chunk in cut(asked, limits.micro_batch_tokens):
+    for chunk in split_by_tokens(asked, limits.micro_batch_tokens):
         # The order in which a micro-batch lists them, so that its last tokens can be told apart.
-        ordered = sorted(chunk, key=lambda s: s.run)
+        ordered = sorted(chunk, key=lambda s: s.run_index)
         found = _answer(base, ordered, pack_size, limits, stop, advance)
         for sequence, answer in zip(ordered, found, strict=True):
-            answers[sequence.run][sequence.index] = answer
+            answers[sequence.run_index][sequence.index] = answer
     return answers
 
 
@@ -95,7 +96,7 @@ def _answer(
         stop.check()
         cache.advance()
         follow = [
-            _without_targets(prompt.run, prompt.index, np.array([token]), start=length)
+            _without_targets(prompt.run_index, prompt.index, np.array([token]), start=length)
             for prompt, token, length in zip(prompts, likeliest, cache.lengths.tolist(), strict=True)
         ]
         hidden = base.hidden_states(MicroBatch(follow, pack_size, base.device), cache=cache)

@@ -306,7 +306,7 @@ class TokensDir:
     path: Path
 
     @property
-    def facts(self) -> Path:
+    def stats(self) -> Path:
         """Counts of rows and tokens, for the user and the forecast."""
         return self.path / "facts.json"
 

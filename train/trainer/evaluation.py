@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from train.data.micro_batch import MicroBatch
-from train.data.sampling import IGNORED_LABEL, sequences_of
-from train.data.token_table import TokenTable
+from train.data.sampling import sequences_of
+from train.data.token_table import IGNORED_LABEL, TokenTable
 from train.nn.loss import sums_per_run, target_losses
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import Activity

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from train.data.micro_batch import to_device
-from train.data.sampling import TokenSequence, rows_of_step, sequences_of
+from train.data.sampling import TokenSequence, examples_of_step, sequences_of
 from train.data.token_table import TokenTable
 from train.lora.parameters import PackedAdapters
 from train.nn.dropout import step_key
@@ -153,14 +153,14 @@ class PackLoop:
     # One optimizer step
 
     def _sequences(self, session: RunSession) -> list[TokenSequence]:
-        rows = rows_of_step(session.config.train, len(session.data.train), session.step)
-        return sequences_of(session.row, session.data.train, rows)
+        examples = examples_of_step(session.config.train, len(session.data.train), session.step)
+        return sequences_of(session.row, session.data.train, examples)
 
     def _accumulate(self, batches: dict[int, list[TokenSequence]]) -> torch.Tensor:
         """Forward and backward of every run's mean loss; the losses [runs]."""
         share = torch.zeros(self.pack_size + 1, dtype=torch.float64)  # the last is the fillers'
         for row, sequences in batches.items():
-            share[row] = 1 / sum(sequence.targets for sequence in sequences)
+            share[row] = 1 / sum(sequence.num_targets for sequence in sequences)
         share = to_device(share, self.base.device)
         weights = share.to(self.adapters.theta.dtype)
         weights[:-1] *= self.optimizer.loss_scale

@@ -16,8 +16,7 @@ from transformers import AutoConfig
 
 from train.config import RunConfig, read_run_config
 from train.data.loading import load_tokenized
-from train.data.source import data_fingerprint
-from train.data.stats import tokens_key
+from train.data.source import data_fingerprint, tokens_key
 from train.data.token_table import TokenizedData
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, parameter_line, trainable_parameters

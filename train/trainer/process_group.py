@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from train.data.sampling import TokenSequence, cut
+from train.data.sampling import TokenSequence, split_by_tokens
 from train.errors import PeerLost
 from train.runtime.rendezvous import ProcessInfo, publish_rendezvous, wait_for_rendezvous
 from train.runtime.signals import STOP_SIGNALS, StopFlag, Stopped
@@ -43,7 +43,7 @@ class SingleProcess:
         Raises:
             Stopped: a process of the job was asked to stop; all of them learn it before the same micro-batch.
         """
-        for chunk in cut(list(sequences), max_tokens):
+        for chunk in split_by_tokens(list(sequences), max_tokens):
             stop.check()
             yield chunk
 
@@ -76,7 +76,7 @@ class ProcessGroup(SingleProcess):
         self, sequences: Sequence[TokenSequence], max_tokens: int, stop: StopFlag
     ) -> Iterator[list[TokenSequence]]:
         """See `SingleProcess`; every process looks as often as the one with the most micro-batches."""
-        shares = [list(cut(share, max_tokens)) for share in deal(sequences, self.size)]
+        shares = [list(split_by_tokens(share, max_tokens)) for share in deal(sequences, self.size)]
         mine = shares[self.rank]
         for turn in range(max(map(len, shares))):
             self._check(stop)
@@ -149,7 +149,7 @@ def deal(sequences: Sequence[TokenSequence], size: int) -> list[list[TokenSequen
     """
     hands: list[list[TokenSequence]] = [[] for _ in range(size)]
     tokens = [0] * size
-    for sequence in sorted(sequences, key=lambda s: (-len(s.tokens), s.run, s.index)):
+    for sequence in sorted(sequences, key=lambda s: (-len(s.tokens), s.run_index, s.index)):
         lightest = tokens.index(min(tokens))
         hands[lightest].append(sequence)
         tokens[lightest] += len(sequence.tokens)

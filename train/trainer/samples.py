@@ -99,7 +99,7 @@ class Sampler:
         return self._questions[key]
 
     def _question(self, table: TokenTable, row: int) -> Question:
-        tokens, labels = table.row(row)
+        tokens, labels = table.example(row)
         start = answer_start(labels)
         return Question(row, tokens[:start], self._words.decode(tokens[:start]), self._words.decode(tokens[start:]))
 
