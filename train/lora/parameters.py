@@ -107,17 +107,20 @@ class PackedAdapters:
     ) -> None:
         self._columns, self.b_columns_start = _place_columns(targets, shapes)
         columns = self.b_columns_start + sum(place.rank * place.out_features for place in self._columns.values())
+        # bfloat16 has 8 significant bits: added to a weight of 0.1, an optimizer's step of 1e-5 would vanish.
         master_dtype = torch.promote_types(dtype, torch.float32)
         self.theta = torch.zeros(len(targets), columns, dtype=master_dtype, device=device)
         self.gradient = torch.zeros_like(self.theta)
-        # Over a base in 16 bits the weights exist twice: small steps would be lost if they were added in the base's dtype.
+        # So over a base in 16 bits the adapters exist twice; over others this is the same tensor.
         self._compute_weights = self.theta if dtype == master_dtype else self.theta.to(dtype)
+        # float64: the kept features' factor 1 / (1 - p) is rounded once, at the end.
         dropout_p = torch.tensor(dropouts, dtype=torch.float64, device=device) if any(dropouts) else None
         # Few modules differ in their scalings; those that do not share one tensor, and what a forward makes of it.
         scalings: dict[tuple[float, ...], torch.Tensor] = {}
         self.stacks: dict[str, StackedLora] = {}
         for name, place in self._columns.items():
             mine = {run: adapted[name] for run, adapted in enumerate(targets) if name in adapted}
+            # Zero for runs that do not adapt the module: their tokens are not in its route, so it is never read.
             scaling = tuple(mine[run].scaling if run in mine else 0.0 for run in range(len(targets)))
             self.stacks[name] = StackedLora(
                 ranks={run: target.r for run, target in mine.items()},
@@ -127,6 +130,7 @@ class PackedAdapters:
                 grad_b=place.b(self.gradient),
                 scaling=scalings.setdefault(scaling, torch.tensor(scaling, dtype=dtype, device=device)),
                 dropout_p=dropout_p,
+                # By the name alone, so that masks do not depend on the pack's other modules.
                 dropout_key=zlib.crc32(name.encode()),
             )
 
@@ -143,6 +147,7 @@ class PackedAdapters:
         """
         for name, (a, _b) in self.tensors(run).items():
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            # On the CPU and in float32, whatever the pack computes with: the same numbers on every device and in every dtype.
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             bound = 1 / math.sqrt(a.shape[1])
             a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
@@ -164,7 +169,9 @@ def _place_columns(
 ) -> tuple[dict[str, _Columns], int]:
     """The columns of every module that some run adapts, in the base's order, and where the B matrices start."""
     names = [name for name in shapes if any(name in adapted for adapted in targets)]
+    # The largest rank of any run on the module: 4 and 10 give 10, padded to 16.
     ranks = {name: _pad_to_multiple(max(own[name].r for own in targets if name in own)) for name in names}
+    # A's and B's apart, since LoRA+ gives all B columns a learning rate of their own: two slices, not one per module.
     b_columns_start = sum(ranks[name] * shapes[name][1] for name in names)
     columns: dict[str, _Columns] = {}
     a_start = 0

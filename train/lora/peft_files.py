@@ -62,7 +62,8 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def peft_config(lora: LoraConfig, model: ModelConfig, names: Sequence[str]) -> PeftLoraConfig:
     """`lora` over the modules `names`, as PEFT writes it; LoRA+ is part of training, so PEFT has no field for it."""
-    from peft import LoraConfig as PeftLoraConfig  # slow, and reading an adapter does without
+    # Here, since PEFT is slow to import and reading an adapter does not need it.
+    from peft import LoraConfig as PeftLoraConfig
 
     config = PeftLoraConfig(
         base_model_name_or_path=model.source,

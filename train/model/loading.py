@@ -170,7 +170,8 @@ def _foreign_errors(what: str, advice: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and no tables of weights: the error says once what is wrong."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -50,7 +50,8 @@ def _functional() -> ModuleType:
         raise RuntimeError("not while bitsandbytes is imported")
 
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: CPU_KERNEL not in str(record.msg))
-    compiler, torch.compile = torch.compile, refuse
+    compiler = torch.compile
+    torch.compile = refuse
     try:
         import bitsandbytes.functional
     finally:

@@ -89,9 +89,11 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
         )
     for name in base.others:
         owner, _, attribute = name.rpartition(".")
-        place, value = hollow.get_submodule(owner), base.tensor(name)
-        is_parameter = isinstance(getattr(place, attribute), nn.Parameter)
-        setattr(place, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        module = hollow.get_submodule(owner)
+        value = base.tensor(name)
+        # Buffers have to stay buffers.
+        is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
+        setattr(module, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     hollow.tie_weights()
     return hollow.eval()
 

@@ -31,7 +31,8 @@ from train.store.storage import local_path, readable
 Kind = Literal["builtin", "pypi", "folder", "hub"]
 
 TINY = "builtin:tiny"
-TINY_VERSION = "builtin:tiny/1"  # a new number when the built model changes
+# A new number when the built model changes.
+TINY_VERSION = "builtin:tiny/1"
 PYPI_SOURCE = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 PATH_START = ("/", ".", "~")

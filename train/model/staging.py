@@ -43,12 +43,15 @@ def stage_model(model: ModelConfig, cache: CacheDir) -> Path:
     key = model_key(model)
     make_folder(cache.model(key).parent)
     with locked(cache.model_lock(key)):
-        ready = staged_model(model, cache)  # another process may have made it meanwhile
+        # Another process may have made it in the meantime.
+        ready = staged_model(model, cache)
         return ready or _make(model, cache)
 
 
 def _make(model: ModelConfig, cache: CacheDir) -> Path:
-    started, target, kind = time.monotonic(), cache.model(model_key(model)), source_kind(model.source)
+    started = time.monotonic()
+    target = cache.model(model_key(model))
+    kind = source_kind(model.source)
     if kind == "hub":
         _say(f"fetching {model.source} from the Hugging Face hub ...")
         _fetch(model, cache.download(target.name))
@@ -99,7 +102,8 @@ def _fetch(model: ModelConfig, download: Path) -> None:
         ) from exc
     except LorapackError:
         raise
-    except Exception as exc:  # the client's HTTP library, and so its exceptions, change from version to version
+    # Any exception: the client's HTTP library, and so its exceptions, change from version to version.
+    except Exception as exc:
         raise _out_of_reach(model, _first_line(exc)) from exc
     check_model_folder(download)
 

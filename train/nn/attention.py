@@ -72,6 +72,7 @@ class _FlashVarlen(torch.autograd.Function):
             # Bounds and longest sequence of queries, then of keys; no dropout, causal, no debug mask.
             q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale,
         )  # fmt: skip
+        # log_sums [H, T] let the backward compute the softmax again, block by block; the random state is for a dropout that is off.
         ctx.save_for_backward(q, k, v, out, log_sums, starts, random, unused)
         ctx.longest = longest
         ctx.scale = scale
@@ -96,7 +97,8 @@ class _TritonAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
     ) -> torch.Tensor:
-        from train.nn.triton import attention  # Triton is not everywhere
+        # Here, since Triton is not installed everywhere.
+        from train.nn.triton import attention
 
         out, log_sums = attention.forward(q, k, v, starts, longest, scale)
         ctx.save_for_backward(q, k, v, out, log_sums, starts)
@@ -162,6 +164,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardCo
     """
     batch = context.batch
     cache = context.cache
+    # A generation's first pass fills the cache and attends as usual; later passes bring one token per sequence.
     if cache is not None and cache.is_filled:
         return cache.attend(q, k, v, scale)
     if cache is not None:
@@ -178,6 +181,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardCo
 
 def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch, scale: float) -> torch.Tensor:
     """`attend` by padded sequences."""
+    # [T, heads, dim] -> [S, L, heads, dim] -> [S, heads, L, dim], as PyTorch's attention takes it.
     dtype = q.dtype
     q, k, v = (_Pad.apply(x, batch.attention).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
@@ -210,6 +214,7 @@ def packed_attention(
         [1, T, heads, dim], and None for the weights.
     """
     context: ForwardContext = module.forward_context  # type: ignore[assignment]  # attached by train.nn.packed_model
+    # Transformers' batch has one row, the flat tokens: [1, heads, T, dim] -> [T, heads, dim].
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(q, k, v, context, scale).unsqueeze(0), None

@@ -44,7 +44,8 @@ class DecoderLayer:
     """One decoder layer, around transformers' module of the same layer."""
 
     def __init__(self, layer: Any, context: ForwardContext) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         self._qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         self._out = [attention.o_proj]
         self._gate_up = [mlp.gate_proj, mlp.up_proj]
@@ -59,6 +60,7 @@ class DecoderLayer:
     def __call__(self, hidden: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
         fused = self._context.kernels.fused_elementwise
+        # `hidden` comes back unchanged, through autograd, so that its two gradients are added in the norm's backward.
         normed, hidden = rms_norm_residual(hidden, *self._norms[0], fused)
         hidden = apply_linears(self._attention(normed, cos_sin), self._out, hidden)[0]
         normed, hidden = rms_norm_residual(hidden, *self._norms[1], fused)
@@ -155,7 +157,8 @@ def _has_the_parts(model: Any) -> bool:
 
 def _is_llama_layer(layer: nn.Module) -> bool:
     """Whether a layer has Llama's projections, two norms and what attention needs to know."""
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    attention = getattr(layer, "self_attn", None)
+    mlp = getattr(layer, "mlp", None)
     norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     return (
         all(isinstance(getattr(attention, name, None), PackedLinear) for name in ATTENTION_PARTS)

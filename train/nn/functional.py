@@ -71,13 +71,18 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
     Feature i of the first half turns with feature i of the second half, as in transformers' `apply_rotary_pos_emb`.
     """
-    (a, b), (cos_a, cos_b), (sin_a, sin_b) = _halves(x), _halves(cos[:, None]), _halves(sin[:, None])
+    a, b = _halves(x)
+    # cos and sin [T, 1, dim] are the same for all heads of a token.
+    cos_a, cos_b = _halves(cos[:, None])
+    sin_a, sin_b = _halves(sin[:, None])
     return _joined(a * cos_a - b * sin_a, b * cos_b + a * sin_b).to(x.dtype)
 
 
 def apply_rotary_backward(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The gradient of the input of `apply_rotary`: the transposed rotation."""
-    (a, b), (cos_a, cos_b), (sin_a, sin_b) = _halves(gradient), _halves(cos[:, None]), _halves(sin[:, None])
+    a, b = _halves(gradient)
+    cos_a, cos_b = _halves(cos[:, None])
+    sin_a, sin_b = _halves(sin[:, None])
     return _joined(a * cos_a + b * sin_b, b * cos_b - a * sin_a).to(gradient.dtype)
 
 
@@ -99,7 +104,8 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def triton_kernel(formula: Formula) -> Formula:
     """The Triton kernel with a formula's name."""
-    from train.nn.triton import functional as kernels  # Triton is not everywhere
+    # Here, since Triton is not installed everywhere.
+    from train.nn.triton import functional as kernels
 
     kernel: Formula = getattr(kernels, formula.__name__)
     return kernel
@@ -146,6 +152,7 @@ class _RMSNormResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        # The gradients of both outputs: the norm's, and that of x in the residual stream.
         gradient, passed = gradients
         x, weight = ctx.saved_tensors
         return dispatch(rms_norm_backward, ctx.fused, gradient, passed, x, weight, ctx.eps), None, None, None

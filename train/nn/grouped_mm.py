@@ -59,6 +59,7 @@ class PaddedMatmul:
 
     def bmm(self, grouped: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
         """[G, L, k] with [G, k, n] -> [G, L, n]."""
+        # Entry g of the batch holds run g's tokens alone, so fillers cost time but mix no runs.
         return torch.bmm(grouped, stack)
 
     def outer_grad(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,8 @@ class PaddedMatmul:
 def run_matmul(route: AdapterRoute, total: int, *, grouped: bool) -> RunMatmul:
     """The products for the runs of `route` among `total` flat tokens: `grouped` where the GPU has the kernels."""
     if grouped:
-        from train.nn.triton.grouped_mm import GroupedMatmul  # Triton is not everywhere
+        # Here, since Triton is not installed everywhere.
+        from train.nn.triton.grouped_mm import GroupedMatmul
 
         return GroupedMatmul(route.bounds, route.covers_all)
     return PaddedMatmul(route, total)

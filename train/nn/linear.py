@@ -97,6 +97,7 @@ def apply_linears(
     context = layers[0].context
     batch = context.batch
     adapters = [_active_adapters(layer.lora, context, batch) for layer in layers]
+    # In the first decoder layer x comes from the frozen embedding and needs no gradient, but the adapters need this backward.
     anchor = context.anchor_like(x) if any(adapters) else None
     outputs: tuple[torch.Tensor, ...] = _PackedLinears.apply(x, residual, anchor, layers, adapters, batch)
     return outputs
@@ -128,6 +129,7 @@ def _active_adapters(lora: StackedLora | None, context: ForwardContext, batch: M
     route = None if lora is None else batch.route(lora.members)
     if lora is None or route is None:
         return None
+    # While evaluating there are no keys, and nothing is dropped.
     dropout = None
     if lora.dropout_p is not None and context.dropout_keys is not None:
         dropout = Dropout(lora.dropout_p, context.dropout_keys, lora.dropout_key)
@@ -158,13 +160,15 @@ class _PackedLinears(torch.autograd.Function):
         batch: MicroBatch,
     ) -> tuple[torch.Tensor, ...]:
         grouped = _GroupedInput(x, batch)
-        outputs, kept = [], []
+        outputs: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
         for layer, adapter in zip(layers, adapters, strict=True):
             delta = None
             if adapter is not None:
                 # h = scaling * dropout(x) A^T [T, r], then delta = h B^T [T, out].
                 h = adapter.mm.bmm(grouped.of(adapter), adapter.a.transpose(1, 2))
                 h.mul_(adapter.scaling)
+                # Kept with the scaling in it: dB = g^T h then needs no scaling of its own.
                 kept.append(h)
                 delta = adapter.mm.from_grouped(adapter.mm.bmm(h, adapter.b.transpose(1, 2)))
             outputs.append(_add_frozen_product(x, layer, delta, residual))
@@ -186,6 +190,7 @@ class _PackedLinears(torch.autograd.Function):
             if adapter is not None:
                 # `kept` has an h for each adapted layer, in the layers' order.
                 delta = _adapter_backward(adapter, grouped, kept.pop(0), gradient, needs_x_grad=needs_x_grad)
+                # All layers' parts of dx add up in one tensor, the first adapter's own result.
                 if delta is not None:
                     x_grad = delta if x_grad is None else x_grad.add_(delta)
             if needs_x_grad:
@@ -226,6 +231,7 @@ def _adapter_backward(
     mm = adapter.mm
     # Both gradients are sums over tokens. Fillers of x and h repeat a real token; zeros on this side keep them out of the sums.
     g = mm.to_grouped_zeroed(gradient)
+    # dh = s * g B [T, r]; the narrow side, so scaling costs little.
     h_grad = mm.bmm(g, adapter.b).mul_(adapter.scaling)
     adapter.accumulate_grad(mm.outer_grad(h_grad, grouped.of(adapter)), mm.outer_grad(g, h))
     if not needs_x_grad:
@@ -249,6 +255,7 @@ def _add_frozen_product(
 ) -> torch.Tensor:
     """x W^T + bias + delta + residual; `delta` may be overwritten."""
     weight = layer.weight.dense()
+    # No adapter here: the residual stream, which others read, must not be overwritten, so `addmm` makes a new tensor.
     if delta is None:
         if residual is None:
             return functional.linear(x, weight, layer.bias)

@@ -98,7 +98,9 @@ def target_losses(
         fused: whether to use the Triton kernel.
     """
     formula = triton_kernel(cross_entropy) if fused and weights is not None else cross_entropy
-    losses, correct, gradients = [], [], []
+    losses: list[torch.Tensor] = []
+    correct: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
     for start in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
         logits = head.logits(hidden[chunk])

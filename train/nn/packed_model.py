@@ -84,6 +84,7 @@ class PackedModel:
         self.head = Head(model.get_output_embeddings().weight)
         self.dtype = self.head.dtype
         self.device = self.head.device
+        # The weights of packed linear layers are not parameters of the model any more, so they are counted by their shapes.
         linear_parameters = sum(out_features * in_features for out_features, in_features in self.shapes.values())
         biases = sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None)
         self.parameters = linear_parameters + biases + sum(parameter.numel() for parameter in model.parameters())

@@ -52,7 +52,8 @@ def _own_block(starts, BLOCK: tl.constexpr):
     Blocks are counted from the start of their sequence, so other sequences change no bit. Sequences of 4, 2 and 3 tokens have starts
     0 4 6 9: program 0 of sequence 1 gets (4, 4, 6), and program 1, which has nothing to do, (4, 68, 6).
     """
-    start, end = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
+    start = tl.load(starts + tl.program_id(1))
+    end = tl.load(starts + tl.program_id(1) + 1)
     return start, start + tl.program_id(0) * BLOCK, end
 
 
@@ -104,6 +105,7 @@ def _forward(
         p = tl.exp2(scores - new_max[:, None])
         rescale = tl.exp2(running_max - new_max)
         running_sum = running_sum * rescale + tl.sum(p, 1)
+        # P is rounded to v's dtype for the matrix unit; the sum stays in float32.
         v_block = _load_rows(v, keys, end, v_row, kv_start, DIM)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * rescale[:, None])
         running_max = new_max
@@ -183,6 +185,7 @@ def _backward_keys(
             v_acc = tl.dot(p.to(out_grad.dtype), out_grad, v_acc)
             delta = tl.load(deltas + place, mask=queries < end, other=0.0)
             p_grad = tl.dot(v_block, tl.trans(out_grad))
+            # dS^T, then dK += dS^T Q.
             s_grad = p * (p_grad - delta[None, :])
             k_acc = tl.dot(s_grad.to(q_block.dtype), q_block, k_acc)
     _store_rows(k_grad, k_acc * factor, keys, end, k_grad_row, kv_head * DIM, DIM)
@@ -204,7 +207,8 @@ def forward(
     """
     q, k, v = (_with_whole_heads(x) for x in (q, k, v))
     total, heads, dim = q.shape
-    out, log_sums = torch.empty_like(q), q.new_empty(heads, total, dtype=torch.float32)
+    out = torch.empty_like(q)
+    log_sums = q.new_empty(heads, total, dtype=torch.float32)
     _forward[_grid(longest, starts, heads, FORWARD)](
         q, k, v, out, log_sums, starts, total, q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * LOG2_E,
         GROUP=heads // k.shape[1], DIM=dim, **FORWARD,
@@ -227,6 +231,7 @@ def backward(
     gradient, q, k, v = (_with_whole_heads(x) for x in (gradient, q, k, v))
     total, heads, dim = q.shape
     q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    # Written by the kernel of the queries, read by that of the keys: both run on one stream, one after the other.
     deltas = torch.empty_like(log_sums)
     group = heads // k.shape[1]
     _backward_queries[_grid(longest, starts, heads, QUERIES)](

@@ -102,9 +102,11 @@ def _rotary(
     a = tl.load(x + token * x_row + place, mask=is_place, other=0.0).to(tl.float32)
     b = tl.load(x + token * x_row + place + HALF, mask=is_place, other=0.0).to(tl.float32)
     if BACK:
-        first, second = a * cos_a + b * sin_b, b * cos_b - a * sin_a
+        first = a * cos_a + b * sin_b
+        second = b * cos_b - a * sin_a
     else:
-        first, second = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+        first = a * cos_a - b * sin_a
+        second = b * cos_b + a * sin_b
     out += token * HEADS * 2 * HALF
     tl.store(out + place, first.to(out.dtype.element_ty), mask=is_place)
     tl.store(out + place + HALF, second.to(out.dtype.element_ty), mask=is_place)
@@ -132,7 +134,8 @@ def _cross_entropy(logits, targets, weights, losses, correct, VOCAB: tl.constexp
         running_sum = running_sum * tl.exp(running_max - finite) + tl.sum(tl.exp(wide - finite), 0)
         running_max = new_max
     log_normalizer = running_max + tl.log(running_sum)
-    target, weight = tl.load(targets + row), tl.load(weights + row)
+    target = tl.load(targets + row)
+    weight = tl.load(weights + row)
     target_logit = tl.load(logits + target).to(tl.float32)
     # Every warp has to have read the target's logit before any warp overwrites it below.
     tl.debug_barrier()
@@ -164,13 +167,16 @@ def _adamw(
     place = run.to(tl.int64) * row_stride + column
     given = tl.load(gradient + run.to(tl.int64) * gradient_stride + column, mask=is_column, other=0.0)
     given *= tl.load(clip + run)
-    first, second = tl.load(beta1 + run), tl.load(beta2 + run)
+    first = tl.load(beta1 + run)
+    second = tl.load(beta2 + run)
+    # m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
     mean = tl.load(exp_avg + place, mask=is_column, other=0.0) * first + given * (1 - first)
     square = tl.load(exp_avg_sq + place, mask=is_column, other=0.0) * second + given * given * (1 - second)
     # Square root and division rounded to nearest, as PyTorch's; Triton's plain ones approximate.
     root = tl.sqrt_rn(square)
     denominator = tl.div_rn(root, tl.load(root_correction2 + run) + tl.zeros_like(root)) + tl.load(eps + run)
     step = tl.load(rate + run) / tl.load(correction1 + run)
+    # theta = theta (1 - rate * decay) - rate / correction1 * m / (sqrt(v) / root_correction2 + eps)
     value = tl.load(theta + place, mask=is_column, other=0.0) * (1 - tl.load(decay + run))
     tl.store(theta + place, value - step * tl.div_rn(mean, denominator), mask=is_column)
     tl.store(exp_avg + place, mean, mask=is_column)
@@ -190,7 +196,9 @@ def rms_norm_backward(
     gradient: torch.Tensor, passed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """`train.nn.functional.rms_norm_backward` of [T, dim]."""
-    gradient, passed, x = gradient.contiguous(), passed.contiguous(), x.contiguous()
+    gradient = gradient.contiguous()
+    passed = passed.contiguous()
+    x = x.contiguous()
     rows, dim = x.shape
     out = torch.empty_like(x)
     _rms_norm_backward[(rows,)](gradient, passed, x, weight, out, eps, DIM=dim, **_whole_row(dim))
@@ -199,7 +207,8 @@ def rms_norm_backward(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`train.nn.functional.swiglu` of [T, dim]."""
-    gate, up = gate.contiguous(), up.contiguous()
+    gate = gate.contiguous()
+    up = up.contiguous()
     out = torch.empty_like(gate)
     _swiglu[_blocks(gate)](gate, up, out, DIM=gate.shape[1], BLOCK=BLOCK)
     return out
@@ -207,8 +216,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`train.nn.functional.swiglu_backward` of [T, dim]."""
-    gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
-    gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+    gradient = gradient.contiguous()
+    gate = gate.contiguous()
+    up = up.contiguous()
+    gate_grad = torch.empty_like(gate)
+    up_grad = torch.empty_like(up)
     _swiglu_backward[_blocks(gate)](gradient, gate, up, gate_grad, up_grad, DIM=gate.shape[1], BLOCK=BLOCK)
     return gate_grad, up_grad
 

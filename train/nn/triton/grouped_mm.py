@@ -95,8 +95,10 @@ def _outer_grad(
 
     A group of 1,200 tokens in 2 parts, with blocks of 64 tokens: 600 tokens are 10 blocks, so part 0 sums 640 and part 1 sums 560.
     """
-    group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    start, end = tl.load(bounds + group), tl.load(bounds + groups + group)
+    group = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    start = tl.load(bounds + group)
+    end = tl.load(bounds + groups + group)
     share = tl.cdiv(tl.cdiv(end - start, parts), TOKENS) * TOKENS
     first = start + part * share
     end = tl.minimum(end, first + share)
@@ -131,7 +133,8 @@ def bmm(x: torch.Tensor, stack: torch.Tensor, bounds: torch.Tensor, *, covers_al
         covers_all: whether there are no gaps, so that every row of the result is written.
     """
     x = _with_whole_rows(x)
-    (total, K), (groups, _, N) = x.shape, stack.shape
+    total, K = x.shape
+    groups, _, N = stack.shape
     out = x.new_empty(total, N) if covers_all else x.new_zeros(total, N)
     blocks = bmm_blocks(K, N)
     # Each group wastes less than one block, so cdiv(T, TOKENS) + G blocks are enough for any bounds: in the example 4 + 3 >= 6.
@@ -143,8 +146,11 @@ def bmm(x: torch.Tensor, stack: torch.Tensor, bounds: torch.Tensor, *, covers_al
 
 def outer_grad(left: torch.Tensor, right: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """The sum over each group's rows of left [T, M] and right [T, N]: [G, M, N] in float32; `bounds` as for `bmm`."""
-    left, right = _with_whole_rows(left), _with_whole_rows(right)
-    (total, M), N, groups = left.shape, right.shape[1], bounds.shape[1]
+    left = _with_whole_rows(left)
+    right = _with_whole_rows(right)
+    total, M = left.shape
+    N = right.shape[1]
+    groups = bounds.shape[1]
     blocks = outer_grad_blocks(M, N)
     grid = triton.cdiv(M, blocks["ROWS"]), triton.cdiv(N, blocks["COLUMNS"])
     # Enough parts to keep the GPU busy where matrices are few and small, each long enough to be worth a second sum.
