@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from captured_log import captured_log
 from train.config import parse_run_config
 from train.mirror.child import mirrored
 from train.mirror.rows import JOURNAL_NAMES
@@ -47,8 +49,7 @@ class WrittenPack:
     @contextmanager
     def job(self, *, cause: str) -> Iterator[list[str]]:
         """An attempt with its mirror: this process is the trainer. Gives the lines of the job's log, once it has ended."""
-        said: list[str] = []
-        with mirrored(self.dir.pack, read_json(self.dir.pack), said.append):
+        with captured_log(logging.WARNING) as said, mirrored(self.dir.pack, read_json(self.dir.pack)):
             self.begin()
             yield said
             self.end(cause)

@@ -24,7 +24,8 @@ from train.runtime.attempts import open_attempt
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import RunDir
 from train.store.storage import read_json
-from train.trainer.pack import seat
+from train.trainer.context import JobContext
+from train.trainer.pack import build_loop
 from train.trainer.session import RunSession
 
 WARM_UP_STEPS = 10  # the first steps of a block find cold caches
@@ -106,8 +107,8 @@ def main(pack_files: list[Path]) -> None:
         flag.sessions.append(RunSession(run, seldom, data, targets, open_attempt(run)))
     with ExitStack() as stack:
         for file, pack in zip(pack_files, contents, strict=True):
-            stack.enter_context(mirrored(file, pack, print))
-        loop = seat(base, flag.sessions, flag, 10_000, lambda text: None)
+            stack.enter_context(mirrored(file, pack))
+        loop = build_loop(base, flag.sessions, 10_000, None, JobContext(stop=flag))
         try:
             loop.run()
         except Stopped:

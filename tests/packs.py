@@ -15,21 +15,22 @@ from train.config import QuantConfig, RunConfig, parse_run_config
 from train.data.token_table import TokenizedData, TokenTable
 from train.lora.targets import adapted_modules
 from train.nn.packed_model import PackedModel, Placement, Residency, pack_model
-from train.runtime.activity import Activity
 from train.runtime.attempts import open_attempt
 from train.runtime.signals import StopFlag
 from train.store.layout import RunDir
 from train.store.lease import Lease
 from train.store.storage import make_folder
+from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
-from train.trainer.pack import seat
-from train.trainer.process_group import SINGLE_PROCESS, SingleProcess
+from train.trainer.pack import build_loop
 from train.trainer.samples import AnswerDecoder
 from train.trainer.session import FollowerSession, RunSession
 
 VOCABULARY = 97
 # A tokenizer's part for models without one: a token is its number, and a quarter of them close an answer.
-WORDS = AnswerDecoder(lambda tokens: " ".join(f"{int(token)}" for token in tokens), frozenset(range(0, VOCABULARY, 4)))
+DECODER = AnswerDecoder(
+    lambda tokens: " ".join(f"{int(token)}" for token in tokens), frozenset(range(0, VOCABULARY, 4))
+)
 CPU = torch.device("cpu")
 DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 LACKS_TRITON = (
@@ -134,23 +135,25 @@ def make_loop(
     configs: list[RunConfig],
     data: TokenizedData | None = None,
     micro_batch_tokens: int = 10_000,
-    stop: StopFlag | None = None,
-    words: AnswerDecoder | None = None,
-    team: SingleProcess = SINGLE_PROCESS,
-    activity: Activity | None = None,
+    decoder: AnswerDecoder | None = None,
+    **surroundings: Any,
 ) -> PackLoop:
-    """A pack of runs in folders ``run<i>-x`` below `folder`, seated and ready; existing checkpoints are resumed from."""
+    """A pack of runs in folders ``run<i>-x`` below `folder`, ready to train; existing checkpoints are resumed from.
+
+    `surroundings` are fields of `JobContext`.
+    """
+    job = JobContext(**surroundings)
     data = data or random_data()
     sessions: list[RunSession] = []
     for i, config in enumerate(configs):
         run = RunDir(make_folder(folder / f"run{i}-x"))
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
-            if team.is_main:
+            if job.group.is_main:
                 sessions.append(Recording(run, config, data, targets, open_attempt(run)))
             else:
                 sessions.append(FollowerSession(run, config, data, targets, NO_LEASE))
-    return seat(base, sessions, stop or StopFlag(), micro_batch_tokens, lambda text: None, words, team, activity)
+    return build_loop(base, sessions, micro_batch_tokens, decoder, job)
 
 
 def train(folder: Path, base: PackedModel, configs: list[RunConfig], **kwargs: Any) -> list[Recording]:

@@ -29,6 +29,7 @@ from train.config import RunConfig, read_run_config
 from train.data.rendering import closing_tokens, render, special_tokens
 from train.data.rows import AlpacaRow
 from train.errors import BadInput, LorapackError
+from train.log import log_to
 from train.lora.peft_files import read_adapter
 from train.lora.targets import adapted_modules
 from train.model.folder import save_model
@@ -152,6 +153,7 @@ def _lines() -> Iterator[str]:
 def main(arguments: list[str]) -> None:
     """Run one action; facts go to stdout, all else to stderr."""
     chosen = _parser().parse_args(arguments)
+    log_to(sys.stderr)
     run, cache = RunDir(chosen.run), CacheDir(chosen.cache)
     if chosen.action == "chat":
         chat(run, cache, chosen.prompt, chosen.json)

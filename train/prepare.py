@@ -9,6 +9,7 @@ All else (progress, what libraries print) goes to stderr.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -19,15 +20,19 @@ from typing import Any, TextIO
 
 from train.config import DataConfig, LoraConfig, ModelConfig, parse_section
 from train.errors import LorapackError
+from train.log import log_to
 from train.lora.targets import adapted_modules
 from train.model.folder import linear_modules
 from train.store.layout import CacheDir
+
+log = logging.getLogger("lorapack.prepare")
 
 Json = dict[str, Any]
 
 
 def main() -> int:
     """Answer one document of requests; the exit status is that of the answer."""
+    log_to(sys.stderr)
     with guarded_stdout() as out:
         answer = answer_document(sys.stdin.read())
         out.write(json.dumps(answer) + "\n")
@@ -82,7 +87,7 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     for lora in request["loras"]:  # before the tokenizing, which may take minutes
         adapted_modules(parse_section(LoraConfig, lora, "lora"), modules)
     stats = load_tokenized(data, model, model_dir, cache).stats
-    print(f"{data.name} for {model.name}: {summary(stats)}", file=sys.stderr, flush=True)
+    log.info(f"{data.name} for {model.name}: {summary(stats)}")
     return stats | {"model_dir": str(model_dir)}
 
 

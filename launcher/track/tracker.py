@@ -15,7 +15,7 @@ from typing import Any
 from launcher.records import RunStatus, State
 from launcher.terminal.units import seconds
 from launcher.track.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
-from train.runtime.activity import doing, read_bulletin
+from train.runtime.activity import doing, read_activity
 from train.runtime.attempts import give_up_reason
 from train.store.causes import TERMINAL, Cause, Next, consequence
 from train.store.layout import RunDir, SweepDir
@@ -38,7 +38,7 @@ def track(sweep: SweepDir, runs: Iterable[RunDir] | None = None) -> list[RunStat
     asked = {job.pack.path: job for name, job in jobs.items() if name in results and results[name] is None}
     seen = {job.pack.path: job for job in look_up(list(asked.values()))}
     found = {name: seen.get(job.pack.path, job) for name, job in jobs.items()}
-    notes = {pack: read_bulletin(job.pack) for pack, job in seen.items()}
+    notes = {pack: read_activity(job.pack) for pack, job in seen.items()}
     return [
         _status(run, results[run.path.name], job, notes.get(job.pack.path) if job else None)
         for run, job in ((run, found.get(run.path.name)) for run in listed)

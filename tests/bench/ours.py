@@ -6,6 +6,7 @@ One process (`bench.start`); the base is loaded anew only where settings ask for
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,16 +37,17 @@ from bench.rows import LONGEST, data
 from bench.start import bench_cache
 from train.config import RunConfig, parse_run_config
 from train.data.token_table import TokenizedData
+from train.log import log_to
 from train.lora.targets import adapted_modules
 from train.model.base_cache import BaseCache
 from train.nn.packed_model import PackedModel
 from train.runtime.attempts import open_attempt
-from train.runtime.signals import StopFlag
 from train.sizing import Fit
 from train.store.layout import CacheDir, RunDir
 from train.store.storage import make_folder
+from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
-from train.trainer.pack import fit_to_device, open_base, seat
+from train.trainer.pack import build_loop, fit_to_device, open_base
 from train.trainer.session import RunSession
 
 NAME = "lorapack"
@@ -106,7 +108,7 @@ class DeviceModel:
         if self.base is None or fit != self.fit:
             self.base = None
             forget_memory()
-            self.base, self.fit = open_base(config, self.folder, fit, LONGEST, BaseCache(self.cache, say, nothing)), fit
+            self.base, self.fit = open_base(config, self.folder, fit, LONGEST, BaseCache(self.cache, nothing)), fit
         return self.base, fit
 
     def measure(self, setting: Setting, clock: StepClock) -> Measured:
@@ -128,7 +130,7 @@ def seated(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[PackL
         sessions.append(
             RunSession(run, config, bench.rows, adapted_modules(config.lora, list(base.shapes)), open_attempt(run))
         )
-    loop = seat(base, sessions, StopFlag(), fit.micro_batch_tokens, lambda text: None)
+    loop = build_loop(base, sessions, fit.micro_batch_tokens, None, JobContext())
     try:
         yield loop
     finally:
@@ -157,12 +159,9 @@ def nothing() -> None:
     """Nobody asks a benchmark to stop."""
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def measure_all(model: Path, settings: list[Setting], out: Path, warm: int, timed: int, as_on: str) -> None:
     """The matrix ceiling, then every setting."""
+    log_to(sys.stdout)
     append(out, {"ceiling_flops": ceiling_flops()})
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     bench = DeviceModel(model, data(vocabulary), bench_cache(model), first_step=warm)

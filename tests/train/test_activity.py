@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import packs
+from captured_log import captured_log
 from train.runtime import activity as module
-from train.runtime.activity import TRAINING, Activity, Bulletin, doing, read_bulletin
+from train.runtime.activity import TRAINING, Activity, ActivityPublisher, doing, read_activity
 from train.store.layout import PackDir, RunDir
 from train.store.lease import Lease, acquire, process_age
 from train.store.storage import make_folder, write_text
@@ -40,7 +41,7 @@ def pack(tmp_path: Path) -> PackDir:
 def test_a_pack_counts_every_row_answer_and_save(tmp_path: Path) -> None:
     configs = [packs.run_config(train={"max_steps": 4, "eval_steps": 2, "save_steps": 2}), packs.run_config()]
     diary = Diary()
-    loop = packs.make_loop(tmp_path, packs.tiny_base(torch.float32), configs, words=packs.WORDS, activity=diary)
+    loop = packs.make_loop(tmp_path, packs.tiny_base(torch.float32), configs, decoder=packs.DECODER, activity=diary)
     loop.micro_batch_tokens = 40
     loop.run()
     assert all(done == total for _, done, total in diary.pages)
@@ -52,12 +53,12 @@ def test_a_pack_counts_every_row_answer_and_save(tmp_path: Path) -> None:
 
 
 def test_the_way_to_the_first_step_is_told_once_and_whole(tmp_path: Path) -> None:
-    said: list[str] = []
     began = time.monotonic()
-    activity = Activity(said.append, age=5.0)
+    activity = Activity(age=5.0)
     loop = packs.make_loop(tmp_path, packs.tiny_base(), [packs.run_config()], activity=activity)
-    loop.run()
-    (line,) = said
+    with captured_log() as logged:
+        loop.run()
+    (line,) = logged
     assert line.startswith("first step done ")
     assert all(part in line for part in ("importing ", "evaluating ", "saving ", "first step "))
     assert float(line.partition("importing ")[2].partition(" s")[0]) >= 5.0
@@ -77,7 +78,7 @@ def test_the_age_of_a_process_counts_from_its_start() -> None:
     assert clocks[2] - clocks[1] - 0.05 <= passed <= clocks[3] - clocks[0] + 0.05, "it runs as fast as any clock"
 
 
-def test_a_bulletin_follows_changes_is_silent_otherwise_and_goes(
+def test_a_published_activity_follows_changes_is_silent_otherwise_and_goes(
     pack: PackDir, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "POST_SECONDS", 0.01)
@@ -85,12 +86,12 @@ def test_a_bulletin_follows_changes_is_silent_otherwise_and_goes(
 
     def told(word: str | None) -> bool:
         deadline = time.monotonic() + 20
-        while doing(read_bulletin(pack), lease) != word:
+        while doing(read_activity(pack), lease) != word:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         return True
 
-    with Bulletin(pack, activity, lease):
+    with ActivityPublisher(pack, activity, lease):
         assert told("importing")
         activity.begin("evaluating", 64)
         activity.advance(12)
@@ -104,14 +105,14 @@ def test_a_bulletin_follows_changes_is_silent_otherwise_and_goes(
 
 
 def test_a_folder_that_refuses_costs_the_job_nothing(tmp_path: Path, lease: Lease) -> None:
-    with Bulletin(PackDir(tmp_path / "gone"), Activity(), lease):
+    with ActivityPublisher(PackDir(tmp_path / "gone"), Activity(), lease):
         time.sleep(0.05)
 
 
 def test_nothing_stale_is_told(pack: PackDir, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Bulletin(pack, Activity(), lease):
+    with ActivityPublisher(pack, Activity(), lease):
         deadline = time.monotonic() + 20
-        while (note := read_bulletin(pack)) is None:
+        while (note := read_activity(pack)) is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
     assert doing(note, lease) == "importing"
@@ -123,4 +124,4 @@ def test_nothing_stale_is_told(pack: PackDir, lease: Lease, monkeypatch: pytest.
     monkeypatch.setattr("train.store.lease.process_started", lambda pid: None)
     assert doing(note, lease) is None, "its process is dead"
     write_text(pack.activity, "")
-    assert read_bulletin(pack) is None
+    assert read_activity(pack) is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import logging
 import os
 import shutil
 import stat
@@ -41,13 +42,15 @@ def model_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save(packs.tiny_llama(torch.float32, tied=request.param), tmp_path / "model")
 
 
-class Cache(BaseCache):
-    """A cache in a folder that keeps what it says."""
+def cache_in(folder: Path, stop: StopFlag | None = None) -> BaseCache:
+    return BaseCache(CacheDir(folder), (stop or StopFlag()).check)
 
-    def __init__(self, folder: Path, stop: StopFlag | None = None) -> None:
-        self.said: list[str]
-        super().__init__(CacheDir(folder), (said := []).append, (stop or StopFlag()).check)
-        object.__setattr__(self, "said", said)
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the cache logs."""
+    caplog.set_level(logging.INFO, "lorapack")
+    return caplog
 
 
 def load(
@@ -86,30 +89,35 @@ def assert_same(a: PackedModel, b: PackedModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quant", [packs.NF4, SINGLE], ids=["double", "single"])
 def test_what_is_read_is_what_was_quantized(
-    model_dir: Path, tmp_path: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+    model_dir: Path,
+    tmp_path: Path,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    logged: pytest.LogCaptureFixture,
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     expected = pack_model(loaded, Placement(quant, device, "nf4", 64))
-    cache = Cache(tmp_path / "cache")
+    cache = cache_in(tmp_path / "cache")
     made = load(model_dir, cache, quant, dtype, device=device)
     (model_dir / "model.safetensors").unlink()
     read = load(model_dir, cache, quant, dtype, device=device)
     resident = load(model_dir, cache, quant, dtype, "resident", device)
     for base in (made, read, resident):
         assert_same(base, expected)
-    assert len(cache.said) == 1
+    assert len(logged.messages) == 1
 
 
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 def test_a_base_in_16_bits_is_that_of_its_files(model_dir: Path, tmp_path: Path, device: torch.device) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-    base = load(model_dir, Cache(tmp_path / "cache"), packs.SIXTEEN_BIT, torch.bfloat16, "resident", device)
+    base = load(model_dir, cache_in(tmp_path / "cache"), packs.SIXTEEN_BIT, torch.bfloat16, "resident", device)
     assert_same(base, pack_model(loaded, Placement(packs.SIXTEEN_BIT, device, "resident", 64)))
     assert not (tmp_path / "cache").exists()
 
 
 def test_journals_do_not_tell_where_the_base_came_from(model_dir: Path, tmp_path: Path) -> None:
-    cache, journals = Cache(tmp_path / "cache"), []
+    cache, journals = cache_in(tmp_path / "cache"), []
     for name in ("made", "read"):
         packs.train(tmp_path / name, load(model_dir, cache), packs.DIVERSE[:3])
         journals.append([run.journal.read_bytes() for run in packs.run_dirs(tmp_path / name)])
@@ -137,7 +145,7 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
     def work() -> None:
         both_began.wait()
         opened.append(
-            Cache(tmp_path / "cache").open(wanted)
+            cache_in(tmp_path / "cache").open(wanted)
         )  # no model: accelerate's empty weights are for one thread at a time
 
     monkeypatch.setattr(base_cache, "quantized_tensors", counted)
@@ -158,7 +166,7 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
 
 def test_a_job_that_waits_for_another_can_be_stopped(plain: Path, tmp_path: Path) -> None:
     stop = StopFlag()
-    cache = Cache(tmp_path / "cache", stop)
+    cache = cache_in(tmp_path / "cache", stop)
     wanted = BaseSpec(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
     load(plain, cache)
     (kept,) = (path for path in (tmp_path / "cache" / "bases").iterdir() if path.is_dir())
@@ -171,16 +179,20 @@ def test_a_job_that_waits_for_another_can_be_stopped(plain: Path, tmp_path: Path
 
 @pytest.mark.parametrize("why", ["not a directory", "full"])
 def test_a_cache_that_refuses_costs_nothing_but_time(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+    logged: pytest.LogCaptureFixture,
 ) -> None:
-    cache, expected = Cache(tmp_path / "cache"), load(plain, Cache(tmp_path / "other"))
+    cache, expected = cache_in(tmp_path / "cache"), load(plain, cache_in(tmp_path / "other"))
     if why == "full":
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda path: usage)  # stands for the disk
     else:
         (tmp_path / "cache").touch()
     assert_same(load(plain, cache), expected)
-    (line,) = cache.said
+    _kept_in_the_other, line = logged.messages
     assert "will quantize again" in line
     assert ("part of that path is a file" if why == "not a directory" else "0.0 GiB are free") in line
     assert not list(tmp_path.glob("cache/bases/*.tmp"))
@@ -188,7 +200,7 @@ def test_a_cache_that_refuses_costs_nothing_but_time(
 
 @pytest.mark.parametrize("left", [0, 7, 5000])
 def test_a_damaged_file_is_made_anew(plain: Path, tmp_path: Path, left: int) -> None:
-    cache = Cache(tmp_path / "cache")
+    cache = cache_in(tmp_path / "cache")
     expected = load(plain, cache)
     (file,) = tmp_path.glob("cache/bases/*/base.safetensors")
     shutil.copy(file, tmp_path / "whole")  # `expected` reads from the file that is damaged now
@@ -198,8 +210,10 @@ def test_a_damaged_file_is_made_anew(plain: Path, tmp_path: Path, left: int) -> 
     assert file.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_what_no_job_has_opened_for_a_month_makes_room(plain: Path, tmp_path: Path) -> None:
-    cache, used, idle = Cache(tmp_path / "cache"), packs.NF4, SINGLE
+def test_what_no_job_has_opened_for_a_month_makes_room(
+    plain: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    cache, used, idle = cache_in(tmp_path / "cache"), packs.NF4, SINGLE
     for quant in (used, idle):
         load(plain, cache, quant)
     abandoned = make_folder(tmp_path / "cache" / "bases" / ".0123.4567.tmp")
@@ -216,7 +230,7 @@ def test_what_no_job_has_opened_for_a_month_makes_room(plain: Path, tmp_path: Pa
         (True, "float32"),
     ]
     assert not abandoned.exists()
-    assert sum("no job has opened" in line for line in cache.said) == 2
+    assert sum("no job has opened" in line for line in logged.messages) == 2
 
 
 def variants() -> Iterator[BaseSpec]:
@@ -254,11 +268,11 @@ def test_a_file_system_without_locks_lets_everybody_pass(tmp_path: Path, monkeyp
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "model.lock"
     with locked(path), pytest.raises(Stopped), locked(path, packs.StopAfter(3).check):
         pytest.fail("two hold the same lock")
-    assert capsys.readouterr().err == "another process is making model; waiting for it ...\n"
+    assert logged.messages == ["another process is making model; waiting for it ..."]
     with locked(path, packs.StopAfter(1).check):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

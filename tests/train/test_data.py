@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from captured_log import captured_log
 from train.config import DataConfig, ModelConfig, parse_section
 from train.data import loading, rendering, tokenizing
 from train.data.loading import load_tokenized, summary
@@ -258,14 +259,14 @@ def test_a_log_is_told_how_far_it_is(
     model_dir: Path,
     cache: CacheDir,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = data_config(write_rows(tmp_path / "rows.jsonl", 600), eval_rows=10)
-    load_tokenized(data, MODEL, model_dir, cache)
-    assert capsys.readouterr().err == "", "what is done within seconds needs no words"
+    with captured_log() as lines:
+        load_tokenized(data, MODEL, model_dir, cache)
+    assert lines == [], "what is done within seconds needs no words"
     monkeypatch.setattr(loading, "LINE_SECONDS", 0.0)
-    load_tokenized(data.model_copy(update={"max_length": 99}), MODEL, model_dir, cache)
-    lines = capsys.readouterr().err.splitlines()
+    with captured_log() as lines:
+        load_tokenized(data.model_copy(update={"max_length": 99}), MODEL, model_dir, cache)
     assert [line.rpartition(": ")[2] for line in lines] == [f"{done} of 600 rows" for done in (256, 512, 590, 600)]
     assert lines[0].startswith(f"tokenizing {data.name}: ")
 

@@ -17,7 +17,7 @@ import yaml
 
 from train.config import DataConfig, ModelConfig, parse_run_config
 from train.data.source import data_fingerprint
-from train.runtime.activity import doing, read_bulletin
+from train.runtime.activity import doing, read_activity
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import read_lease
 from train.store.storage import make_folder, read_json, read_lines, write_json, write_text
@@ -131,7 +131,7 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(make_pack: MakePack) -> Non
     process = start(pack)
     first = runs_of(pack)[0]
     deadline = time.monotonic() + 120
-    while doing(read_bulletin(PackDir(pack.parent)), read_lease(first)) not in {"importing", "loading"}:
+    while doing(read_activity(PackDir(pack.parent)), read_lease(first)) not in {"importing", "loading"}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     while not any("loss" in line for line in read_lines(first.journal)):

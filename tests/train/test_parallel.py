@@ -53,12 +53,12 @@ def process_of_a_job(folder: str, rank: int, size: int, start: str, which: str, 
     torch.set_num_threads(1)
     os.environ["TORCHELASTIC_RUN_ID"] = start
     loop.FLUSH_SECONDS = 0.0
-    stop, team, pack = (Dies() if rank == dies else StopFlag()).install(), SingleProcess(), None
+    stop, group, pack = (Dies() if rank == dies else StopFlag()).install(), SingleProcess(), None
     try:
-        with open_process_group(ProcessInfo(rank, size, rank), PackDir(Path(folder) / "job"), stop) as team:
+        with open_process_group(ProcessInfo(rank, size, rank), PackDir(Path(folder) / "job"), stop) as group:
             configs = packs.DIVERSE if which == "diverse" else ENDLESS
             pack = packs.make_loop(
-                Path(folder), packs.tiny_base(), configs, micro_batch_tokens=200, stop=stop, team=team
+                Path(folder), packs.tiny_base(), configs, micro_batch_tokens=200, stop=stop, group=group
             )
             if which == "out of memory" and rank == 1:
                 raise MemoryError
@@ -68,7 +68,7 @@ def process_of_a_job(folder: str, rank: int, size: int, start: str, which: str, 
                 if isinstance(session, packs.Recording):
                     save_file(flat(session), session.dir.path / FINAL)
     except Exception as exc:
-        team.report_failure(*cause_of(exc))
+        group.report_failure(*cause_of(exc))
         for session in pack.sessions if pack else []:
             session.end(*cause_of(exc))
 

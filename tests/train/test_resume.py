@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import packs
+from captured_log import captured_log
 from train.runtime.attempts import last_step
 from train.runtime.signals import Stopped
 from train.store.layout import RunDir
@@ -31,7 +32,9 @@ def train_in_this_process(folder: str) -> None:
     """
     torch.set_num_threads(1)
     loop.FLUSH_SECONDS = 0.0
-    packs.train(Path(folder), packs.tiny_base(torch.float32), packs.DIVERSE, micro_batch_tokens=200, words=packs.WORDS)
+    packs.train(
+        Path(folder), packs.tiny_base(torch.float32), packs.DIVERSE, micro_batch_tokens=200, decoder=packs.DECODER
+    )
 
 
 def wait_for_a_moment(process: multiprocessing.process.BaseProcess, folder: Path, moments: random.Random) -> None:
@@ -119,8 +122,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1  # a single bit
     state.write_bytes(content)
-    said: list[str] = []
-    assert list(sound_checkpoints(stopped_run, said.append)) == [7]
+    with captured_log() as said:
+        assert list(sound_checkpoints(stopped_run)) == [7]
     assert "step 9 is damaged" in said[0]
     assert (stopped_run.checkpoints / "damaged-step-00000009").is_dir()
     base = packs.tiny_base(torch.float32)

@@ -19,7 +19,7 @@ def answered_steps(run: RunDir) -> list[int]:
 
 def test_every_evaluation_has_its_answers_to_the_same_prompts(tmp_path: Path) -> None:
     data = packs.random_data()
-    packs.train(tmp_path, packs.tiny_base(torch.float32), packs.DIVERSE, data=data, words=packs.WORDS)
+    packs.train(tmp_path, packs.tiny_base(torch.float32), packs.DIVERSE, data=data, decoder=packs.DECODER)
     for run in packs.run_dirs(tmp_path):
         lines = read_lines(run.samples)
         evaluated = [line["step"] for line in read_lines(run.journal) if "eval_loss" in line]
@@ -29,17 +29,17 @@ def test_every_evaluation_has_its_answers_to_the_same_prompts(tmp_path: Path) ->
             for sample in line["samples"]:
                 tokens, labels = data.eval.example(sample["row"])
                 start = answer_start(labels)
-                assert sample["prompt"] == packs.WORDS.decode(tokens[:start])
-                assert sample["expected"] == packs.WORDS.decode(tokens[start:])
+                assert sample["prompt"] == packs.DECODER.decode(tokens[:start])
+                assert sample["expected"] == packs.DECODER.decode(tokens[start:])
                 answer = [int(word) for word in sample["answer"].split()]
                 assert 1 <= len(answer) <= 32
-                assert sample["whole"] == (answer[-1] in packs.WORDS.ends)
+                assert sample["whole"] == (answer[-1] in packs.DECODER.ends)
     first, *others = [read_lines(run.samples)[0] for run in packs.run_dirs(tmp_path)]
     assert all(other == first for other in others), "before the first step the base answers, for all the same"
 
 
 def test_they_leave_no_trace_in_training(tmp_path: Path) -> None:
-    packs.train(tmp_path / "with", packs.tiny_base(torch.float32), packs.DIVERSE, words=packs.WORDS)
+    packs.train(tmp_path / "with", packs.tiny_base(torch.float32), packs.DIVERSE, decoder=packs.DECODER)
     packs.train(tmp_path / "without", packs.tiny_base(torch.float32), packs.DIVERSE)
     trained = packs.remains(tmp_path / "with")
     assert {name: content for name, content in trained.items() if "samples" not in name} == packs.remains(
@@ -52,26 +52,26 @@ def test_stopped_anywhere_and_resumed_each_answer_is_there_once(tmp_path: Path) 
     """Also in the middle of an answer; and killed after lines that no checkpoint has."""
     base = packs.tiny_base(torch.float32)
     configs = [packs.run_config(train={"max_steps": 9, "eval_steps": 4, "seed": seed}) for seed in range(2)]
-    packs.train(tmp_path / "undisturbed", base, configs, words=packs.WORDS)
+    packs.train(tmp_path / "undisturbed", base, configs, decoder=packs.DECODER)
     expected = [run.samples.read_bytes() for run in packs.run_dirs(tmp_path / "undisturbed")]
     stopped_while_answering = 0
     for looks in range(1, 90, 4):
         folder = tmp_path / f"stopped{looks}"
-        pack = packs.make_loop(folder, base, configs, stop=packs.StopAfter(looks), words=packs.WORDS)
+        pack = packs.make_loop(folder, base, configs, stop=packs.StopAfter(looks), decoder=packs.DECODER)
         with pytest.raises(Stopped) as stopped:
             pack.run()
         stopped_while_answering += any(entry.name == "generate" for entry in stopped.traceback)
         for session in pack.sessions:
             session.end("preempted", "SIGTERM")
             append_lines(session.dir.samples, [{"step": 8, "samples": "of a killed attempt"}])
-        packs.train(folder, base, configs, words=packs.WORDS)
+        packs.train(folder, base, configs, decoder=packs.DECODER)
         assert [run.samples.read_bytes() for run in packs.run_dirs(folder)] == expected, looks
     assert stopped_while_answering > 3
 
 
 def test_none_are_given_where_none_are_wanted(tmp_path: Path) -> None:
     configs = [packs.run_config(train={"max_steps": 2, "sample_prompts": prompts}) for prompts in (0, 2)]
-    packs.train(tmp_path, packs.tiny_base(torch.float32), configs, words=packs.WORDS)
+    packs.train(tmp_path, packs.tiny_base(torch.float32), configs, decoder=packs.DECODER)
     silent, asked = packs.run_dirs(tmp_path)
     assert not silent.samples.exists()
     assert answered_steps(asked) == [0, 2]
@@ -79,9 +79,9 @@ def test_none_are_given_where_none_are_wanted(tmp_path: Path) -> None:
 
 
 def test_no_run_gets_more_tokens_than_it_asked_for(tmp_path: Path) -> None:
-    words = packs.AnswerDecoder(packs.WORDS.decode, frozenset())
+    decoder = packs.AnswerDecoder(packs.DECODER.decode, frozenset())
     configs = [packs.run_config(train={"max_steps": 1, "sample_tokens": tokens}) for tokens in (1, 5)]
-    packs.train(tmp_path, packs.tiny_base(torch.float32), configs, words=words)
+    packs.train(tmp_path, packs.tiny_base(torch.float32), configs, decoder=decoder)
     lengths = [
         {len(sample["answer"].split()) for line in read_lines(run.samples) for sample in line["samples"]}
         for run in packs.run_dirs(tmp_path)

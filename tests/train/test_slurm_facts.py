@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from captured_log import captured_log
 from train.runtime.slurm import (
     END_WAIT_SECONDS,
     SlurmJob,
@@ -59,11 +60,11 @@ def test_without_an_answer_the_signal_decides() -> None:
 
 def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the grace time of a preemption Slurm requeues what it kills, and not what ended by itself."""
-    said: list[str] = []
     waits: list[float] = []
     monkeypatch.setattr("train.runtime.slurm.time.sleep", waits.append)
     monkeypatch.setenv("PATH", str(tmp_path))
-    requeue(JOB, said.append)
+    with captured_log() as said:
+        requeue(JOB)
     assert sum(waits) >= END_WAIT_SECONDS
     assert "waits to be ended" in said[0]
     assert "launcher resume" in said[-1]
@@ -78,7 +79,8 @@ def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, mon
         waits.clear()
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / "scontrol").chmod(0o755)
-        requeue(JOB, said.append)
+        with captured_log() as said:
+            requeue(JOB)
         assert told in said[-1]
         assert (
             sum(wait for wait in waits if wait >= 1) <= 3

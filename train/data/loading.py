@@ -7,7 +7,7 @@ The key in the cache is a hash of everything that decides the tokens, so the run
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +25,8 @@ from train.data.tokenizing import Advance, RowTokenizer
 from train.errors import BadInput
 from train.model.folder import decoder_numbers
 from train.store.layout import CacheDir
+
+log = logging.getLogger("lorapack.data")
 
 QUANTILES = (0.5, 0.9, 0.99)
 # Between lines in a log.
@@ -84,7 +86,7 @@ def tokenize(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callab
 
 @contextmanager
 def _watched(what: str, total: int) -> Iterator[Advance]:
-    """Show on stderr how many of `total` rows are done: a bar on a terminal, elsewhere a line every `LINE_SECONDS`."""
+    """Show how many of `total` rows are done: a bar on a terminal, elsewhere a line in the log every `LINE_SECONDS`."""
     console, done, told = Console(stderr=True), 0, time.monotonic()
 
     def tell(count: int) -> None:
@@ -92,7 +94,7 @@ def _watched(what: str, total: int) -> Iterator[Advance]:
         done += count
         if time.monotonic() - told >= LINE_SECONDS:
             told = time.monotonic()
-            print(f"{what}: {done:,} of {total:,} rows", file=sys.stderr, flush=True)
+            log.info(f"{what}: {done:,} of {total:,} rows")
 
     if not console.is_terminal:
         yield tell

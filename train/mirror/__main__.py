@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from train.log import log_to
+
 
 def main(arguments: list[str]) -> int:
     """Run one of the mirror's processes; its exit code."""
+    log_to(sys.stdout)
     match arguments:
         case ["follow", pack_file]:
             from train.mirror.supervisor import supervise

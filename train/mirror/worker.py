@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import shlex
@@ -22,6 +23,8 @@ from train.store.layout import SweepDir
 if TYPE_CHECKING:
     from train.mirror.run_mirror import RunMirror
 
+log = logging.getLogger("lorapack.mirror")
+
 LOOK_SECONDS = 2.0  # between looks at the journals
 FINISH_SECONDS = 8.0  # a server that is there takes less than one
 PARALLEL = 4
@@ -37,7 +40,7 @@ def follow(pack_file: Path, trainer: int) -> None:
     runs = runs_of_pack(pack_file)
     trouble = client_trouble()
     if trouble is not None:  # no restart would find it
-        say(
+        announce(
             f"W&B: nothing is sent: {trouble}; 'python -m launcher sync {runs[0].sweep.path.name}' sends everything later"
         )
         return
@@ -66,15 +69,15 @@ def choose(runs: list[MirroredRun]) -> Reach | None:
     wanted = mode if tracking.mode == "auto" and mode in ("online", "offline") else tracking.mode
     reach = look_for_server(tracking.key_file) if wanted != "offline" else None
     if reach is not None and reach.trouble is None:
-        say(f"W&B: online at {reach.server}, project {first.project}")
+        announce(f"W&B: online at {reach.server}, project {first.project}")
         return reach
     why = "" if reach is None else f" ({reach.trouble})"
     if wanted == "online":
-        say(f"W&B: waiting for the server{why}; 'python -m launcher sync {sweep.name}' can send everything later")
+        announce(f"W&B: waiting for the server{why}; 'python -m launcher sync {sweep.name}' can send everything later")
         raise ConnectionError(why)
     begun = any(recall_online(run.dir) for run in runs)  # what a server has in part, ``wandb sync`` would send twice
     ways = f"python -m launcher sync {sweep.name}" + ("" if begun else f", or {wandb_sync_command(first.sweep)}")
-    say(f"W&B: offline{why}; to send it later: {ways}")
+    announce(f"W&B: offline{why}; to send it later: {ways}")
     return None
 
 
@@ -83,12 +86,12 @@ def wandb_sync_command(sweep: SweepDir) -> str:
     return f"wandb sync {shlex.quote(str(sweep.wandb))}/offline-*"
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     """A line for the job's log, unless the worker before said so too; what comes later belongs to ours, so that nobody waits for
     the job's."""
     said = Path(tempfile.gettempdir()) / "said"  # a supervisor's workers share this folder
     if not said.exists() or said.read_text() != text:
-        print(text, flush=True)
+        log.info(text)
         said.write_text(text)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -111,7 +114,7 @@ def goes_on(mirror: RunMirror, reach: Reach | None) -> bool:
     try:
         mirror.advance()
     except LeaseHeld:
-        print("launcher sync has this run now", flush=True)
+        log.info("launcher sync has this run now")
     except Exception:
         if mirror.opened or (reach is not None and look_for_server(mirror.run.tracking.key_file).trouble is not None):
             raise

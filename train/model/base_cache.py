@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import time
@@ -38,7 +39,7 @@ VERSIONED = ("bitsandbytes", "transformers")
 LEFT_FREE_BYTES = 2**30
 IDLE_DAYS = 30.0
 
-Say = Callable[[str], None]
+log = logging.getLogger("lorapack.model")
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,12 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class BaseCache:
-    """The quantized bases of a cache. `say` gets lines for the job's log; `stop` may raise while this waits or quantizes.
+    """The quantized bases of a cache. `stop` may raise while this waits or quantizes.
 
     `activity` learns when it quantizes instead of loading.
     """
 
     cache: CacheDir
-    say: Say
     stop: Callable[[], None]
     activity: Activity = field(default_factory=Activity)
 
@@ -114,12 +114,12 @@ class BaseCache:
         began = time.monotonic()
         tensors = self._quantize(wanted)
         for name in remove_idle(folder.path.parent):
-            self.say(f"removed {name} from the cache: no job has opened that base for {IDLE_DAYS:.0f} days")
+            log.info(f"removed {name} from the cache: no job has opened that base for {IDLE_DAYS:.0f} days")
         try:
             write_base(folder, about, tensors)
         except StorageError as exc:
             return self._for_this_job(wanted, tensors, exc)
-        self.say(f"quantized the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
+        log.info(f"quantized the base in {time.monotonic() - began:.1f} s, kept for later jobs in {folder.path}")
         return read_base(folder, wanted.device) or _in_memory(tensors, wanted.device)
 
     def _quantize(self, wanted: BaseSpec) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ class BaseCache:
         return tensors
 
     def _for_this_job(self, wanted: BaseSpec, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantizedBase:
-        self.say(f"the quantized base is not kept, so later jobs will quantize again: {why}")
+        log.warning(f"the quantized base is not kept, so later jobs will quantize again: {why}")
         return _in_memory(tensors, wanted.device)
 
 

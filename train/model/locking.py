@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +10,8 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from train.store.storage import storage_errors
+
+log = logging.getLogger("lorapack.model")
 
 LOCK_POLL_SECONDS = 0.2
 PRIVATE = 0o600
@@ -43,7 +45,7 @@ def _wait_for(lock: BaseFileLock, path: Path, stop: Callable[[], None]) -> None:
             return
         except Timeout:
             if not said:
-                print(f"another process is making {path.stem}; waiting for it ...", file=sys.stderr, flush=True)
+                log.info(f"another process is making {path.stem}; waiting for it ...")
             said = True
             stop()
         # The file is there, so what fails is the lock itself: the file system has none (ENOLCK, ENOSYS, EOPNOTSUPP).

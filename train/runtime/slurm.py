@@ -9,15 +9,17 @@ Light on purpose: it runs before torch is imported. Everything here tolerates a 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from train.store.causes import Cause
+
+log = logging.getLogger("lorapack.runtime")
 
 COMMAND_TIMEOUT_SECONDS = 10.0
 MOST_WARNING_SECONDS = 120  # how long before the time limit a job is warned: time to end an evaluation step and to save
@@ -117,7 +119,7 @@ def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now
     return Cause.PREEMPTED, signal_name
 
 
-def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
+def requeue(job: SlurmJob) -> None:
     """See to it that the job is in the queue again, so that it may end now; if that is refused, say what the user can do.
 
     While nobody can be asked the job waits to be ended: Slurm requeues what it kills for a job of higher priority, and not what
@@ -125,16 +127,20 @@ def requeue(job: SlurmJob, say: Callable[[str], None]) -> None:
     """
     facts = job_facts(job)
     if facts is not None and facts.restarts > job.restarts:
-        say("Slurm puts this job back into the queue by itself")
+        log.info("Slurm puts this job back into the queue by itself")
         return
-    answer = _ask_for_requeue(job, say)
+    answer = _ask_for_requeue(job)
     if answer is None:
-        say("nobody could be asked to requeue this job; 'python -m launcher resume' goes on from the checkpoint")
+        log.warning(
+            "nobody could be asked to requeue this job; 'python -m launcher resume' goes on from the checkpoint"
+        )
     elif answer.returncode == 0:
-        say("put back into the queue")
+        log.info("put back into the queue")
     else:
         refused = " ".join(answer.stderr.split())
-        say(f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' goes on from the checkpoint")
+        log.warning(
+            f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' goes on from the checkpoint"
+        )
 
 
 @functools.cache
@@ -147,7 +153,7 @@ def killed_for_memory(job: str) -> bool:
     return whole == "OUT_OF_MEMORY" or (whole == "FAILED" and "OUT_OF_MEMORY" in steps)
 
 
-def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> subprocess.CompletedProcess[str] | None:
+def _ask_for_requeue(job: SlurmJob) -> subprocess.CompletedProcess[str] | None:
     """The controller's answer, None if there was none for as long as it was waited for."""
     waited, pause = 0.0, 1.0
     while True:
@@ -157,7 +163,7 @@ def _ask_for_requeue(job: SlurmJob, say: Callable[[str], None]) -> subprocess.Co
         if waited >= END_WAIT_SECONDS:
             return None
         if not waited:
-            say("no answer from the controller yet, so this job asks on, and waits to be ended")
+            log.info("no answer from the controller yet, so this job asks on, and waits to be ended")
         time.sleep(pause)
         waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
 

@@ -8,6 +8,7 @@ runs on a node that it lost: two writers are real). Light on purpose: the launch
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -21,6 +22,8 @@ from typing import Protocol
 
 from train.errors import LeaseHeld
 from train.store.storage import storage_errors, sync_folder
+
+log = logging.getLogger("lorapack.store")
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
@@ -129,7 +132,7 @@ class Heartbeat:
                     continue
                 owner = _token(path)
                 if owner not in (None, token):
-                    print(f"{path}: another process owns this folder now; ending without another write", flush=True)
+                    log.error(f"{path}: another process owns this folder now; ending without another write")
                     os._exit(1)
                 with suppress(OSError):  # released, or a passing fault of the file system: the next beat may reach it
                     os.utime(path)

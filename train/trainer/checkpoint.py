@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -23,6 +24,8 @@ from train.lora.parameters import AdapterTensors, PackedAdapters
 from train.store.layout import RunDir
 from train.store.storage import storage_errors, write_folder, write_json
 from train.trainer.optim import PackedAdamW
+
+log = logging.getLogger("lorapack.trainer")
 
 KEPT = 2
 TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
@@ -123,8 +126,8 @@ def from_bytes(message: bytes) -> list[Checkpoint | None]:
     return [None if n is None else Checkpoint(Progress(**n), tensors[str(i)]) for i, n in enumerate(numbers)]
 
 
-def sound_checkpoints(run: RunDir, warn: Callable[[str], None]) -> dict[int, Checkpoint]:
-    """Every sound checkpoint by step; damaged ones are moved aside and named in a warning."""
+def sound_checkpoints(run: RunDir) -> dict[int, Checkpoint]:
+    """Every sound checkpoint by step; damaged ones are moved aside and named in a warning in the log."""
     found: dict[int, Checkpoint] = {}
     for step in run.checkpoint_steps():
         checkpoint = load_checkpoint(run, step)
@@ -132,7 +135,7 @@ def sound_checkpoints(run: RunDir, warn: Callable[[str], None]) -> dict[int, Che
             found[step] = checkpoint
         else:
             aside = _set_aside(run.checkpoint(step))
-            warn(f"{run.path.name}: the checkpoint of step {step} is damaged; set aside as {aside.name}")
+            log.warning(f"{run.path.name}: the checkpoint of step {step} is damaged; set aside as {aside.name}")
     return found
 
 

@@ -16,9 +16,7 @@ from train.data.sampling import sequences_of
 from train.data.token_table import IGNORED_LABEL, TokenTable
 from train.nn.loss import sums_per_run, target_losses
 from train.nn.packed_model import PackedModel
-from train.runtime.activity import Activity
-from train.runtime.signals import StopFlag
-from train.trainer.process_group import SingleProcess
+from train.trainer.context import JobContext
 
 
 @dataclass(frozen=True)
@@ -35,31 +33,29 @@ def evaluate(
     tables: dict[int, TokenTable],
     pack_size: int,
     micro_batch_tokens: int,
-    stop: StopFlag,
-    team: SingleProcess,
-    activity: Activity,
+    job: JobContext,
 ) -> dict[int, Evaluation]:
-    """Evaluate the runs in the rows of `tables`, each over its own table; the processes of `team` share the rows.
+    """Evaluate the runs in the rows of `tables`, each over its own table; the processes of the job share the rows.
 
-    `activity` is told how many of all rows are done; of several processes one counts for all.
+    `job.activity` learns how many of all rows are done; of several processes one counts for all.
 
     Raises:
         Stopped: the job was asked to stop; nothing has changed.
     """
     sequences = [s for row, table in tables.items() for s in sequences_of(row, table, np.arange(len(table)))]
     if sequences:
-        activity.begin("evaluating", len(sequences))
+        job.activity.begin("evaluating", len(sequences))
     losses = torch.zeros(pack_size, dtype=torch.float64)
     exact_rows = torch.zeros(pack_size, dtype=torch.int64)
-    for chunk in team.micro_batches(sequences, micro_batch_tokens, stop):
+    for chunk in job.group.micro_batches(sequences, micro_batch_tokens, job.stop):
         batch = MicroBatch(chunk, pack_size, base.device)
         found = target_losses(base.hidden_states(batch)[batch.target_positions], base.head, batch.targets, weights=None)
         losses += sums_per_run(found.losses, batch).cpu()
         by_sequence, run_of_sequence = batch.targets_by_sequence
         answered = by_sequence.pad(found.correct).all(dim=1)
         exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
-        activity.advance(len(chunk) * team.size)
-    team.all_reduce(losses, exact_rows)
+        job.activity.advance(len(chunk) * job.group.size)
+    job.group.all_reduce(losses, exact_rows)
     return {
         row: Evaluation(float(losses[row]) / _targets(table), int(exact_rows[row]) / len(table))
         for row, table in tables.items()
@@ -71,9 +67,7 @@ def evaluate_untrained(
     tables: dict[int, TokenTable],
     pack_size: int,
     micro_batch_tokens: int,
-    stop: StopFlag,
-    team: SingleProcess,
-    activity: Activity,
+    job: JobContext,
 ) -> dict[int, Evaluation]:
     """Evaluate runs whose B is still zero: the bare base answers, once for all that share a table.
 
@@ -81,7 +75,7 @@ def evaluate_untrained(
     """
     first_row = {id(table): row for row, table in reversed(tables.items())}
     shared = {row: tables[row] for row in first_row.values()}
-    found = evaluate(base, shared, pack_size, micro_batch_tokens, stop, team, activity)
+    found = evaluate(base, shared, pack_size, micro_batch_tokens, job)
     return {row: found[first_row[id(table)]] for row, table in tables.items()}
 
 

@@ -21,14 +21,14 @@ from train.lora.parameters import PackedAdapters
 from train.nn.dropout import step_key
 from train.nn.gradients import choose_gradients
 from train.nn.packed_model import PackedModel
-from train.runtime.activity import TRAINING, Activity
-from train.runtime.signals import StopFlag, Stopped
+from train.runtime.activity import TRAINING
+from train.runtime.signals import Stopped
 from train.store.causes import Cause
-from train.store.storage import Record
 from train.trainer.checkpoint import Checkpoint, optimizer_numbers, restore_run, run_tensors
+from train.trainer.context import JobContext
+from train.trainer.environment import environment_info
 from train.trainer.evaluation import evaluate, evaluate_untrained
 from train.trainer.optim import PackedAdamW
-from train.trainer.process_group import SINGLE_PROCESS, SingleProcess
 from train.trainer.recorder import StepRecord, StepRecorder, peak_memory_gib
 from train.trainer.samples import Sampler
 from train.trainer.session import RunSession
@@ -42,36 +42,33 @@ class PackLoop:
 
     Args:
         base: the frozen model.
-        seats: adapters and optimizer; row i is `sessions[i]`.
+        state: adapters and optimizer; row i is `sessions[i]`.
         sessions: the runs, where they shall begin.
-        stop: looked at between micro-batches.
         micro_batch_tokens: the most tokens of all runs together that go through the base at once.
-        facts: what results shall say of device, dtype and versions.
         sampler: asks the runs for sample answers at every evaluation; None leaves that out.
-        team: the processes that share every step; all of them run this loop.
-        activity: is told what goes on besides steps.
+        job: what the parts of the job share.
     """
 
     def __init__(
         self,
         base: PackedModel,
-        seats: PackState,
+        state: PackState,
         sessions: Sequence[RunSession],
-        stop: StopFlag,
         micro_batch_tokens: int,
-        facts: Record,
-        sampler: Sampler | None = None,
-        team: SingleProcess = SINGLE_PROCESS,
-        activity: Activity | None = None,
+        sampler: Sampler | None,
+        job: JobContext,
     ) -> None:
-        self.team, self.activity = team, activity or Activity()
-        self.base, self.sessions, self.stop = base, list(sessions), stop
-        self.micro_batch_tokens, self.facts = micro_batch_tokens, facts
+        self.base = base
+        self.sessions = list(sessions)
+        self.micro_batch_tokens = micro_batch_tokens
         self.sampler = sampler
-        self.recorder = StepRecorder(base.device, seats.optimizer.scale_losses, self.activity)
+        self.job = job
+        self.activity = job.activity
+        self.group = job.group
+        self.recorder = StepRecorder(base.device, state.optimizer.scale_losses, job.activity)
         self._clock = time.monotonic()
         self._looked_for_cancels = 0.0
-        self._install(seats)
+        self._install(state)
 
     def run(self) -> None:
         """Train until no run is left.
@@ -101,7 +98,7 @@ class PackLoop:
         self.recorder.flush(self.sessions)
         untrained, trained = [s for s in due if s.step == 0], [s for s in due if s.step > 0]
         self.base.attach(None)
-        common = (self.pack_size, self.micro_batch_tokens, self.stop, self.team, self.activity)
+        common = (self.pack_size, self.micro_batch_tokens, self.job)
         found = evaluate_untrained(self.base, _tables(untrained), *common)
         answers = self.sampler.ask_untrained(self.base, untrained, self.pack_size) if self.sampler else {}
         self.base.attach(self.adapters)
@@ -129,8 +126,8 @@ class PackLoop:
         over = self._agreed([s.finished or not somebody_learns for s in self.sessions])
         for session in over:
             if session.diverged is None and session.lost is None:
-                facts = self.facts | {"peak_memory_gib": peak_memory_gib(self.base.device)}
-                session.complete(self.adapters.tensors(session.row), facts)
+                environment = environment_info(self.base) | {"peak_memory_gib": peak_memory_gib(self.base.device)}
+                session.complete(self.adapters.tensors(session.row), environment)
             else:
                 session.end_diverged()
         self._repack(over)
@@ -168,9 +165,9 @@ class PackLoop:
         self.adapters.refresh()
         sums = torch.zeros_like(share[:-1])
         sequences = [s for of_run in batches.values() for s in of_run]
-        for chunk in self.team.micro_batches(sequences, self.micro_batch_tokens, self.stop):
+        for chunk in self.group.micro_batches(sequences, self.micro_batch_tokens, self.job.stop):
             sums += self.gradients.add(chunk, weights, dropout_keys)
-        self.team.all_reduce(self.adapters.gradient, sums)
+        self.group.all_reduce(self.adapters.gradient, sums)
         return (sums * share[:-1]).to(self.adapters.theta.dtype)
 
     def _dropout_keys(self) -> torch.Tensor | None:
@@ -193,8 +190,10 @@ class PackLoop:
 
     # PackState and states
 
-    def _install(self, seats: PackState) -> None:
-        self.adapters, self.optimizer, self.pack_size = seats.adapters, seats.optimizer, len(self.sessions)
+    def _install(self, state: PackState) -> None:
+        self.adapters = state.adapters
+        self.optimizer = state.optimizer
+        self.pack_size = len(self.sessions)
         self.base.attach(self.adapters)
         self.gradients = choose_gradients(self.base, self.pack_size)
 
@@ -218,12 +217,12 @@ class PackLoop:
         self._repack(cancelled)
 
     def _agreed(self, flags: list[bool]) -> list[RunSession]:
-        """The sessions whose flags are set where the leader of the team stands."""
-        return [s for s, flag in zip(self.sessions, self.team.broadcast_flags(flags), strict=True) if flag]
+        """The sessions whose flags are set in the main process."""
+        return [s for s, flag in zip(self.sessions, self.group.broadcast_flags(flags), strict=True) if flag]
 
     def _asked_to_cancel(self) -> list[bool]:
         """For each run whether somebody asked to cancel it, as far as it was time to look."""
-        if not self.team.is_main or time.monotonic() - self._looked_for_cancels < POLL_SECONDS:
+        if not self.group.is_main or time.monotonic() - self._looked_for_cancels < POLL_SECONDS:
             return [False] * len(self.sessions)
         self._looked_for_cancels = time.monotonic()
         return [session.dir.cancel_request.exists() for session in self.sessions]
@@ -246,7 +245,7 @@ class PackLoop:
         seconds, self._clock = now - self._clock, now
         for session in self.sessions:
             session.seconds += seconds
-            on_gpus = self.team.size if self.base.device.type == "cuda" else 0
+            on_gpus = self.group.size if self.base.device.type == "cuda" else 0
             session.gpu_seconds += seconds * on_gpus / len(self.sessions)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,57 +30,51 @@ from train.runtime.attempts import cause_of
 from train.runtime.rendezvous import NothingToDo, ProcessInfo
 from train.runtime.signals import StopFlag, Stopped
 from train.sizing import Fit
-from train.store.causes import Cause
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import Lease
-from train.store.storage import Record, read_json
+from train.store.storage import read_json
 from train.trainer.checkpoint import Checkpoint, common_step, from_bytes, sound_checkpoints, to_bytes
+from train.trainer.context import JobContext
+from train.trainer.environment import device_name
 from train.trainer.loop import PackLoop, build_pack_state
-from train.trainer.process_group import SINGLE_PROCESS, SingleProcess, open_process_group
+from train.trainer.process_group import SINGLE_PROCESS, open_process_group
 from train.trainer.samples import AnswerDecoder, Sampler, load_answer_decoder
 from train.trainer.session import FollowerSession, RunSession
 
-VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lorapack")
+log = logging.getLogger("lorapack.trainer")
 
-Say = Callable[[str], None]
+Leases = list[tuple[RunDir, Lease]]
 
 
-def train_pack(
-    leases: list[tuple[RunDir, Lease]],
-    cache: Path,
-    stop: StopFlag,
-    say: Say,
-    activity: Activity,
-    team: SingleProcess = SINGLE_PROCESS,
-) -> None:
-    """Train the runs whose leases this job holds, to their ends, together with the other processes of `team`.
+def train_pack(leases: Leases, cache: CacheDir, job: JobContext) -> None:
+    """Train the runs whose leases this job holds, to their ends, together with its other processes.
 
     Raises:
         Stopped: the job was asked to stop; everything is saved.
         BadInput, StorageError: see the messages.
     """
     started = time.monotonic()
-    activity.begin("loading")
+    job.activity.begin("loading")
     configs = [read_run_config(run.config) for run, _ in leases]
     for config in configs:
-        refuse_changed_sources(config, CacheDir(cache))
-    model_dir = stage_model(configs[0].model, CacheDir(cache))
-    data = tokenized_data(configs, model_dir, CacheDir(cache), stop)
-    stop.check()
+        refuse_changed_sources(config, cache)
+    model_dir = stage_model(configs[0].model, cache)
+    data = tokenized_data(configs, model_dir, cache, job.stop)
+    job.stop.check()
     longest = longest_row(data)
     fit = fit_to_device(configs[0], model_dir, longest)
-    base = open_base(configs[0], model_dir, fit, longest, BaseCache(CacheDir(cache), say, stop.check, activity))
-    stop.check()
-    say(f"ready after {time.monotonic() - started:.1f} s")
+    base = open_base(configs[0], model_dir, fit, longest, BaseCache(cache, job.stop.check, job.activity))
+    job.stop.check()
+    log.info(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
-        (RunSession if team.is_main else FollowerSession)(
+        (RunSession if job.group.is_main else FollowerSession)(
             run, config, table, adapted_modules(config.lora, list(base.shapes)), lease
         )
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
-    samples_wanted = team.is_main and any(config.train.sample_prompts for config in configs)
-    words = load_answer_decoder(configs[0].model, model_dir) if samples_wanted else None
-    loop = seat(base, sessions, stop, fit.micro_batch_tokens, say, words, team, activity)
+    samples_wanted = job.group.is_main and any(config.train.sample_prompts for config in configs)
+    decoder = load_answer_decoder(configs[0].model, model_dir) if samples_wanted else None
+    loop = build_loop(base, sessions, fit.micro_batch_tokens, decoder, job)
     try:
         loop.run()
     except Exception as exc:
@@ -122,35 +116,29 @@ def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:
         )
 
 
-def seat(
+def build_loop(
     base: PackedModel,
     sessions: Sequence[RunSession],
-    stop: StopFlag,
     micro_batch_tokens: int,
-    say: Say,
-    words: AnswerDecoder | None = None,
-    team: SingleProcess = SINGLE_PROCESS,
-    activity: Activity | None = None,
+    decoder: AnswerDecoder | None,
+    job: JobContext,
 ) -> PackLoop:
     """Put every session where its checkpoints left it, or at its beginning, and return the loop that trains them.
 
-    Without `words` no run gives sample answers.
+    Without a `decoder` no run gives sample answers.
     """
-    states = _newest_states(sessions, say) if team.is_main else []
-    if team.size > 1:
-        states = from_bytes(team.broadcast_bytes(to_bytes(states)))
+    states = _newest_states(sessions) if job.group.is_main else []
+    if job.group.size > 1:
+        states = from_bytes(job.group.broadcast_bytes(to_bytes(states)))
     for session, state in zip(sessions, states, strict=True):
-        _start(session, state, base, say)
-    seats = build_pack_state(base, sessions, states)
-    # The leader answers alone: stopped there, it would leave the others waiting, who agree with it between micro-batches.
-    heard, activity = stop if team.size == 1 else StopFlag(), activity or Activity()
-    sampler = None if words is None else Sampler(words, micro_batch_tokens, heard, activity)
-    return PackLoop(base, seats, sessions, stop, micro_batch_tokens, facts(base), sampler, team, activity)
+        _start(session, state, base)
+    sampler = None if decoder is None else Sampler(decoder, micro_batch_tokens, job)
+    return PackLoop(base, build_pack_state(base, sessions, states), sessions, micro_batch_tokens, sampler, job)
 
 
-def _newest_states(sessions: Sequence[RunSession], say: Say) -> list[Checkpoint | None]:
+def _newest_states(sessions: Sequence[RunSession]) -> list[Checkpoint | None]:
     """The newest state that all sessions have, or of each its own newest."""
-    found = [sound_checkpoints(session.dir, say) for session in sessions]
+    found = [sound_checkpoints(session.dir) for session in sessions]
     common = common_step([set(checkpoints) for checkpoints in found])
     return [_newest(checkpoints, common) for checkpoints in found]
 
@@ -158,22 +146,6 @@ def _newest_states(sessions: Sequence[RunSession], say: Say) -> list[Checkpoint 
 def _newest(checkpoints: dict[int, Checkpoint], common: int | None) -> Checkpoint | None:
     step = common if common is not None else max(checkpoints, default=None)
     return None if step is None else checkpoints[step]
-
-
-def facts(base: PackedModel) -> Record:
-    """What a result says about where it was computed."""
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a copy of the source
-            continue
-    return {"device": device_name(base.device), "dtype": str(base.dtype).removeprefix("torch."), "versions": versions}
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the GPU, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def fit_to_device(config: RunConfig, model_dir: Path, longest: int) -> Fit:
@@ -187,10 +159,10 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     """The base of `config` on this device, as `fit` wants it."""
     device = _device()
     dtype = resolve_dtype(config.train, device)
-    bases.say(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
+    log.info(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
     missing = missing_compiler(device, config.train)
     if missing is not None:
-        bases.say(f"kernels are not compiled, which is slower: {missing}")
+        log.warning(f"kernels are not compiled, which is slower: {missing}")
     compiles = config.train.compile is not False and missing is None
     kernels = choose_kernels(device, dtype, compiles=compiles, graphs=fit.graphs)
     spec = BaseSpec(model_dir, config.model, config.quant, dtype, device)
@@ -210,13 +182,13 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _start(session: RunSession, state: Checkpoint | None, base: PackedModel, say: Say) -> None:
+def _start(session: RunSession, state: Checkpoint | None, base: PackedModel) -> None:
     """Set a run's journal and counters to its state, and say what it trains."""
     trainable = trainable_parameters(session.config.lora, base.shapes)
-    say(f"{session.dir.path.name}: {parameter_line(trainable, base.parameters)}")
+    log.info(f"{session.dir.path.name}: {parameter_line(trainable, base.parameters)}")
     if state is not None:
         session.rewind(state)
-        say(f"{session.dir.path.name}: goes on after step {session.step} of {session.total_steps}")
+        log.info(f"{session.dir.path.name}: goes on after step {session.step} of {session.total_steps}")
         return
     session.begin(
         {
@@ -230,54 +202,41 @@ def _start(session: RunSession, state: Checkpoint | None, base: PackedModel, say
     )
 
 
-Leases = list[tuple[RunDir, Lease]]
-
-
-def lead(
-    leases: Leases,
-    pack: PackDir,
-    cache: Path,
-    stop: StopFlag,
-    say: Callable[[str], None],
-    activity: Activity,
-    place: ProcessInfo,
+def train_as_main_process(
+    leases: Leases, pack: PackDir, cache: CacheDir, process: ProcessInfo, stop: StopFlag, activity: Activity
 ) -> None:
-    """Train the runs whose leases this process holds, together with the other processes of its job.
+    """Train the runs whose leases this process holds, together with the other processes of its job, if there are any.
 
     Raises:
         Stopped, LorapackError: see `train_pack`; the others end too.
     """
-    with open_process_group(place, pack, stop) as team:
-        team.broadcast_bytes(_announcement(leases))
-        train_pack(leases, cache, stop, say, activity, team)
+    with open_process_group(process, pack, stop) as group:
+        group.broadcast_bytes(_leases_to_bytes(leases))
+        train_pack(leases, cache, JobContext(stop, activity, group))
 
 
-def follow(pack: PackDir, stop: StopFlag, place: ProcessInfo) -> str:
-    """Train along with the leader; the cause of the end is for the log, what counts is what the leader writes."""
-    team = SINGLE_PROCESS
+def train_as_worker_process(pack: PackDir, stop: StopFlag, process: ProcessInfo) -> str:
+    """Train along with the main process; the cause of the end is for the log, what counts is what the main process writes."""
+    group = SINGLE_PROCESS
     try:
-        with open_process_group(place, pack, stop) as team:
-            facts = read_json(pack.pack)
-            leases = _announced(team.broadcast_bytes(b""), Path(facts["sweep_dir"]))
-            train_pack(leases, Path(facts["cache"]), stop, _silent, Activity(), team)
+        with open_process_group(process, pack, stop) as group:
+            content = read_json(pack.pack)
+            leases = _leases_from_bytes(group.broadcast_bytes(b""), Path(content["sweep_dir"]))
+            train_pack(leases, CacheDir(Path(content["cache"])), JobContext(stop=stop, group=group))
     except NothingToDo:
         return "nothing to train"
     except Exception as exc:
         if not isinstance(exc, Stopped):
             traceback.print_exception(exc, file=sys.stderr)
         cause, detail = cause_of(exc)
-        team.report_failure(cause, detail)
+        group.report_failure(cause, detail)
         return f"{cause}: {detail}"
-    return Cause.DONE
+    return "done"
 
 
-def _silent(_text: str) -> None:
-    """What the leader says is enough."""
-
-
-def _announcement(leases: Leases) -> bytes:
+def _leases_to_bytes(leases: Leases) -> bytes:
     return json.dumps([[run.path.name, asdict(lease)] for run, lease in leases]).encode()
 
 
-def _announced(message: bytes, sweep: Path) -> Leases:
+def _leases_from_bytes(message: bytes, sweep: Path) -> Leases:
     return [(RunDir(sweep / name), Lease(**lease)) for name, lease in json.loads(message)]

@@ -13,9 +13,9 @@ from train.data.rendering import closing_tokens
 from train.data.token_table import IGNORED_LABEL, TokenTable
 from train.nn.generation import GenerationLimits, generate
 from train.nn.packed_model import PackedModel
-from train.runtime.activity import Activity
 from train.runtime.signals import StopFlag
 from train.store.storage import Record
+from train.trainer.context import JobContext
 from train.trainer.session import RunSession
 
 
@@ -28,8 +28,9 @@ class AnswerDecoder:
 
 
 def load_answer_decoder(model: ModelConfig, model_dir: Path) -> AnswerDecoder:
-    """The words of a staged model."""
-    from transformers import AutoTokenizer  # here, since runs without samples need no tokenizer
+    """The tokenizer of a staged model, as far as answers need it."""
+    # Here, since runs without samples need no tokenizer.
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
 
@@ -53,9 +54,13 @@ class Question:
 class Sampler:
     """Asks the runs of a pack. What all prompts of a table begin or end with, such as a system prompt, is left off their text."""
 
-    def __init__(self, words: AnswerDecoder, micro_batch_tokens: int, stop: StopFlag, activity: Activity) -> None:
-        self._words, self._micro_batch_tokens = words, micro_batch_tokens
-        self._stop, self._activity = stop, activity
+    def __init__(self, decoder: AnswerDecoder, micro_batch_tokens: int, job: JobContext) -> None:
+        self._decoder = decoder
+        self._micro_batch_tokens = micro_batch_tokens
+        self._activity = job.activity
+        # The main process answers alone. If it stopped here, it would leave the others waiting; they agree on a stop with it
+        # between micro-batches.
+        self._stop = job.stop if job.group.size == 1 else StopFlag()
         self._questions: dict[tuple[int, int], list[Question]] = {}
 
     def ask(self, base: PackedModel, sessions: Sequence[RunSession], pack_size: int) -> dict[int, list[Record]]:
@@ -70,8 +75,8 @@ class Sampler:
             return {}
         most = max(session.config.train.sample_tokens for session in sessions)
         self._activity.begin("answering", sum(map(len, prompts.values())))
-        reach = GenerationLimits(most, self._words.ends, self._micro_batch_tokens)
-        answers = generate(base, prompts, pack_size, reach, self._stop, self._activity.advance)
+        bounds = GenerationLimits(most, self._decoder.ends, self._micro_batch_tokens)
+        answers = generate(base, prompts, pack_size, bounds, self._stop, self._activity.advance)
         limits = {session.row: session.config.train.sample_tokens for session in sessions}
         return {
             row: [
@@ -101,7 +106,7 @@ class Sampler:
     def _question(self, table: TokenTable, row: int) -> Question:
         tokens, labels = table.example(row)
         start = answer_start(labels)
-        return Question(row, tokens[:start], self._words.decode(tokens[:start]), self._words.decode(tokens[start:]))
+        return Question(row, tokens[:start], self._decoder.decode(tokens[:start]), self._decoder.decode(tokens[start:]))
 
     def _without_what_all_share(self, questions: list[Question]) -> list[Question]:
         texts = without_shared_lines([question.prompt for question in questions])
@@ -113,8 +118,8 @@ class Sampler:
             "row": question.row,
             "prompt": question.prompt,
             "expected": question.expected,
-            "answer": self._words.decode(answer),
-            "whole": answer[-1] in self._words.ends,
+            "answer": self._decoder.decode(answer),
+            "whole": answer[-1] in self._decoder.ends,
         }
 
 

@@ -6,6 +6,7 @@ harmless: journal, then checkpoint, then adapter, then result.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -29,6 +30,8 @@ from train.store.storage import Record, append_lines, read_lines, storage_errors
 from train.trainer.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.trainer.evaluation import Evaluation
 from train.trainer.optim import learning_rate_schedule
+
+log = logging.getLogger("lorapack.trainer")
 
 P = ParamSpec("P")
 
@@ -234,8 +237,7 @@ class RunSession:
     def lose(self, error: Exception) -> None:
         """Let go of a folder that cannot be written. The run keeps its seat: the others' numbers stay what they were, to the bit."""
         self.lost = error
-        with suppress(OSError):  # the job's log may lie on the same disk
-            print(f"{self.dir.path.name} ends: storage: {error}", flush=True)
+        log.error(f"{self.dir.path.name} ends: storage: {error}")
         with suppress(StorageError, OSError):  # what refused the last write may refuse this one
             self._note_attempt(Cause.STORAGE, str(error), self.step)
         with suppress(OSError):
