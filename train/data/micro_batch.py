@@ -189,8 +189,8 @@ class MicroBatch:
 
     def _note_targets(self, ordered: list[TokenSequence], *, with_fillers: bool) -> None:
         """The example's last block: which tokens are predicted, and from which."""
-        # Labels shifted to the token before: -100 13 14 -100 | 22 -100 | 32 33 -100.
-        shifted = np.concatenate([_shifted(s.labels) for s in ordered]).astype(np.int64)
+        # Labels shifted to the token before, and the last of a sequence predicts nothing: -100 13 14 -100 | 22 -100 | 32 33 -100.
+        shifted = np.concatenate([np.append(s.labels[1:], IGNORED_LABEL) for s in ordered]).astype(np.int64)
         positions = np.flatnonzero(shifted != IGNORED_LABEL)
         # Of each token its sequence, 0 0 0 0 1 1 2 2 2, read at t = 1 2 4 6 7: 0 0 1 2 2. Their runs: 0 0 0 1 1.
         sequence_of_target = np.repeat(np.arange(len(ordered)), self._lengths)[positions]
@@ -298,11 +298,6 @@ def _grouped(labels: np.ndarray, device: torch.device) -> tuple[Padding, torch.T
     """The padding that groups equal, ascending `labels` [N], and the distinct labels [G]: 0 0 0 1 1 gives groups of 3 and 2."""
     distinct, starts, lengths = np.unique(labels, return_index=True, return_counts=True)
     return Padding.of(starts, lengths, len(labels), device), _to(distinct, device)
-
-
-def _shifted(labels: np.ndarray) -> np.ndarray:
-    """Labels of the next token: position t predicts t + 1, the last position predicts nothing."""
-    return np.append(labels[1:], IGNORED_LABEL)
 
 
 def _fillers(run: int, count: int) -> TokenSequence:

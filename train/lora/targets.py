@@ -68,6 +68,7 @@ def _is_adapted(lora: LoraConfig, name: str) -> bool:
     """PEFT's `check_target_module_exists`: a module named in full is adapted whatever layer it is in."""
     if isinstance(lora.target_modules, str):
         return _is_all_linear(lora) or re.fullmatch(lora.target_modules, name) is not None
+    # A list names modules in full, or by their end: "q_proj" is the end of model.layers.0.self_attn.q_proj.
     if name in lora.target_modules:
         return True
     in_layer = lora.layers_to_transform is None or layer_index(name) in lora.layers_to_transform
@@ -81,7 +82,7 @@ def _is_all_linear(lora: LoraConfig) -> bool:
 def _target(lora: LoraConfig, name: str) -> Target:
     r = _by_pattern(lora.rank_pattern, name, lora.r)
     alpha = _by_pattern(lora.alpha_pattern, name, lora.lora_alpha)
-    # rsLoRA: arXiv 2312.03732
+    # LoRA scales by alpha / r, rsLoRA by alpha / sqrt(r) (arXiv 2312.03732).
     return Target(r, alpha, alpha / math.sqrt(r) if lora.use_rslora else alpha / r)
 
 
@@ -91,6 +92,7 @@ def _by_pattern(patterns: Mapping[str, Number], name: str, default: Number) -> N
 
 
 def _fits(pattern: str, name: str) -> bool:
+    # "q_proj" and "layers.0.self_attn.q_proj" match model.layers.0.self_attn.q_proj; "proj" does not, since a part is whole.
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 

@@ -169,8 +169,8 @@ def write_base(folder: BaseDir, about: Record, tensors: dict[str, torch.Tensor])
             f"{folder.path} would take {size / 2**30:.1f} GiB and {disk.free / 2**30:.1f} GiB are free there; "
             "free some space, or choose another cache="
         )
-    with write_folder(folder.path) as beside:
-        files = BaseDir(beside)
+    with write_folder(folder.path) as temporary:
+        files = BaseDir(temporary)
         with storage_errors(files.weights):
             save_file(tensors, files.weights)
         write_json(files.about, about)

@@ -86,10 +86,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"model folder {folder} has no weights: looked for {WEIGHTS} and {WEIGHTS_INDEX}; pickled weights "
             "(*.bin, *.pt) are not read, since they can run code: save them with safe_serialization=True."
         )
-    places = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadInput(f"{folder / WEIGHTS_INDEX} has no weight_map of file names; fetch the model again.")
-    files = [folder / name for name in sorted(set(places.values()))]
+    files = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise BadInput(f"model folder {folder} lacks {', '.join(missing)} of {WEIGHTS_INDEX}; fetch the model again.")
@@ -163,6 +163,7 @@ def weight_samples(file: Path) -> Iterator[bytes]:
     header = _read_header(file)
     yield json.dumps(header, sort_keys=True).encode()
     begins = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+    # Offsets count from the end of the header: a header of 1,000 bytes puts the tensor at [0, 64] into bytes 1,008 to 1,072.
     with readable(file), file.open("rb") as stream:
         data_start = 8 + struct.unpack("<Q", stream.read(8))[0]
         for begin, end in begins:
@@ -182,6 +183,7 @@ def _read_header(file: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file whose size agrees with it."""
     with readable(file), file.open("rb") as stream:
         start = stream.read(8)
+        # A file that is not safetensors starts with any number, so nothing longer than the format allows is read.
         length_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         text = stream.read(length_bytes) if 0 < length_bytes <= LONGEST_HEADER_BYTES else b""
     try:

@@ -51,5 +51,10 @@ def _ask(seconds: float) -> str | None:
         get_session().head(constants.ENDPOINT, timeout=seconds)
     # Any exception: the client's HTTP library, and so its exceptions, change from version to version.
     except Exception as exc:
-        return (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        return first_line(exc)
     return None
+
+
+def first_line(exc: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -107,7 +107,7 @@ def refuse_unsupported(decoder: PreTrainedModel, longest: int) -> None:
 
 
 def _refuse_other_linears(decoder: PreTrainedModel, folder: Path) -> None:
-    """Refuse matrices that an adapter could be asked for by the files' names, but that are not linear layers."""
+    """Refuse a model whose files have matrices that look like linear layers, but are not: they cannot be adapted."""
     linears = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     others = sorted({name.rpartition(".")[2] for name in linear_shapes(folder).keys() - linears})
     if others:

@@ -1,4 +1,4 @@
-"""One process makes what all share, while the others wait for it."""
+"""A lock between processes: one makes what all share, while the others wait for it."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ from train.model.nf4 import quantize, state_from
 
 
 class QuantizedBase:
-    """The tensors of a quantized base; each is brought to `device` when it is asked for.
+    """The tensors of a quantized base; each is moved to `device` when it is read.
 
     Args:
         names: of all tensors.
-        read: gives the tensor of a name.
+        read: returns the tensor of a name.
     """
 
     def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor], device: torch.device) -> None:
@@ -34,6 +34,7 @@ class QuantizedBase:
         self._parts: dict[str, list[str]] = {}
         names = list(names)
         for name in names:
+            # model.layers.0.mlp.up_proj.weight.absmax is the part "absmax" of up_proj, whose packed weight is …up_proj.weight.
             layer, weight, part = name.partition(".weight.")
             if weight:
                 self._parts.setdefault(layer, []).append(part)
@@ -51,7 +52,7 @@ class QuantizedBase:
 
 
 def frozen_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every linear layer that an adapter may sit on: all but the output embedding."""
+    """Every linear layer that can be adapted: all but the output embedding."""
     head = model.get_output_embeddings()
     return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
 
@@ -74,7 +75,8 @@ def quantized_tensors(
     for name, linear in frozen_linears(model).items():
         stop()
         packed, state = quantize(linear.weight.detach().to(device), quant)
-        linear.weight = None  # type: ignore[assignment]  # frees it
+        # Frees it, so that the model in full width and its quantized copy are never both in memory.
+        linear.weight = None  # type: ignore[assignment]
         parts = state.as_dict(packed=True)
         tensors |= {f"{name}.weight": packed.cpu()} | {f"{name}.weight.{p}": t.cpu() for p, t in parts.items()}
     return tensors | {name: tensor.detach().cpu() for name, tensor in _distinct(model.state_dict(keep_vars=True))}
@@ -100,4 +102,5 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
 
 def _distinct(state: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
     """Entries of a ``state_dict``, a tied tensor once, under its first name."""
+    # Reversed, so that of several names of one tensor the first one is kept.
     return {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}.values()

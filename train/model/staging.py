@@ -18,7 +18,7 @@ from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
 from train.model.folder import check_model_folder
 from train.model.gguf_package import save_packaged_model
-from train.model.hub import hub_unreachable
+from train.model.hub import first_line, hub_unreachable
 from train.model.locking import locked
 from train.model.source import DEFAULT_REVISION, model_key, source_kind, staged_model
 from train.model.tiny import save_tiny_model
@@ -108,7 +108,7 @@ def _fetch(model: ModelConfig, download: Path) -> None:
         raise
     # Any exception: the client's HTTP library, and so its exceptions, change from version to version.
     except Exception as exc:
-        raise _out_of_reach(model, _first_line(exc)) from exc
+        raise _out_of_reach(model, first_line(exc)) from exc
     check_model_folder(download)
 
 
@@ -125,7 +125,3 @@ def _move_files(download: Path, folder: Path) -> None:
         if file.is_file():
             os.replace(file, folder / file.name)
     shutil.rmtree(download)
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
