@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from test_adapter_file import TOKENS, random_adapter
+from test_peft_files import TOKENS, random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from train.config import ModelConfig, RunConfig, parse_run_config
