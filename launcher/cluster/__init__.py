@@ -1,6 +1,9 @@
-"""The room that alone knows submitit and Slurm's commands.
+"""Everything that knows submitit and Slurm's commands.
 
-`choice` decides where jobs run; `local` runs them on this machine; `slurm`, `requests` and `queue` submit and follow them on a
-cluster; `inventory` asks what the cluster has, and `partitions` which of it packs may go to; `commands` asks Slurm with time-outs,
-`states` and `words` translate what it says.
+The ways in: `partitions` (where packs may go, Slurm or this machine), `slurm` (submit and cancel there), `local` (train here),
+`queue` (what Slurm says of jobs) and `inventory` (what the cluster has). Below them, `arrays` and `requests` hold what is
+submitted as values, `sbatch` makes one call, `commands` runs commands with time-outs, `parsing` and `states` translate output.
+
+What comes next belongs here: a new Slurm state in `states.SLURM_STATES`, another field of scontrol or sinfo in `parsing`, another
+option of sbatch in `requests.sbatch_parameters`.
 """

@@ -1,4 +1,4 @@
-"""What a cluster has and how it treats jobs: a few quick questions, each of which may stay without an answer."""
+"""What a cluster has and how it treats jobs, asked with a few quick commands. Each may fail without stopping the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.cluster.parsing import (
 
 @dataclass(frozen=True)
 class Inventory:
-    """A cluster that answered ``sinfo``. What it did not say is None; an empty list says that there is nothing."""
+    """A cluster that answered ``sinfo``. What it did not say is None; an empty list means that there is nothing."""
 
     partitions: list[LivePartition]
     settings: Settings | None
@@ -45,13 +45,16 @@ def take_inventory() -> Inventory | None:
     if partitions is None:
         return None
     settings = answer_of("scontrol", "show", "config")
-    records = settings is None or parse_config(settings).accounting
+    # Without accounting sacctmgr would only time out.
+    has_accounting = settings is None or parse_config(settings).accounting
     manage = ("sacctmgr", "--noheader", "--parsable2", "show")
     user = user_name()
     limits = (
-        answer_of(*manage, "assoc", f"user={user}", "format=Account,QOS,MaxJobs,MaxSubmitJobs") if records else None
+        answer_of(*manage, "assoc", f"user={user}", "format=Account,QOS,MaxJobs,MaxSubmitJobs")
+        if has_accounting
+        else None
     )
-    qos = answer_of(*manage, "qos", "format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser") if records else None
+    qos = answer_of(*manage, "qos", "format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser") if has_accounting else None
     return Inventory(
         partitions,
         None if settings is None else parse_config(settings),
@@ -70,7 +73,7 @@ def ask_partitions() -> list[LivePartition] | None:
 
 
 def _may_use(partition: LivePartition, groups: set[str], accounts: set[str] | None) -> bool:
-    """Whether the partition's lists let the user in; what is not known keeps nobody out."""
+    """Whether the partition's lists let the user in. What is not known counts as open."""
     access = partition.access
     if access.root_only and os.geteuid() != 0:
         return False

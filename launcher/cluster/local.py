@@ -1,7 +1,7 @@
 """Jobs on this machine, through submitit.
 
-A job is its own process. It survives its launcher, a Ctrl-C and a closed terminal; how it ended is read from run folders, never
-from submitit's pickles. Waiting jobs are the launcher's: they are planned anew if it goes away.
+A job is a process of its own. It survives its launcher, a Ctrl-C and a closed terminal. How it ended is read from run folders, never
+from submitit's pickles. Waiting jobs exist only in the launcher: if it goes away, the next command plans them again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from train.store.layout import PackDir, RunDir, runs_of_pack
 from train.store.lease import process_started, read_lease
 from train.store.storage import make_folder, write_json
 
-TEN_YEARS_MIN = 10 * 365 * 24 * 60  # submitit's local default of 2 minutes is for tests
+# No limit in practice. submitit's local default of 2 minutes is meant for tests.
+TEN_YEARS_MIN = 10 * 365 * 24 * 60
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LocalJob:
 
     @property
     def ended(self) -> bool:
-        """Whether its process is gone; a look also frees the process-table entry."""
+        """Whether its process is gone. Asking also removes it from the process table."""
         return bool(self.handle.done())
 
     def runs(self) -> list[RunDir]:
@@ -49,7 +50,7 @@ class LocalJob:
         return runs_of_pack(self.pack)
 
     def pids(self) -> set[int]:
-        """The processes of this job that hold runs: their signal handlers stand."""
+        """The processes of this job that hold runs, so their signal handlers are installed."""
         leases = (read_lease(run) for run in self.runs())
         return {lease.pid for lease in leases if lease is not None and lease.job == self.id and lease.alive()}
 
@@ -58,8 +59,11 @@ class LocalQueue:
     """Packs that train on this machine in order, `slots` at a time, each on GPUs of its own where there are any."""
 
     def __init__(self, packs: list[PackDir], code: Path, slots: int, gpus: list[str], gpus_per_job: int = 1) -> None:
-        self.waiting, self.running = deque(packs), list[LocalJob]()
-        self._code, self._gpus, self._gpus_per_job = code, gpus, gpus_per_job
+        self.waiting = deque(packs)
+        self.running: list[LocalJob] = []
+        self._code = code
+        self._gpus = gpus
+        self._gpus_per_job = gpus_per_job
         self._slots = min(slots, len(gpus) // gpus_per_job) if gpus else slots
 
     @property
@@ -68,7 +72,7 @@ class LocalQueue:
         return bool(self.running or self.waiting)
 
     def advance(self) -> list[LocalJob]:
-        """Let the next jobs start; those that ended since the last call are returned."""
+        """Start the next jobs; those that have ended since the last call."""
         ended = [job for job in self.running if job.ended]
         self.running = [job for job in self.running if job not in ended]
         while self.waiting and len(self.running) < self._slots:
@@ -87,7 +91,7 @@ class LocalQueue:
 
 
 def open_queue(packs: list[PackDir], code: Path, cluster: ClusterConfig) -> LocalQueue:
-    """A queue whose first jobs are started."""
+    """A queue whose first jobs have been started."""
     queue = LocalQueue(packs, code, cluster.jobs_at_once(slurm=False), visible_gpus(), cluster.gpus_per_job)
     queue.advance()
     return queue
@@ -107,7 +111,7 @@ def refuse_too_few_gpus(cluster: ClusterConfig) -> None:
 
 
 def start_job(pack: PackDir, code: Path, gpus: tuple[str, ...]) -> LocalJob:
-    """Start one pack as a job of its own, a process per GPU, importing from `code`, and note its id in ``job.json``."""
+    """Start one pack as a job with a process per GPU, importing from `code`; its id goes into ``job.json``."""
     from submitit import LocalExecutor
 
     from train.job import PackJob
@@ -116,7 +120,8 @@ def start_job(pack: PackDir, code: Path, gpus: tuple[str, ...]) -> LocalJob:
     executor.update_parameters(timeout_min=TEN_YEARS_MIN, tasks_per_node=max(1, len(gpus)))
     with _inherited_by_jobs():
         handle = executor.submit(PackJob(str(pack.pack)))
-    pid = int(handle.job_id)  # submitit's controller, the parent of the process that trains
+    # The id is the process id of submitit's controller, the parent of the process that trains.
+    pid = int(handle.job_id)
     facts = {"job": handle.job_id, "executor": "local", "pid": pid, "pid_started": process_started(pid)}
     write_json(pack.job, facts | {"host": socket.gethostname(), "submitted": time.time()})
     return LocalJob(pack, handle.job_id, gpus, handle)
@@ -146,14 +151,15 @@ def _job_python(code: Path, gpus: tuple[str, ...]) -> str:
         "PYTHONPATH": python_path(code),
         "PYTHONSAFEPATH": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-        "SUBMITIT_LOG_LEVEL": "WARNING",  # the log is the trainer's
+        # The log is for what the trainer writes.
+        "SUBMITIT_LOG_LEVEL": "WARNING",
     }
     return shlex.join(["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable])
 
 
 @contextmanager
 def _inherited_by_jobs() -> Iterator[None]:
-    """What processes started in here keep for life: deaf to Ctrl-C and hang-up until they say otherwise, files private.
+    """Processes started in this block ignore Ctrl-C and hang-up until they install handlers, and their files are private.
 
     submitit's controller would otherwise die of the terminal's Ctrl-C and kill its job a second later.
     """
@@ -170,7 +176,7 @@ def _inherited_by_jobs() -> Iterator[None]:
 
 @contextmanager
 def _without_terminal() -> Iterator[None]:
-    """Standard streams that lead nowhere: a job that outlives its launcher must not keep the reader of a pipe waiting."""
+    """Standard streams to /dev/null: a job that outlives its launcher must not keep the reader of a pipe waiting."""
     null = os.open(os.devnull, os.O_RDWR)
     saved = [os.dup(stream) for stream in (0, 1, 2)]
     try:

@@ -1,4 +1,7 @@
-"""What Slurm's commands print about a cluster, as values: text in, facts out, no command inside."""
+"""What Slurm's commands print about a cluster, as values. Text in, values out; nothing here runs a command.
+
+Each parser shows an example of the lines that it reads.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 NO_LIMIT = {"UNLIMITED", "INFINITE", "NONE", "N/A", "(NULL)", ""}
-NODES_THAT_WORK = ("idle", "mix", "alloc", "comp", "resv", "plan")  # beginnings of sinfo's states
+# How the states of working nodes begin in sinfo: idle, mixed, allocated, completing, reserved, planned.
+NODES_THAT_WORK = ("idle", "mix", "alloc", "comp", "resv", "plan")
 GRES = re.compile(r"gpu:(?:(?P<type>[^:(),]+):)?(?P<count>\d+)")
 DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
-UNTYPED = ""  # the type of GPUs that a cluster gives none
+# The type of GPUs to which a cluster gives none.
+UNTYPED = ""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides over a job's life, from ``scontrol show config``. Times in seconds."""
+    """What decides how long a job lives, from ``scontrol show config``. Times in seconds."""
 
     version: str
     cluster: str
@@ -41,10 +46,11 @@ class Access:
 
 @dataclass(frozen=True)
 class LivePartition:
-    """A partition as the cluster has it. `gpus` counts GPUs by type on nodes that work; `tier` is above those it may push out.
+    """A partition as the cluster reports it.
 
-    per_node: the most GPUs of each type on one such node.
-    grace: seconds between a preemption's first SIGTERM and its end; None where the cluster did not say.
+    gpus: GPUs by type on nodes that work. per_node: the most GPUs of each type on one such node.
+    tier: jobs of a higher tier may preempt those of a lower one.
+    grace: seconds between a preemption's first SIGTERM and its end; None if the cluster did not say.
     """
 
     name: str
@@ -62,7 +68,7 @@ class LivePartition:
 
 @dataclass(frozen=True)
 class Association:
-    """An account that the user may submit to, and how many jobs he may have there."""
+    """An account that the user may submit to, and how many jobs it allows."""
 
     account: str
     qos: tuple[str, ...]
@@ -81,9 +87,10 @@ class Qos:
 
 
 def parse_config(text: str) -> Settings:
-    """``scontrol show config``. A setting that is not there has Slurm's default."""
+    """``scontrol show config``: lines like ``KillWait                = 30 sec``. A missing setting has Slurm's default."""
     config = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
-    signals = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")  # old, new versions
+    # The option moved from SlurmctldParameters to PreemptParameters.
+    signals = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     return Settings(
         version=config.get("SLURM_VERSION", "unknown"),
         cluster=config.get("ClusterName", "unknown"),
@@ -91,14 +98,19 @@ def parse_config(text: str) -> Settings:
         preempt_type=config.get("PreemptType", "preempt/none").removeprefix("preempt/"),
         preempt_mode=config.get("PreemptMode", "OFF").upper(),
         kill_wait=_number(config.get("KillWait", "")) or 30,
-        max_array_size=_number(config.get("MaxArraySize", "1001")) or 0,  # 0: no arrays
+        # 0 means that there are no arrays.
+        max_array_size=_number(config.get("MaxArraySize", "1001")) or 0,
         accounting=config.get("AccountingStorageType", "").endswith("slurmdbd"),
         user_signal="send_user_signal" in signals,
     )
 
 
 def parse_sinfo(text: str) -> list[LivePartition]:
-    """``sinfo --format=%P|%a|%l|%D|%T|%G|%f``: a row per partition and kind of node."""
+    """``sinfo --format=%P|%a|%l|%D|%T|%G|%f``: a row per partition and kind of node, summed up per partition.
+
+    ``gpu*|up|2-00:00:00|3|mixed|gpu:a100:4(S:0-1)|avx512`` says: the default partition `gpu` is up and allows 2 days, and
+    3 of its nodes, in use in part, have 4 a100 each. ``idle*`` is a node that does not respond.
+    """
     partitions: dict[str, LivePartition] = {}
     for line in text.splitlines():
         name, available, limit, nodes, state, gres, features = (word.strip() for word in line.split("|"))
@@ -109,6 +121,7 @@ def parse_sinfo(text: str) -> list[LivePartition]:
         for kind, count in parse_gres(gres).items() if works else ():
             gpus[kind] += count * int(nodes)
             per_node[kind] = max(count, per_node.get(kind, 0))
+        # The nodes of one partition may differ, so features of all rows are collected.
         named = frozenset() if features == "(null)" else frozenset(features.split(","))
         up, default, minutes = available == "up", name.endswith("*"), parse_minutes(limit)
         both = named if known is None else known.features | named
@@ -117,7 +130,10 @@ def parse_sinfo(text: str) -> list[LivePartition]:
 
 
 def parse_partition_fields(text: str) -> dict[str, dict[str, str]]:
-    """``scontrol --oneliner show partition``: the fields of each partition by name."""
+    """``scontrol --oneliner show partition``: the fields of each partition by name.
+
+    ``PartitionName=gpu AllowGroups=ALL AllowAccounts=ml,vision MaxTime=2-00:00:00 PriorityTier=10 PreemptMode=OFF GraceTime=0``
+    """
     rows = (dict(word.partition("=")[::2] for word in line.split()) for line in text.splitlines())
     return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
 
@@ -147,10 +163,11 @@ def with_details(partition: LivePartition, fields: dict[str, str]) -> LivePartit
 
 def parse_gres(text: str) -> dict[str, int]:
     """GPUs of a node by type: ``gpu:a100:4(S:0-1),lscratch:1`` gives four a100, ``gpu:2`` two untyped ones."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    # Sockets and indices in brackets also contain numbers and colons.
     for match in GRES.finditer(re.sub(r"\([^)]*\)", "", text)):
-        found[match["type"] or UNTYPED] += int(match["count"])
-    return dict(found)
+        counts[match["type"] or UNTYPED] += int(match["count"])
+    return dict(counts)
 
 
 def parse_minutes(text: str) -> int | None:
@@ -159,14 +176,15 @@ def parse_minutes(text: str) -> int | None:
     if match is None:
         return None
     clock = [int(part) for part in match["clock"].split(":")]
-    if match["days"] is not None:  # days-hours[:minutes[:seconds]]
+    # With days the clock is hours[:minutes[:seconds]], without them minutes, minutes:seconds or hours:minutes:seconds.
+    if match["days"] is not None:
         hours, minutes = (*clock, 0)[:2]
         return (int(match["days"]) * 24 + hours) * 60 + minutes
     return clock[0] * 60 + clock[1] if len(clock) == 3 else clock[0]
 
 
 def parse_associations(text: str) -> list[Association]:
-    """``sacctmgr --noheader --parsable2 show assoc format=Account,QOS,MaxJobs,MaxSubmitJobs``."""
+    """``sacctmgr --noheader --parsable2 show assoc format=Account,QOS,MaxJobs,MaxSubmitJobs``: ``ml|normal,high|8|100``."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
     return [
         Association(account, tuple(filter(None, qos.split(","))), _number(jobs), _number(submit))
@@ -175,7 +193,7 @@ def parse_associations(text: str) -> list[Association]:
 
 
 def parse_qos(text: str) -> list[Qos]:
-    """``sacctmgr --noheader --parsable2 show qos format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser``."""
+    """``sacctmgr --noheader --parsable2 show qos format=Name,GraceTime,Preempt,MaxSubmitJobsPerUser``: ``high|00:05:00|normal|50``."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
     return [
         Qos(name, _clock_seconds(grace), tuple(filter(None, preempts.split(","))), _number(submit))
@@ -192,7 +210,7 @@ def _clock_seconds(text: str) -> int:
 
 
 def _number(text: str) -> int | None:
-    """The number that a value begins with: ``30 sec``; None where it is none."""
+    """The number at the beginning of a value such as ``30 sec``; None if it begins otherwise."""
     match = re.match(r"\d+", text)
     return int(match[0]) if match else None
 

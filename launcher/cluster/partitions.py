@@ -1,4 +1,7 @@
-"""Slurm or this machine: decided once per command, and said."""
+"""Where jobs may go: to Slurm or to this machine, and on Slurm to which partitions.
+
+What the configuration says about a partition is completed by what the cluster and the table of GPUs (`launcher.estimate.gpus`) know.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def explain_choice(cluster: ClusterConfig, *, slurm: bool) -> str:
 
 
 def on_slurm(cluster: ClusterConfig) -> bool:
-    """Whether jobs go to Slurm: asked for by name, or answering here."""
+    """Whether jobs go to Slurm, because the user asks for it or because it answers here."""
     return cluster.kind == "slurm" or (cluster.kind == "auto" and slurm_answers())
 
 
@@ -31,15 +34,16 @@ def slurm_answers() -> bool:
     """Whether this machine belongs to a Slurm cluster.
 
     Raises:
-        ClusterError: it does, and the controller is away.
+        ClusterError: it does, and the controller does not answer.
     """
     try:
         run_command("sinfo", "--noheader", "--format=%P")
     except NoAnswer as exc:
+        # Slurm's tools may be installed on a machine that belongs to no cluster.
         if shutil.which("sinfo") is None or NOT_CONFIGURED in str(exc):
             return False
         raise ClusterError(
-            f"{exc}. This machine belongs to a Slurm cluster whose controller is away: try again when sinfo answers, or train "
+            f"{exc}. This machine belongs to a Slurm cluster whose controller does not answer. Try again when sinfo works, or train "
             "here with cluster=local."
         ) from exc
     except CommandRefused:
@@ -56,12 +60,10 @@ def partitions_for(cluster: ClusterConfig) -> tuple[Partition, ...]:
     """
     if not on_slurm(cluster):
         return (local_partition(cluster.gpus_per_job),)
-    described = all(_complete(partition) for partition in cluster.partitions.values())
-    enough = (
-        cluster.partitions and described and cluster.gpus_per_job == 1
-    )  # how many GPUs a node has, only the cluster knows
-    inventory = None if enough else take_inventory()
-    if inventory is None and not (cluster.partitions and described):
+    described = bool(cluster.partitions) and all(map(_is_described, cluster.partitions.values()))
+    # How many GPUs a node has is in no configuration, so for a job of several GPUs the cluster is asked in any case.
+    inventory = None if described and cluster.gpus_per_job == 1 else take_inventory()
+    if inventory is None and not described:
         raise ClusterError(
             "Slurm does not answer here, and the configuration does not describe its partitions. Run this where sinfo works, "
             "use cluster=local, or describe them: cluster.partitions.NAME.gpu=a100."
@@ -70,47 +72,46 @@ def partitions_for(cluster: ClusterConfig) -> tuple[Partition, ...]:
 
 
 def choose_partitions(cluster: ClusterConfig, inventory: Inventory | None) -> tuple[Partition, ...]:
-    """The partitions of `cluster`, completed from `inventory`; where it names none, all that have GPUs and are open to the user.
+    """The partitions that `cluster` names, completed from `inventory`. If it names none, all with GPUs that are open to the user.
 
     Raises:
         BadInput: a named partition does not exist, no GPU has a known size, or no node has as many as a job asks for.
     """
     live = {partition.name: partition for partition in inventory.partitions} if inventory else {}
-    named = cluster.partitions or (
-        {partition.name: PartitionConfig() for partition in inventory.open_partitions() if partition.gpus}
-        if inventory
-        else {}
-    )
-    found: list[Partition] = []
+    named = cluster.partitions or _open_with_gpus(inventory)
+    partitions: list[Partition] = []
     for name, settings in named.items():
         if live and name not in live:
             raise BadInput(f"cluster.partitions.{name}: this cluster has no such partition; it has {', '.join(live)}.")
-        found += _partitions(name, settings, live.get(name), cluster.gpus_per_job)
-    if not found:
+        partitions += _partitions(name, settings, live.get(name), cluster.gpus_per_job)
+    if not partitions:
         raise BadInput(_nothing_known(named, live))
-    wide = [partition for partition in found if partition.most_per_job >= cluster.gpus_per_job]
-    if not wide:
-        names, most = (
-            ", ".join(dict.fromkeys(partition.name for partition in found)),
-            max(p.most_per_job for p in found),
-        )
+    large_enough = [partition for partition in partitions if partition.most_per_job >= cluster.gpus_per_job]
+    if not large_enough:
+        names = ", ".join(dict.fromkeys(partition.name for partition in partitions))
+        most = max(partition.most_per_job for partition in partitions)
         raise BadInput(
             f"cluster.gpus_per_job={cluster.gpus_per_job}: a job does not leave its node, and no node of {names} has more than "
             f"{most:.0f} GPUs of a kind; set it to at most {most:.0f}."
         )
-    return tuple(wide)
+    return tuple(large_enough)
+
+
+def _open_with_gpus(inventory: Inventory | None) -> dict[str, PartitionConfig]:
+    partitions = inventory.open_partitions() if inventory else []
+    return {partition.name: PartitionConfig() for partition in partitions if partition.gpus}
 
 
 def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None, gpus_per_job: int) -> list[Partition]:
-    """One for each kind of GPU in the partition whose size is known."""
+    """One for each kind of GPU in the partition whose size is known. What the user sets wins over what the cluster says."""
     kinds = {settings.gpu: settings.gpus} if settings.gpu else dict(live.gpus) if live else {}
-    found = []
+    partitions = []
     for kind, count in kinds.items():
-        model = known_gpu(kind or "") or _by_features(live)
+        model = known_gpu(kind or "") or _gpu_of_features(live)
         memory_gib = settings.memory_gib or (model.memory_gib if model else None)
         if memory_gib is None:
             continue
-        found.append(
+        partitions.append(
             Partition(
                 name,
                 gpu_device(kind or (model.name if model else name), memory_gib),
@@ -123,18 +124,18 @@ def _partitions(name: str, settings: PartitionConfig, live: LivePartition | None
                 per_node=live.per_node.get(kind or UNTYPED) if live else None,
             )
         )
-    return found
+    return partitions
 
 
-def _by_features(live: LivePartition | None) -> GpuModel | None:
+def _gpu_of_features(live: LivePartition | None) -> GpuModel | None:
     """The GPU that the features of a partition's nodes name, if they agree on one."""
     named = (known_gpu(feature) for feature in live.features) if live else ()
     models = {model for model in named if model is not None}
     return models.pop() if len(models) == 1 else None
 
 
-def _complete(settings: PartitionConfig) -> bool:
-    """Whether nothing has to be asked about a partition."""
+def _is_described(settings: PartitionConfig) -> bool:
+    """Whether the cluster need not be asked about a partition."""
     return settings.gpu is not None and settings.gpus is not None and settings.max_minutes is not None
 
 
@@ -144,7 +145,7 @@ def _nothing_known(named: dict[str, PartitionConfig], live: dict[str, LivePartit
     if kinds:
         name = next(iter(named))
         return (
-            f"nobody here knows how much memory the GPUs of this cluster have ({', '.join(kinds)}); say it: "
+            f"It is not known how much memory the GPUs of this cluster have ({', '.join(kinds)}). Set it: "
             f"cluster.partitions.{name}.memory_gib=24."
         )
     return "this cluster has no partition with working GPUs that is open to you; 'python -m launcher doctor' shows what it has."

@@ -1,4 +1,4 @@
-"""What Slurm says of a sweep's jobs: one squeue, and one sacct for those that are no longer in the queue."""
+"""What Slurm says of a sweep's jobs: one squeue for all, and one sacct for those that have left the queue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from launcher.cluster.commands import answer_of, user_name
 from launcher.cluster.states import FAILED, OUT_OF_MEMORY, SlurmState, slurm_state
 
 ACCOUNTING_TIMEOUT_SECONDS = 20.0
-NAMES_PER_CALL = 200  # a command line has an end
+# The length of a command line is limited.
+NAMES_PER_CALL = 200
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,22 @@ class JobView:
 
     @property
     def number(self) -> int:
-        """The job's number, which an array's tasks share. Of two jobs the older has the smaller one."""
+        """The job's number, which an array's tasks share. Older jobs have smaller numbers."""
         return int(self.id.partition("_")[0])
 
     @property
     def place(self) -> int:
-        """Its place in the array, 0 of a job that is no array."""
+        """Its place in the array, 0 for a plain job."""
         return int(self.id.partition("_")[2] or 0)
 
 
-JobKey = tuple[str, str]  # a job's name, and its id: a lost answer can leave two jobs of one name
+# A job's name and its id. The name alone is not enough: a lost answer of sbatch can leave two jobs of one name.
+JobKey = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Queue:
-    """The views of all jobs that were asked for. `answered` is False if squeue did not: then nothing is known of what is missing."""
+    """The views of the jobs that were asked for. If squeue did not answer, `answered` is False, and a missing job may still exist."""
 
     views: dict[JobKey, JobView]
     answered: bool
@@ -63,6 +65,7 @@ def read_accounting(names: Collection[str], since: float) -> dict[JobKey, JobVie
     """How jobs with these names that were submitted after `since` (Unix time) ended, by the last of their attempts."""
     if not names:
         return {}
+    # A minute earlier, because the clocks of two machines may differ.
     start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 60))
     command = ("sacct", "--noheader", "--parsable2", "--duplicates", f"--starttime={start}")
     answer = answer_of(
@@ -75,7 +78,7 @@ def read_accounting(names: Collection[str], since: float) -> dict[JobKey, JobVie
 
 
 def parse_squeue(text: str) -> dict[JobKey, JobView]:
-    """The lines of ``squeue --array --format=%j|%i|%T|%r|%N``."""
+    """The lines of ``squeue --array --format=%j|%i|%T|%r|%N``: ``rank.1a2b3c4d|12_0|PENDING|Priority|``."""
     views = {}
     for line in text.splitlines():
         name, number, raw_state, reason, nodes = (part.strip() for part in line.rsplit("|", 4))
@@ -86,14 +89,21 @@ def parse_squeue(text: str) -> dict[JobKey, JobView]:
 
 
 def parse_sacct(text: str) -> dict[JobKey, JobView]:
-    """The lines of ``sacct --duplicates --parsable2 --format=JobName,JobID,State,Start,NodeList``: a row per attempt, and per step.
+    """The lines of ``sacct --duplicates --parsable2 --format=JobName,JobID,State,Start,NodeList``, by the last attempt of each job.
 
-    A step that is killed for its memory leaves a job that FAILED, for its script ends with srun's exit code.
+    There is a row per attempt, and one per step of it, such as srun's ``12_0.0``::
+
+        rank.1a2b3c4d|12_0|FAILED|2026-03-01T10:00:00|t4-2
+        python|12_0.0|OUT_OF_MEMORY|2026-03-01T10:00:03|t4-2
+
+    This job ran out of memory. Its own row says FAILED, because its script ends with srun's exit code, so the step decides.
     """
     newest: dict[JobKey, tuple[str, JobView]] = {}
-    killed: dict[str, str] = {}  # when the last step began that was killed for its memory, by job
+    # By job, the start of its last step that was killed for using too much memory.
+    killed: dict[str, str] = {}
     for line in text.splitlines():
         name, number, raw_state, started, nodes = (part.strip() for part in line.rsplit("|", 4))
+        # A job that never started has "Unknown" or "None". ISO times compare as text, and the empty one comes first.
         begun = started if started[:1].isdigit() else ""
         job, _, step = number.partition(".")
         if step:
@@ -104,6 +114,7 @@ def parse_sacct(text: str) -> dict[JobKey, JobView]:
         for job in _jobs(number):
             if (name, job) not in newest or begun >= newest[name, job][0]:
                 newest[name, job] = begun, JobView(job, slurm_state(raw_state), raw_state, None, node)
+    # A step that was killed in an earlier attempt began before the last one, and does not count.
     return {
         key: replace(view, state=OUT_OF_MEMORY) if view.state == FAILED and killed.get(view.id, "") >= begun else view
         for key, (begun, view) in newest.items()
@@ -111,7 +122,7 @@ def parse_sacct(text: str) -> dict[JobKey, JobView]:
 
 
 def _jobs(number: str) -> list[str]:
-    """The id of every job that a line is about; ``123_[0-2,5%4]`` is about four that never started."""
+    """The ids of the jobs in one line. ``123_[0-2,5%4]`` means the tasks 0, 1, 2 and 5, none of which has started."""
     job, _, tasks = number.partition("_")
     if not tasks:
         return [job]

@@ -1,7 +1,7 @@
-"""One table from Slurm's words to ours.
+"""One table from Slurm's job states to ours. A new state of Slurm belongs here; until then it counts as unknown.
 
-A job's life in Slurm: PENDING -> (CONFIGURING) -> RUNNING -> COMPLETING -> one of the final words. A requeued job is PENDING again
-under the same id (REQUEUE_HOLD: until somebody releases it); ``sacct -D`` then has a row with a final word for every attempt.
+A job's life in Slurm: PENDING -> (CONFIGURING) -> RUNNING -> COMPLETING -> a final state. A requeued job is PENDING again
+under the same id (REQUEUE_HOLD: once somebody has released it). ``sacct -D`` then has a row with a final state for every attempt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from train.store.causes import Cause
 
 @dataclass(frozen=True)
 class SlurmState:
-    """What a word of Slurm says of a job's runs that have no result: their state, and the cause of the end if it was one."""
+    """What a job's state says of its runs without a result: their state, and the cause if the job has ended."""
 
     state: State
     cause: Cause | None = None
@@ -35,20 +35,24 @@ SLURM_STATES = {
     "REQUEUE_FED": PENDING,
     "REQUEUE_HOLD": PENDING,
     "RESV_DEL_HOLD": PENDING,
-    "SPECIAL_EXIT": PENDING,  # held after a requeue
+    # Held after a requeue.
+    "SPECIAL_EXIT": PENDING,
     "RUNNING": RUNNING,
-    "COMPLETING": RUNNING,  # its processes are being ended; the next look tells how
+    # Its processes are being ended; how, is known once it has left this state.
+    "COMPLETING": RUNNING,
     "RESIZING": RUNNING,
     "SIGNALING": RUNNING,
     "STAGE_OUT": RUNNING,
-    "STOPPED": RUNNING,  # SIGSTOP, keeps its place
+    # By SIGSTOP; it keeps its nodes.
+    "STOPPED": RUNNING,
     "SUSPENDED": RUNNING,
     "COMPLETED": SlurmState(State.STOPPED),
     "CANCELLED": SlurmState(State.CANCELLED, Cause.CANCELLED),
     "TIMEOUT": SlurmState(State.STOPPED, Cause.TIMEOUT),
     "DEADLINE": SlurmState(State.STOPPED, Cause.TIMEOUT),
     "PREEMPTED": SlurmState(State.STOPPED, Cause.PREEMPTED),
-    "REVOKED": SlurmState(State.STOPPED),  # runs on another cluster of the federation
+    # It runs on another cluster of the federation.
+    "REVOKED": SlurmState(State.STOPPED),
     "NODE_FAIL": SlurmState(State.STOPPED, Cause.NODE_FAIL),
     "BOOT_FAIL": SlurmState(State.STOPPED, Cause.NODE_FAIL),
     "LAUNCH_FAILED": SlurmState(State.STOPPED, Cause.NODE_FAIL),
@@ -58,7 +62,7 @@ SLURM_STATES = {
 }
 
 
-def slurm_state(word: str) -> SlurmState:
-    """Translate a word of squeue or sacct, also ``CANCELLED by 1000`` and ``PREEMPTED+``; another word is unknown."""
-    name = word.split()[0] if word.split() else ""
+def slurm_state(raw_state: str) -> SlurmState:
+    """Translate a state of squeue or sacct, also ``CANCELLED by 1000`` and ``PREEMPTED+``. Any other text is unknown."""
+    name = raw_state.split()[0] if raw_state.split() else ""
     return SLURM_STATES.get(name.rstrip("+"), UNKNOWN)

@@ -19,7 +19,7 @@ from train.store.storage import make_folder, write_json
     ("sizes", "slots", "shares"),
     [([10], 4, [4]), ([2], 8, [2]), ([500, 500], 8, [4, 4]), ([9, 3], 8, [6, 2]), ([1, 1, 1], 2, [1, 1, 1])],
 )
-def test_lanes_are_dealt_out(sizes: list[int], slots: int, shares: list[int]) -> None:
+def test_slots_are_dealt_out(sizes: list[int], slots: int, shares: list[int]) -> None:
     assert deal(sizes, slots) == shares
 
 
