@@ -1,4 +1,4 @@
-"""What to do with a run, decided by its folder, and by Slurm where its last job is there."""
+"""What to do with a run: decided by its folder, and by Slurm if its last job went there."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _CANNOT_TELL = (
 
 @dataclass(frozen=True)
 class RunDecision:
-    """A verdict, why, and after which optimizer step the run would go on.
+    """A verdict, its reason, and the optimizer step after which the run would continue.
 
-    `most_runs` limits the pack of a run that ran out of memory: half of the one that was too large.
+    most_runs: the largest pack for a run that ran out of memory, half the size of the one that was too large.
     """
 
     verdict: Verdict
@@ -33,7 +33,10 @@ class RunDecision:
 
 
 def decide(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = None) -> RunDecision:
-    """The verdict on a run with this folder, None for one that has no folder yet; `job` is the last that it was given to.
+    """The decision on a run with this folder, None if it has none yet. `job` is the last one that it was given to.
+
+    The order matters: a result outweighs everything, a living process outweighs Slurm, and Slurm's queue outweighs how earlier
+    attempts ended.
 
     Raises:
         ClusterError: only Slurm could tell whether the run is still in its queue, and it does not answer.
@@ -65,17 +68,17 @@ def decide(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = No
 
 
 def _is_over(lease: Lease, job: JobRecord | None) -> bool:
-    """Whether Slurm says that the job which left this lease has ended: a killed process looks alive for as long as a beat may take.
+    """Whether Slurm says that the job that holds this lease has ended.
 
-    If one lives on after all, on a node that was lost, the next job waits for the lease. A Slurm that knows nothing of the job may
-    be another cluster's.
+    A killed process looks alive until its next heartbeat is overdue, so Slurm may know sooner. If the process lives on after all, on
+    a node that Slurm has lost, the next job waits for the lease. If Slurm does not know the job, it may be another cluster's.
     """
     view = job.slurm.view if job is not None and job.slurm is not None else None
     return view is not None and view.state.over and lease.job == view.id
 
 
 def _let_go(attempts: list[Record], job: JobRecord) -> bool:
-    """Whether the job has ended with this run for good, though it may go on with others."""
+    """Whether the job is done with this run for good. It may still train others."""
     return bool(attempts) and attempts[-1]["ended"] >= job.submitted and attempts[-1]["cause"] in TERMINAL
 
 
@@ -92,7 +95,7 @@ def _done_reason(result: Record) -> str:
 
 
 def _failure(attempts: list[Record]) -> str | None:
-    """Why another attempt would end like the ones before, None if it would not."""
+    """Why another attempt would end like the previous ones, None if it would not."""
     if not attempts:
         return None
     last = attempts[-1]
@@ -103,7 +106,7 @@ def _failure(attempts: list[Record]) -> str | None:
 
 
 def _killed_for_memory(lease: Lease, attempts: list[Record], job: JobRecord | None) -> str | None:
-    """What Slurm says of a process that it killed for its memory, and that could not say so itself."""
+    """The failure of a process that Slurm killed for its memory, so that it could not record its end itself."""
     view = job.slurm.view if job is not None and job.slurm is not None else None
     unwritten = all(line["attempt"] != lease.attempt for line in attempts)
     if view is None or not unwritten or view.state.cause is not Cause.OUT_OF_MEMORY:
@@ -112,7 +115,7 @@ def _killed_for_memory(lease: Lease, attempts: list[Record], job: JobRecord | No
 
 
 def _unfinished(run: RunDir, attempts: list[Record]) -> RunDecision:
-    """Go on from the newest checkpoint, or start."""
+    """Continue from the newest checkpoint, or start."""
     steps = run.checkpoint_steps()
     if steps and steps[-1] > 0:
         return RunDecision(Verdict.RESUMABLE, f"from step {steps[-1]}{_after(attempts)}", steps[-1])

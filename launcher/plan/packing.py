@@ -1,4 +1,21 @@
-"""Which runs train together: those that share the frozen base, in packs of similar length that use every device there is."""
+"""Which runs train together: those that share the frozen base, in packs of similar length that use every device there is.
+
+A worked example. Five runs of 6, 5, 4, 3 and 2 million training tokens share a base. A device holds three of them, and a pack takes
+60 s plus 10 s per million tokens. `_balanced` makes these cuts, and `makespan` says when the last pack ends:
+
+=====  ==============================  =======================  =========  =========
+packs  cut                             seconds                  on 2 GPUs  on 4 GPUs
+=====  ==============================  =======================  =========  =========
+2      6+3+2 | 5+4                     170 150                  170        170
+3      6 | 5+2 | 4+3                   120 130 130              250        130
+4      6 | 5 | 4 | 3+2                 120 110 100 110          220        120
+5      6 | 5 | 4 | 3 | 2               120 110 100 90 80        290        170
+=====  ==============================  =======================  =========  =========
+
+Two packs are the fewest that fit. On 2 GPUs they are also the fastest cut, because every further pack pays the 60 s again. On 4 GPUs
+two would stand idle, so 4 packs and 5 packs are tried as well, and 4 packs win, if such small packs still keep a GPU busy
+(`DeviceModel.full_packs`).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +34,11 @@ MOST_RUNS_PER_PACK = 32
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """What is asked about runs on one kind of device: whether it holds a pack, how long the pack takes, when it is full.
+    """What packing needs to know about one kind of device.
 
-    slots: packs that train side by side. full_packs: as many packs of a list of runs as still keep their devices busy.
+    fits: whether the device holds these runs as one pack. seconds: how long that pack takes.
+    full_packs: the most packs into which these runs can be cut so that each pack still keeps its device busy.
+    slots: how many packs train side by side.
     """
 
     fits: Callable[[list[Run]], bool]
@@ -36,25 +55,33 @@ def by_base(runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def pack_runs(runs: list[Run], largest: int, work_of: Callable[[Run], float], bench: DeviceModel) -> list[list[Run]]:
-    """Cut runs that share a base into packs of about the same sum of `work_of`, for the shortest time until the last one ends.
+def pack_runs(runs: list[Run], largest: int, work_of: Callable[[Run], float], device: DeviceModel) -> list[list[Run]]:
+    """Cut runs that share a base into packs of about the same sum of `work_of`, so that the last one ends as early as possible.
 
     The fewest packs that fit are split further only for devices that would stand idle, and only while every pack still keeps its
-    own device busy. A run that does not fit alone gets a pack of its own.
+    own device busy. A run that does not fit even by itself gets a pack of its own: on this machine a forecast refuses nothing.
+
+    largest: the most runs of a pack.
     """
-    modest = [run for run in runs if bench.fits([run])]
-    fitting = {run.id for run in modest}
-    alone = [[run] for run in runs if run.id not in fitting]
-    if not modest:
-        return alone
-    fewest = _fewest(modest, largest, work_of, bench.fits)
-    candidates = [fewest, *(_balanced(modest, count, work_of) for count in _counts(len(fewest), modest, bench))]
-    fitting_ones = [packs for packs in candidates if all(bench.fits(pack) for pack in packs)]
-    return min(fitting_ones, key=lambda packs: makespan(list(map(bench.seconds, packs)), bench.slots)) + alone
+    small = [run for run in runs if device.fits([run])]
+    small_ids = {run.id for run in small}
+    too_large = [[run] for run in runs if run.id not in small_ids]
+    if not small:
+        return too_large
+    fewest = _fewest(small, largest, work_of, device.fits)
+    candidates = [fewest, *(_balanced(small, count, work_of) for count in _counts(len(fewest), small, device))]
+    # More packs are not always smaller ones: a balanced cut may put the two largest runs together.
+    fitting = [packs for packs in candidates if all(device.fits(pack) for pack in packs)]
+    # `fewest` comes first, so it wins a tie.
+    return min(fitting, key=lambda packs: makespan(list(map(device.seconds, packs)), device.slots)) + too_large
 
 
 def makespan(seconds: list[float], slots: int) -> float:
-    """When the last of these jobs ends if `slots` run side by side and the longest are started first."""
+    """When the last of these jobs ends if `slots` run side by side and the longest are started first.
+
+    ``makespan([120, 110, 100, 110], 2)`` is 220: the slots end their first jobs at 120 and 110, and their second ones at 220 each.
+    """
+    # A heap: `free_at[0]` is the slot that is free first.
     free_at = [0.0] * slots
     for job in sorted(seconds, reverse=True):
         heapq.heapreplace(free_at, free_at[0] + job)
@@ -62,7 +89,7 @@ def makespan(seconds: list[float], slots: int) -> float:
 
 
 def pack_id(runs: list[Run], prior_plans: int) -> str:
-    """Eight hexadecimal digits: a later plan of the same runs is another job with a folder of its own."""
+    """Eight hexadecimal digits. A later plan of the same runs gets another id, so that its job has a folder of its own."""
     text = "\n".join([str(prior_plans), *(run.id for run in runs)])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -70,26 +97,36 @@ def pack_id(runs: list[Run], prior_plans: int) -> str:
 def _fewest(
     group: list[Run], largest: int, work_of: Callable[[Run], float], fits: Callable[[list[Run]], bool]
 ) -> list[list[Run]]:
-    """Try more and more packs until each one fits."""
+    """The first cut of which every pack fits, trying more and more packs."""
     count = math.ceil(len(group) / largest)
     packs = _balanced(group, count, work_of)
     while not all(fits(pack) for pack in packs):
+        # One more pack, or an eighth more: a thousand runs need few tries.
         count = min(len(group), count + max(1, count // 8))
         packs = _balanced(group, count, work_of)
     return packs
 
 
-def _counts(fewest: int, group: list[Run], bench: DeviceModel) -> list[int]:
-    """Higher numbers of packs that may be quicker: those that use all slots in their last round too."""
-    most = min(bench.full_packs(group), len(group))
-    return [count for count in range(bench.slots, most + 1, bench.slots) if count > fewest] + [most] * (most > fewest)
+def _counts(fewest: int, group: list[Run], device: DeviceModel) -> list[int]:
+    """Higher numbers of packs that may be faster: multiples of the slots, and the most that keep their devices busy.
+
+    With any other number some slots are idle in the last round. With 4 slots, at most 10 full packs and 3 that fit: 4, 8 and 10.
+    """
+    most = min(device.full_packs(group), len(group))
+    rounds = [count for count in range(device.slots, most + 1, device.slots) if count > fewest]
+    return rounds + [most] * (most > fewest)
 
 
 def _balanced(group: list[Run], count: int, work_of: Callable[[Run], float]) -> list[list[Run]]:
-    """`count` packs of nearly equal size: the longest run first, each to the least loaded pack that has room."""
+    """At most `count` packs of nearly equal work: the longest run first, each to the least loaded pack that has room.
+
+    A pack has room for ``ceil(runs / count)`` runs. For the 2 packs of the example that is 3: 6 and 5 open the packs, 4 joins 5,
+    3 joins 6, and of the packs 6+3 and 5+4 the first takes 2. Within a pack the runs keep the order of `group`.
+    """
     order = {run.id: place for place, run in enumerate(group)}
     packs: list[list[Run]] = [[] for _ in range(count)]
-    open_packs = [(0.0, 0, index) for index in range(count)]  # a heap of load, runs and place of each pack with room
+    # A heap of (load, number of runs, index) of each pack that has room. Once a pack is full it is not pushed back.
+    open_packs = [(0.0, 0, index) for index in range(count)]
     for run in sorted(group, key=work_of, reverse=True):
         load, size, index = heapq.heappop(open_packs)
         packs[index].append(run)

@@ -24,7 +24,7 @@ Decided = list[tuple[Run, RunDecision]]
 
 
 def make_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
-    """Judge every run by its folder and pack those that are to train; `retry_failed` takes failed ones up again.
+    """Decide about every run by its folder, and pack those that are to train. `retry_failed` includes failed ones.
 
     Raises:
         BadInput: a model cannot be trained, an adapter targets what it does not have, a run fits no partition, or Slurm cannot
@@ -62,7 +62,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _decide_runs(sweep: Sweep, retry_failed: bool) -> Decided:
-    """A decision per run; a run keeps the folder that it has, even if its name would be another one now."""
+    """A decision per run. A run keeps the folder that it has, even if its name would differ now."""
     folders = {folder.id: folder for folder in sweep.dir.runs()}
     jobs = _jobs(folders.values(), sweep.dir)
     decided = []
@@ -87,21 +87,21 @@ def _packs(sweep: Sweep, decided: Decided, inputs: SizingInputs) -> list[Pack]:
     if not todo:
         return []
     work = {run.id: inputs.work(run.config, step) for run, step in todo}
-    router = Router(sweep.dir, partitions_for(sweep.cluster), inputs, _gentler(sweep.cluster, decided), work)
+    router = Router(sweep.dir, partitions_for(sweep.cluster), inputs, _with_smaller_packs(sweep.cluster, decided), work)
     prior_plans = len(list(sweep.dir.plans.glob("*.json")))
     return [_pack(routed, prior_plans) for routed in router.route([run for run, _ in todo])]
 
 
 def _slots(sweep: Sweep, packs: list[Pack]) -> JobSlots | None:
-    """How many of the packs may train at once on Slurm, beside what the sweep has in the queue."""
+    """How many of the packs may train at once on Slurm, given what the sweep has in the queue."""
     if not packs or packs[0].partition == LOCAL_PARTITION:
         return None
     refuse_pattern(sweep.dir.path)
     return job_slots(len(packs), sweep.cluster.jobs_at_once(slurm=True), arrays_in_queue(sweep.dir))
 
 
-def _gentler(cluster: ClusterConfig, decided: Decided) -> ClusterConfig:
-    """Smaller packs where one of the runs has shown that its last one was too large."""
+def _with_smaller_packs(cluster: ClusterConfig, decided: Decided) -> ClusterConfig:
+    """The cluster's settings, with a lower limit of runs per pack if a run ran out of memory in a larger one."""
     limits = [decision.most_runs for _, decision in decided] + [cluster.max_runs_per_pack]
     return cluster.model_copy(update={"max_runs_per_pack": min((most for most in limits if most), default=None)})
 

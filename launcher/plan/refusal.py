@@ -1,4 +1,4 @@
-"""A run that fits nowhere is refused before anything is queued, with the nearest change that has been seen to fit."""
+"""A run that fits nowhere is refused before anything is queued, with the mildest change of its settings that does fit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from launcher.records import Run
 from train.config import RunConfig
 from train.errors import BadInput
 
-SMALLEST_RANK, SMALLEST_LENGTH = 4, 128
-FEW_TARGETS = ["q_proj", "v_proj"]  # those of the LoRA paper (arXiv 2106.09685, 7.1)
+SMALLEST_RANK = 4
+SMALLEST_LENGTH = 128
+# Those of the LoRA paper (arXiv 2106.09685, 7.1).
+FEW_TARGETS = ["q_proj", "v_proj"]
 
-Change = dict[str, Any]  # full keys to new values
+# Full keys to new values.
+Change = dict[str, Any]
 
 
 def refuse(run: Run, forecasters: dict[Partition, Forecaster], inputs: SizingInputs) -> NoReturn:
-    """Say how much too large a run is, and what would fit.
+    """Say by how much a run is too large, and what would fit.
 
     Raises:
         BadInput: always.
@@ -34,7 +37,7 @@ def refuse(run: Run, forecasters: dict[Partition, Forecaster], inputs: SizingInp
 
 
 def _nearest_change(config: RunConfig, forecasters: dict[Partition, Forecaster], inputs: SizingInputs) -> str:
-    """The first change that some partition holds, those first that change the result least."""
+    """The first change that fits some partition. Changes that affect the result least are tried first."""
     by_size = sorted(forecasters, key=lambda partition: partition.device.memory_gib)
     for change in changes(config):
         changed = changed_config(config, change)
@@ -42,18 +45,23 @@ def _nearest_change(config: RunConfig, forecasters: dict[Partition, Forecaster],
         for partition in by_size:
             if forecasters[partition].holds(changed, work):
                 needed = forecasters[partition].forecast(changed, work).vram_gib
-                words = " ".join(_as_override(key, value) for key, value in change.items())
-                return f"With {words} it would take {needed:.1f} GiB and fit {partition.name}."
+                overrides = " ".join(_as_override(key, value) for key, value in change.items())
+                return f"With {overrides} it would take {needed:.1f} GiB and fit {partition.name}."
     return "No usual change makes it fit; take a smaller model, or a cluster with larger GPUs."
 
 
 def changes(config: RunConfig) -> Iterator[Change]:
-    """Changes that save memory: how it is computed, then what; the strongest of each together at the end."""
+    """Changes that save memory, the mildest first.
+
+    First each change of how the run is computed, then all of them together. Then each change of what is computed on top of them,
+    and last the strongest of each key together.
+    """
     how = _how_changes(config)
     yield from ({key: value} for key, value in how.items())
     if how:
         yield how
     what = list(_what_changes(config))
+    # `dict(what)` keeps the last value of each key, which is the strongest.
     yield from ({key: value} | how for key, value in what)
     if what:
         yield dict(what) | how
@@ -69,7 +77,7 @@ def changed_config(config: RunConfig, change: Change) -> RunConfig:
 
 
 def _how_changes(config: RunConfig) -> Change:
-    """What saves memory and changes nothing but the time."""
+    """What saves memory and affects only the time."""
     train = config.train
     change: Change = {}
     if train.gradient_checkpointing is False:
@@ -82,7 +90,7 @@ def _how_changes(config: RunConfig) -> Change:
 
 
 def _what_changes(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """What saves memory and makes another run of it, the mildest value first of each key."""
+    """What saves memory and changes the result, the mildest value of each key first."""
     if not config.quant.load_in_4bit:
         yield "quant.load_in_4bit", True
     length = config.data.max_length // 2

@@ -1,4 +1,10 @@
-"""Where packs go: each to the cheapest partition that holds it, cut so that the last one ends as early as possible."""
+"""Where packs go: each to the cheapest partition that holds it, cut so that the last one ends as early as possible.
+
+An example. A sweep has 8 runs over a 1B model and 8 over a 7B one, four times the tokens in all. Partition `t4` holds only runs over
+the 1B model, `a100` holds both, and 8 jobs may run at once. Two groups form, one per base. `t4` has the smaller GPU, so the 1B
+group goes there and the 7B group to `a100`. The 8 slots are shared by tokens: 8 x 1/5 = 1.6, rounded to 2, for the first group and
+8 x 4/5 = 6.4, rounded to 6, for the second. `launcher.plan.packing` then cuts each group for its slots.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +19,10 @@ from launcher.plan.refusal import refuse
 from launcher.records import ClusterConfig, Forecast, Run
 from train.store.layout import SweepDir
 
-TIME_MARGIN = 1.5  # over the forecast, which is honest to about that factor
-TIME_SPARE_MINUTES = 10  # loading from a slow disk, saving when asked to stop
+# Time limits are this much above the forecast, which is right to about that factor.
+TIME_MARGIN = 1.5
+# For loading from a slow disk, and for saving when asked to stop.
+TIME_SPARE_MINUTES = 10
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Routed:
 
     @property
     def minutes(self) -> int | None:
-        """The time limit to ask for: short enough to start early, long enough for an honest forecast; Slurm requeues the rest."""
+        """The time limit to ask for. Short limits start earlier, and a job that reaches its limit saves and is requeued."""
         if self.partition.name == LOCAL_PARTITION:
             return None
         wanted = math.ceil(TIME_MARGIN * self.forecast.seconds / 60) + TIME_SPARE_MINUTES
@@ -35,7 +43,7 @@ class Routed:
 
 
 class Router:
-    """Routes the runs of one sweep. `work` has what is left of each run, by id."""
+    """Routes the runs of one sweep. `work` holds what is left of each run, by id."""
 
     def __init__(
         self,
@@ -45,7 +53,10 @@ class Router:
         cluster: ClusterConfig,
         work: dict[str, Workload],
     ) -> None:
-        self._partitions, self._inputs, self._cluster, self._work = partitions, inputs, cluster, work
+        self._partitions = partitions
+        self._inputs = inputs
+        self._cluster = cluster
+        self._work = work
         self._forecasters = {partition: Forecaster(sweep, partition, inputs) for partition in partitions}
 
     def route(self, runs: list[Run]) -> list[Routed]:
@@ -55,6 +66,8 @@ class Router:
             BadInput: a run fits no partition of the cluster.
         """
         placed = [(group, self._cheapest(group, holding)) for group, holding in self._groups(runs)]
+        # The jobs that may run at once are shared among the groups by their tokens, so that all groups end at about the same time.
+        # Runs of which nothing is left to train have no tokens.
         total = sum(self._tokens(group) for group, _ in placed) or 1.0
         routed = []
         for group, partition in placed:
@@ -63,9 +76,10 @@ class Router:
         return routed
 
     def _groups(self, runs: list[Run]) -> list[tuple[list[Run], list[Partition]]]:
-        """The runs that share a base and the partitions that hold each of them alone."""
+        """The runs that share a base, and the partitions that hold each of them by itself."""
         groups = []
         for group in by_base(runs):
+            # Runs of one base may differ in size: a large rank fits fewer partitions.
             parts: dict[tuple[Partition, ...], list[Run]] = {}
             for run in group:
                 parts.setdefault(tuple(self._holding(run)), []).append(run)
@@ -73,7 +87,7 @@ class Router:
         return groups
 
     def _holding(self, run: Run) -> list[Partition]:
-        """The partitions that hold a run alone. On this machine a try costs minutes, so a forecast is no reason to refuse it."""
+        """The partitions that hold a run by itself. On this machine a try costs minutes, so a forecast does not refuse it."""
         work = [self._work[run.id]]
         holding = [p for p, forecaster in self._forecasters.items() if forecaster.fits([run], work)]
         if not holding and self._partitions[0].name != LOCAL_PARTITION:
@@ -81,7 +95,10 @@ class Router:
         return holding or list(self._partitions)
 
     def _cheapest(self, group: list[Run], holding: list[Partition]) -> Partition:
-        """By the price of the whole group where every partition has one, else the smallest GPU, of the lowest priority, the most."""
+        """The lowest price of the whole group if every partition has a price.
+
+        Otherwise the smallest GPU; of equal ones the lowest tier, whose jobs push out nobody; then the partition with most GPUs.
+        """
 
         def price(partition: Partition) -> float:
             packs = self._cut(group, partition, self._slots(partition))
@@ -101,18 +118,19 @@ class Router:
         def forecast(runs: list[Run]) -> Forecast:
             return forecaster.forecast(runs[0].config, self._work_of(runs))
 
-        bench = DeviceModel(
+        device = DeviceModel(
             fits=lambda runs: forecaster.fits(runs, self._work_of(runs)),
             seconds=lambda runs: forecast(runs).seconds,
+            # So many packs that each step still has the tokens that fill the device.
             full_packs=lambda runs: max(1, int(self._step_tokens(runs) / partition.full_tokens)),
             slots=slots,
         )
         largest = self._cluster.max_runs_per_pack or MOST_RUNS_PER_PACK
-        packs = pack_runs(group, largest, lambda run: self._work[run.id].train_tokens, bench)
+        packs = pack_runs(group, largest, lambda run: self._work[run.id].train_tokens, device)
         return [Routed(partition, runs, forecast(runs)) for runs in packs]
 
     def _slots(self, partition: Partition) -> int:
-        """Packs that train side by side there."""
+        """How many packs train side by side there."""
         jobs = self._cluster.jobs_at_once(slurm=partition.name != LOCAL_PARTITION)
         return min(jobs, partition.jobs or jobs)
 

@@ -223,6 +223,23 @@ def test_packs_are_the_fewest_that_fit_and_of_similar_length(tmp_path: Path) -> 
     assert loads == [180, 180]
 
 
+@pytest.mark.parametrize(
+    ("slots", "cut"),
+    [(2, [[60, 30, 20], [50, 40]]), (4, [[60], [50], [40], [30, 20]])],
+)
+def test_the_worked_example_of_packing_holds(tmp_path: Path, slots: int, cut: list[list[int]]) -> None:
+    """The table in the docstring of `launcher.plan.packing`, with 10 steps for a million tokens."""
+    sweep = tiny_sweep(tmp_path, "train.max_steps=60,50,40,30,20")
+    steps = {run.id: run.config.train.max_steps or 0 for run in sweep.runs}
+
+    def seconds(runs: list[Run]) -> float:
+        return 60.0 + sum(steps[run.id] for run in runs)
+
+    device = DeviceModel(lambda runs: len(runs) <= 3, seconds, full_packs=len, slots=slots)
+    packs = pack_runs(list(sweep.runs), 32, lambda run: steps[run.id], device)
+    assert [[steps[run.id] for run in pack] for pack in packs] == cut
+
+
 def test_a_run_too_large_for_the_forecast_still_gets_its_pack(tmp_path: Path) -> None:
     sweep = tiny_sweep(tmp_path)
     giant = sweep.runs[1]
