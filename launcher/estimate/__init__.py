@@ -1,1 +1,5 @@
-"""Arithmetic for the plan: the memory and time of a pack on a device. The way in is `forecaster.Forecaster`."""
+"""How much memory and time a pack takes on a device, by arithmetic, corrected by what earlier packs measured.
+
+The way in is `forecaster.Forecaster`. `workload` says how much work a run is, `shapes` what a model weighs, `devices` where a pack can
+go, `arithmetic` puts them together. A new GPU type belongs in `gpus.MODELS`, a new usual model size in `shapes.TYPICAL`.
+"""

@@ -1,7 +1,23 @@
 """What a pack will take, by arithmetic alone: bytes from the model's shape, seconds from FLOPs over the device's rate.
 
-Honest to about a factor of 1.5 before anything was measured; finished packs of the sweep folder correct it (`history`). What the
+Right to about a factor of 1.5 before anything was measured; finished packs of the sweep folder correct it (`forecaster`). What the
 trainer will choose (residency, recomputation, micro-batch) is asked of `train.sizing`, as the trainer does.
+
+A worked example: Llama-2-7B, 8 runs of LoRA rank 16 on q_proj and v_proj (8,388,608 parameters each), batches of 4 rows of 131.4 tokens
+on average and 512 at most, 100 steps, on an A100 with 40 GiB. `train.sizing` chooses a resident 16-bit base, recomputed
+activations and micro-batches of at most 5,120 tokens. A step has 8 * 4 = 32 rows and 32 * 131.4 = 4,204.8 tokens, one micro-batch.
+
+memory    base         6.74e9 parameters * 2 bytes                                           12.55 GiB
+          adapters     8 runs * 8,388,608 * (16 + 2) bytes                                    1.13 GiB
+          activations  4,204.8 * (1 + 0.65 / sqrt(32)) = 4,688 tokens * 470,528 bytes         2.05 GiB
+          logits       1,024 rows * 32,000 tokens of the vocabulary * 8 bytes                 0.24 GiB
+          process                                                                             0.50 GiB
+          sum                                                                                16.47 GiB of 0.92 * 40 usable
+time      arithmetic   6.61e9 weights * 6 FLOP * 420,480 tokens = 1.67e16 FLOP, / 190e12      87.7 s
+          launches     100 micro-batches * 32 layers * 4.7 ms * 1.5 = 22.6 s, hidden           0.0 s
+          per layer    100 * 32 * 0.25 ms                                                      0.8 s
+          startup                                                                             15.0 s
+          sum                                                                                103.5 s
 """
 
 from __future__ import annotations
@@ -15,24 +31,33 @@ from launcher.records import Forecast
 from train.config import RunConfig
 from train.sizing import Device, Fit, base_bytes, choose_fit, token_bytes
 
-ADAPTER_BYTES = 16  # float32 weight, gradient and AdamW's two averages; the weight in the base's precision comes on top
-LOGIT_ROWS, LOGIT_BYTES = 1024, 8  # rows of logits that exist at once, in float32 and twice in 16 bit
+# Per adapter parameter: float32 weight, gradient and AdamW's two averages. The weight in the base's precision comes on top.
+ADAPTER_BYTES = 16
+# Rows of logits that exist at once (`train.nn.loss` works in chunks), in float32 and twice in 16 bit.
+LOGIT_ROWS = 1024
+LOGIT_BYTES = 8
 
-USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}  # of the memory; the rest is the system's, or lost to fragmentation
+# Of the memory; the rest is the system's, or lost to fragmentation.
+USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}
 
-# What is there before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
+# What a process takes before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
 PROCESS_GIB = {"cpu": 0.9, "cuda": 0.5}
-# Measured on an H200 with 32 layers: launching a micro-batch forward and backward takes 150 ms; where a graph is replayed, or the
-# kernels take longer, 8 ms of reading weights and filling the GPU are left beside the arithmetic.
-LAUNCH_SECONDS, LAYER_SECONDS = 0.0047, 0.00025
-LARGEST_STEP = 0.65  # how far the largest of some ten steps lies above the mean, for one row
-NF4_FLOP = 750  # unpacking a weight takes as long as so many FLOP, at each use
-STARTUP_SECONDS = 15.0  # imports, loading
+# Both per layer and micro-batch, measured on an H200 with 32 layers. Launching the kernels forward and backward takes 150 ms, or
+# 4.7 ms a layer. If a graph is replayed, or the kernels take longer than their launches, 8 ms remain in addition to the arithmetic,
+# for reading weights and filling the GPU.
+LAUNCH_SECONDS = 0.0047
+LAYER_SECONDS = 0.00025
+# How far the largest of some ten steps lies above the mean, for one row.
+LARGEST_STEP = 0.65
+# Unpacking an NF4 weight takes as long as so many FLOP, at each use.
+NF4_FLOP = 750
+# Imports and loading.
+STARTUP_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What earlier packs measured, over what was forecast for them."""
+    """What earlier packs measured, divided by what was forecast for them."""
 
     seconds: float = 1.0
     memory: float = 1.0
@@ -46,9 +71,9 @@ def forecast(
     correction: Correction,
     gpus: int = 1,
 ) -> Forecast:
-    """The forecast for one pack of runs with `work`, which share the base of `config`, on so many GPUs together.
+    """The forecast for one pack of runs with `work`, which share the base of `config`, on `gpus` GPUs together.
 
-    Memory is that of one GPU. What they tell each other at every step, the gradients of adapters, counts for nothing.
+    Memory is that of one GPU. The exchange of the adapters' gradients at every step is small and not counted.
     """
     work = [share(run, gpus) for run in work]
     seconds = STARTUP_SECONDS + correction.seconds * training_seconds(config, work, shape, device)
@@ -67,10 +92,11 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     fit, tokens = _micro_batch(config, work, shape, device)
     width = _dtype_bytes(config, device)
     base = base_bytes(shape.size, config.quant, fit.residency, width)
-    # Rows of one matrix: the largest adapter decides how long all are.
+    # A pack's adapters are stacked in one tensor, so each takes as much as the largest.
     adapters = (ADAPTER_BYTES + width) * len(work) * max((w.adapter_parameters for w in work), default=0)
     adapted = frozenset[str]().union(*{w.adapted for w in work})
-    # The largest step counts: lengths vary by about half of their mean, so the sum of n rows by half of it over the root of n.
+    # The largest step counts, not the mean. Lengths vary by about half of their mean, so the sum of n rows varies by half of its own
+    # mean over sqrt(n), and the largest of ten such sums lies 0.65 / sqrt(n) above it.
     rows = sum(w.batch_size for w in work)
     largest = min(tokens * (1 + LARGEST_STEP / rows**0.5), float(fit.micro_batch_tokens)) if rows else 0.0
     activations = largest * token_bytes(
@@ -81,22 +107,29 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
 
 
 def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceSpec) -> float:
-    """Time in steps and evaluations: 2 FLOP a weight forward, 2 backward (a frozen weight has no gradient), 2 if recomputed."""
+    """Time in steps and evaluations.
+
+    Per weight and token: 2 FLOP forward, 2 backward (a frozen weight needs no gradient of its own), and 2 to recompute. That is 6
+    with recomputation, 4 without and 2 in an evaluation, instead of the usual 6 N of full training (arXiv 2001.08361, section 2.1).
+    """
     fit, tokens = _micro_batch(config, work, shape, device)
     train_tokens, eval_tokens = sum(w.train_tokens for w in work), sum(w.eval_tokens for w in work)
     flop = shape.flop_parameters * ((6 if fit.checkpoint_activations else 4) * train_tokens + 2 * eval_tokens)
     if device.kind == "cpu":
         return flop / device.flops
+    # At least one micro-batch per step, however few tokens it has.
     micro_batches = max(train_tokens / max(tokens, 1.0), max(w.steps for w in work))
     if fit.residency == "nf4":
+        # Forward, backward and recomputation unpack every weight again for each micro-batch, whatever its size.
         flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.linear_parameters
     forwards = 1.5 if fit.checkpoint_activations else 1.0
+    # Launches and arithmetic overlap, so the slower of both counts.
     launches = 0.0 if _replays_graphs(config, device, fit) else forwards * micro_batches * shape.layers * LAUNCH_SECONDS
     return max(flop / device.flops, launches) + micro_batches * shape.layers * LAYER_SECONDS
 
 
 def _replays_graphs(config: RunConfig, device: DeviceSpec, fit: Fit) -> bool:
-    """As `train.nn.backends` chooses; that a model's decoder is a Llama is taken for granted."""
+    """Whether the trainer will replay CUDA graphs, as `train.nn.backends` decides for a Llama-style decoder."""
     may = config.train.compile is not False and config.train.dtype in ("auto", "bfloat16")
     return may and device.graphed and fit.graphs
 

@@ -1,4 +1,4 @@
-"""What this machine computes on, and how fast such devices train: the few numbers that a forecast needs."""
+"""Where a pack can go: a partition of a cluster, or this machine, with the few numbers of its device that a forecast needs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from typing import Literal
 from launcher.estimate.gpus import UNKNOWN_GPU_FLOPS, known_gpu
 
 GIB = 2**30
+LOCAL_PARTITION = "local"
 NVIDIA_SMI_TIMEOUT_SECONDS = 5.0
 
 # SmolLM2-135M in float32 on 2 cores, 512 tokens a step: 2.8 s, which is 4 x 135e6 x 512 FLOP.
 CPU_CORE_FLOPS = 50e9
+
+# From this many tokens in a micro-batch on, a device gains no more speed: about 4,500 on an H200 and 1,500 on a T4. Between them and
+# beyond, the power law through these two: 1,500 * (590e12 / 25e12) ** 0.35 = 4,535.
+T4_FLOPS = 25e12
+T4_FULL_TOKENS = 1500.0
+FULL_TOKENS_EXPONENT = 0.35
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
     """One device that a pack can train on: a GPU, or all cores of a machine.
 
-    `flops` is FLOP/s in training; `graphed` says that steps can be CUDA graphs, so that no launch holds them up.
+    flops: FLOP/s that training reaches. graphed: whether steps can be CUDA graphs, which need no time for launches.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -69,19 +76,13 @@ def _first_gpu() -> DeviceSpec | None:
         return None
 
 
-LOCAL_PARTITION = "local"
-
-# Tokens of a micro-batch from which on a device gains no speed: about 4,500 on an H200, 1,500 on a T4; between and beyond by the
-# power law through these two.
-T4_FLOPS, T4_FULL_TOKENS, FULL_TOKENS_EXPONENT = 25e12, 1500.0, 0.35
-
-
 @dataclass(frozen=True)
 class Partition:
-    """A kind of device that jobs can ask for. `gpus` is how many there are, None where nobody said; `max_minutes` None is no limit.
+    """A kind of device that jobs can ask for.
 
-    tier: its priority; jobs of a higher one may push out those of a lower one. gpus_per_job: how many share every step of a job.
-    per_node: the most GPUs on one of its nodes, None where nobody said.
+    gres: what ``sbatch --gres`` takes. gpus: how many there are, per_node: the most on one node; None if unknown.
+    max_minutes: the longest job, None for no limit. tier: its priority; jobs of a higher tier may preempt those of a lower one.
+    gpus_per_job: how many GPUs share every step of a job.
     """
 
     name: str
@@ -96,23 +97,23 @@ class Partition:
 
     @property
     def full_tokens(self) -> float:
-        """Tokens of one step over all runs of a pack that keep a job's devices busy; on a CPU more runs always help."""
+        """Tokens of one step, over all runs of a pack, that keep a job's devices busy. On a CPU more runs always help."""
         if self.device.kind == "cpu":
             return float("inf")
         return self.gpus_per_job * T4_FULL_TOKENS * math.pow(self.device.flops / T4_FLOPS, FULL_TOKENS_EXPONENT)
 
     @property
     def most_per_job(self) -> float:
-        """How many GPUs a job can have, which does not leave its node; any number where nobody said."""
+        """How many GPUs a job can have. A job does not leave its node. Infinite if unknown."""
         return self.per_node or self.gpus or math.inf
 
     @property
     def jobs(self) -> int | None:
-        """Jobs that find GPUs there at once, None where nobody said."""
+        """How many jobs find GPUs there at once, None if unknown."""
         return None if self.gpus is None else max(1, self.gpus // self.gpus_per_job)
 
 
 def local_partition(gpus_per_job: int) -> Partition:
-    """This machine, whose jobs ask for so many of its GPUs; without any a job is one process on the CPU."""
+    """This machine. Without a GPU a job is one process on the CPU."""
     device = local_device()
     return Partition(LOCAL_PARTITION, device, gpus_per_job=gpus_per_job if device.kind == "cuda" else 1)

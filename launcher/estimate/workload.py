@@ -1,4 +1,7 @@
-"""How much work a run is: its adapter's parameters, its steps and its tokens."""
+"""How much work a run is: its adapter's parameters, its steps and its tokens.
+
+`SizingInputs` is the way in: it looks up models, data sets and adapters in the cache folder, each once for a whole sweep.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,18 @@ from train.model.architecture import check_architecture
 from train.model.source import staged_model
 from train.store.layout import CacheDir
 
-CHARACTERS_PER_TOKEN = 4.0  # English text with vocabularies of 32,000 and more
-TEMPLATE_TOKENS = 25  # a chat template's marks and system prompt
-HUB_ROWS, HUB_TOKENS_PER_ROW = 52_002, 130.0  # Stanford Alpaca, by far the usual one
+# English text with vocabularies of 32,000 and more.
+CHARACTERS_PER_TOKEN = 4.0
+# A chat template's marks and system prompt.
+TEMPLATE_TOKENS = 25
+# A hub's data set that is not fetched yet is taken for Stanford Alpaca, by far the usual one.
+HUB_ROWS = 52_002
+HUB_TOKENS_PER_ROW = 130.0
 
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Rows, mean tokens of a row, and the tokens of the longest."""
+    """Rows, mean tokens of a row, and the tokens of the longest row."""
 
     train_rows: int
     eval_rows: int
@@ -33,9 +40,9 @@ class DatasetStats:
 
 @dataclass(frozen=True)
 class Workload:
-    """One run's work from its next step on. Tokens are real ones, of all these steps and evaluations together.
+    """One run's work from its next step on. Tokens are counted without padding, over all these steps and evaluations.
 
-    `adapted` names the layers that learn, nothing where the model is not known yet.
+    adapted: the names of the layers with an adapter, empty if the model is not known yet.
     """
 
     adapter_parameters: int
@@ -63,7 +70,7 @@ def dataset_stats(config: RunConfig, cache: CacheDir) -> DatasetStats:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter weighs, and the full names of the layers that it sits on."""
+    """An adapter's parameters, and the full names of the layers that it adapts."""
 
     parameters: int
     layers: frozenset[str]
@@ -73,6 +80,7 @@ def workload(train: TrainConfig, data: DatasetStats, adapter: Adapter, done_step
     """What is left of a run with that adapter after `done_steps`."""
     steps = max(0, train.total_steps(data.train_rows) - done_steps)
     step_tokens = train.batch_size * data.tokens_per_row
+    # One before the first step, one after the last, and those in between.
     evaluations = 2 + (steps // train.eval_steps if train.eval_steps else 0)
     return Workload(
         adapter_parameters=adapter.parameters,
@@ -87,7 +95,7 @@ def workload(train: TrainConfig, data: DatasetStats, adapter: Adapter, done_step
 
 
 def share(work: Workload, gpus: int) -> Workload:
-    """What one of `gpus` computes of a run, which deal the sequences of every step among them (`train.trainer.process_group`)."""
+    """What one of `gpus` computes of a run. They share the sequences of every step (`train.trainer.process_group`)."""
     return replace(
         work,
         batch_size=math.ceil(work.batch_size / gpus),
@@ -98,11 +106,11 @@ def share(work: Workload, gpus: int) -> Workload:
 
 
 def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter:
-    """The adapter that `lora` makes over a base of this shape.
+    """The adapter that `lora` describes for a base of this shape.
 
     Raises:
-        BadInput: the model has no module that the adapter targets. (Of a model that is not fetched yet only the usual
-            modules are known, so nothing is refused.)
+        BadInput: the model has no module that the adapter targets. A model that is not fetched yet is assumed to have usual
+            modules, so nothing is refused then.
     """
     try:
         targets = adapted_modules(lora, list(shape.linears))
@@ -110,6 +118,7 @@ def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter:
     except BadInput:
         if not shape.assumed:
             raise
+        # Assumed: two square projections per layer, each with A and B of r * hidden parameters.
         return Adapter(shape.layers * 2 * lora.r * 2 * shape.hidden, frozenset())
 
 
@@ -124,7 +133,7 @@ def _guessed_stats(data: DataConfig) -> DatasetStats:
 
 
 def _characters(row: Row) -> int:
-    """Characters of everything that is said in a row."""
+    """Characters of all text in a row."""
     if isinstance(row, AlpacaRow):
         return len(row.instruction) + len(row.input) + len(row.output)
     return sum(len(message["content"]) for message in row.messages)
@@ -134,14 +143,14 @@ BaseKey = tuple[str, ...]
 
 
 def base_key(config: RunConfig) -> BaseKey:
-    """What runs of one pack have in common: the base, its precision, and how it is held and computed."""
+    """What the runs of one pack have in common: the base, its precision, and how it is held and computed."""
     train = config.train
     shared = (config.model.fingerprint, config.quant, train.dtype, train.residency)
     return tuple(repr(value) for value in (*shared, train.gradient_checkpointing, train.micro_batch_tokens))
 
 
 class SizingInputs:
-    """Answers from the cache folder, each looked up once."""
+    """What forecasts are made from, read from the cache folder: shapes of models, counts of data, sizes of adapters."""
 
     def __init__(self, cache: CacheDir) -> None:
         self._cache = cache
@@ -169,7 +178,7 @@ class SizingInputs:
         return workload(config.train, self._data[key], self._adapter(config.model, config.lora), done_steps)
 
     def _check(self, model: ModelConfig, longest: int) -> None:
-        """Refuse an architecture by its ``config.json``, once that is at hand."""
+        """Refuse a model that cannot be trained, by its ``config.json``, if that has been fetched."""
         if (model, longest) not in self._checked:
             self._checked.add((model, longest))
             folder = staged_model(model, self._cache)
@@ -177,7 +186,7 @@ class SizingInputs:
                 check_architecture(folder, longest)
 
     def _adapter(self, model: ModelConfig, lora: LoraConfig) -> Adapter:
-        """The adapter of a run; a thousand runs have few different ones."""
+        """The adapter of a run. A thousand runs have few different ones, and only these keys decide about its size."""
         decisive = lora.model_dump(exclude={"lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"})
         key = (model, repr(decisive))
         if key not in self._adapters:

@@ -16,9 +16,9 @@ from launcher.records import ClusterConfig, State
 from stand_in import put_command
 
 
-def test_a_refusal_is_told_from_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_differs_from_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(NoAnswer, match="not there"):
+    with pytest.raises(NoAnswer, match="not installed here"):
         run_command("squeue-of-nowhere")
     put_command(tmp_path, "squeue", "echo $LC_ALL $1", monkeypatch)
     assert run_command("squeue", "job") == "C job\n"

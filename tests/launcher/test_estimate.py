@@ -72,6 +72,12 @@ def pack(
     return shared, work
 
 
+def test_the_worked_example_of_the_arithmetic_holds() -> None:
+    """The numbers in the docstring of `launcher.estimate.arithmetic`."""
+    expected = forecast(config(), runs(8), LLAMA_7B, gpu_device("a100", 40.0), Correction())
+    assert (round(expected.vram_gib, 2), round(expected.seconds, 1)) == (16.47, 103.5)
+
+
 @pytest.mark.parametrize("case", MEASURED)
 def test_memory_of_measured_packs_is_forecast_within_a_tenth(case: tuple[Any, ...]) -> None:
     *setting, measured_gib, _ = case
