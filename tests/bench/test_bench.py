@@ -27,6 +27,7 @@ def measured(who: str, tokens_per_second: float, setting: Setting | None = None)
     return Measured(who, setting, 100.0, tokens_per_second / 10, tokens_per_second, 1.0, 2.0)
 
 
+@pytest.mark.slow
 def test_quick_run_measures_lorapack_and_the_plain_script_over_the_same_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_damaged_page_of_a_parquet_file(program: Program) -> None:
     refuse(program, [*QUICK, "data.source=rows.parquet"], "cannot be read as a Parquet file")
 
 
+@pytest.mark.slow
 def test_rows_of_which_nothing_is_learnt(program: Program) -> None:
     write_rows(program.cwd / "long.jsonl", [ROW | {"instruction": "word " * 100}] * 30)
     refuse(
@@ -170,6 +171,7 @@ def lose_a_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -191,6 +193,7 @@ def test_a_bad_model_folder(program: Program, folder: Path, change: Callable[[Pa
     refuse(program, [*QUICK[1:], f"model.source={folder.name}/", "data.source=good.jsonl"], *said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hub", "wanted"), [("refuses", "model.source=org/name"), ("is silent", "data=alpaca")])
 def test_a_hub_that_cannot_be_reached(program: Program, hub: str, wanted: str) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
@@ -327,6 +330,7 @@ def test_a_bad_sweep_file(
     refuse(program, [*QUICK, "sweep=odd"], *said)
 
 
+@pytest.mark.slow
 def test_a_full_disk(program: Program) -> None:
     """A file system of 64 KiB, mounted for this process alone, so that its last act is to list what is left there."""
     (program.cwd / "small").mkdir()
@@ -345,6 +349,7 @@ def test_a_full_disk(program: Program) -> None:
     assert done.stdout.partition("left:")[2].split() == []
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_pad_token_is_welcome(program: Program, folder: Path) -> None:
     """The stated policy: training never pads, so it needs none."""
     settings = json.loads((folder / "tokenizer_config.json").read_text())

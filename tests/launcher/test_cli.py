@@ -84,6 +84,7 @@ def test_one_line_trains_reports_and_then_has_nothing_to_do(program: Program) ->
     assert [plan.name for plan in sweep.plans.iterdir()] == ["1.json"]
 
 
+@pytest.mark.slow
 def test_one_more_value_trains_only_that_value(program: Program) -> None:
     name = "sweep.name=mine"
     assert program("lora.r=4,8", name, *SMALL).returncode == 0
@@ -95,6 +96,7 @@ def test_one_more_value_trains_only_that_value(program: Program) -> None:
     assert len(sweep_of(program).runs()) == 3
 
 
+@pytest.mark.slow
 def test_json_is_all_that_stdout_gets(program: Program) -> None:
     planned = json.loads(program("plan", "sweep=rank", *SMALL, "--json").stdout)
     assert not (program.cwd / "runs").exists()
@@ -145,6 +147,7 @@ def test_debug_shows_the_traceback(program: Program) -> None:
     assert refused.returncode == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_resumably_and_resume_goes_on(program: Program) -> None:
     launched = program.start("model=tiny", "train.max_steps=2000", "train.weight_decay=0.02")
     wait_for(lambda: training(program))
@@ -189,6 +192,7 @@ def test_the_second_ctrl_c_kills(program: Program) -> None:
     assert process_started(lease.pid) is None
 
 
+@pytest.mark.slow
 def test_a_second_launcher_is_told_and_a_dead_one_is_replaced(program: Program) -> None:
     slow = ["model=tiny", "train.max_steps=2000", "train.weight_decay=0.02", "sweep.name=mine"]
     first = program.start("lora.r=4", *slow)
@@ -210,6 +214,7 @@ def test_a_second_launcher_is_told_and_a_dead_one_is_replaced(program: Program) 
     assert program("lora.r=8", "model=tiny", "train.max_steps=5", "sweep.name=mine").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_failing_job_shows_why_and_where(program: Program) -> None:
     failed = program("train.seed=13", *SMALL)
     assert failed.returncode == 1
@@ -224,6 +229,7 @@ def test_a_failing_job_shows_why_and_where(program: Program) -> None:
     assert len(read_lines(first_run(program).attempts)) == 2
 
 
+@pytest.mark.slow
 def test_logs_print_what_the_job_said(program: Program) -> None:
     assert program(*SMALL).returncode == 0
     printed = program("logs", "run").stdout
@@ -239,6 +245,7 @@ def test_logs_print_what_the_job_said(program: Program) -> None:
     assert (endless.returncode, endless.stdout) == (2, "")
 
 
+@pytest.mark.slow
 def test_merge_and_chat_find_the_run_and_the_cache_it_was_trained_from(program: Program) -> None:
     assert program("lora.r=4,8", "cache=my_cache", *SMALL).returncode == 0
     run = next(run for run in sweep_of(program).runs() if run.name == "r8")

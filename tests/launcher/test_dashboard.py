@@ -117,6 +117,7 @@ def dashboard(sweep: SyntheticSweep, **environment: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_its_address_printed_and_again_it_is_the_same(
     sweep: SyntheticSweep, server: WandbServer
 ) -> None:

@@ -121,6 +121,7 @@ def losses_and_gradient(base: PackedModel, folder: Path, token_multiple: int = 1
     return sums_per_run(losses[: batch.num_targets], batch), loop.adapters.gradient
 
 
+@pytest.mark.slow
 @NEEDS_TRITON
 @pytest.mark.parametrize(
     "kernels", [Kernels(grouped_lora=True), Kernels(fused_elementwise=True)], ids=["grouped", "fused"]
@@ -186,6 +187,7 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
         assert torch.equal(mine.bounds, others.bounds)
 
 
+@pytest.mark.slow
 @NEEDS_TRITON
 def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path) -> None:
     """What a CUDA graph replays: kernels over the tensors of the first micro-batch, whose host knows only the first one's lengths."""

@@ -40,6 +40,7 @@ def test_training_moves_every_adapter_tensor(tmp_path: Path) -> None:
         assert all(float(b.norm()) > 1e-3 for _, b in session.final.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_diverging_run_leaves_the_others_bit_for_bit(
@@ -82,6 +83,7 @@ def test_a_run_that_overflows_float16_skips_its_step_alone(tmp_path: Path, devic
     assert overflowed.result.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_checkpointed_activations_change_nothing(tmp_path: Path, dtype: torch.dtype, device: torch.device) -> None:

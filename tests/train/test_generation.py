@@ -42,6 +42,7 @@ def reference(adapter: Path | None, prompt: np.ndarray, ends: set[int]) -> list[
     return [int(token) for token in out[0, len(prompt) :]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 30], ids=["whole", "cut"])
 @pytest.mark.parametrize("ends", [set(), set(range(0, 97, 4))], ids=["to the limit", "until closed"])

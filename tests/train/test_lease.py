@@ -135,6 +135,7 @@ def _race(path: str, barrier: object, winners: object) -> None:
         assert owns(run, mine)
 
 
+@pytest.mark.slow
 def test_of_many_that_want_a_dead_lease_one_wins(run: RunDir) -> None:
     context = multiprocessing.get_context("fork")
     for _ in range(20):

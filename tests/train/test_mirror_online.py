@@ -16,6 +16,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSer
         yield running
 
 
+@pytest.mark.slow
 def test_eight_runs_and_two_attempts_with_a_rollback(server: WandbServer, tmp_path: Path) -> None:
     pack = WrittenPack(tmp_path, 8, max_steps=40)
     with pack.job(cause="preempted"):

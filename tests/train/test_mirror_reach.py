@@ -90,6 +90,7 @@ def small_data(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
+@pytest.mark.slow
 def test_canary_keys_are_nowhere_on_disk(
     server: WandbServer, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def files_with(key: str, files: list[Path]) -> list[Path]:
     return [path for path in files if key.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_an_environment_without_wandb_says_so_once(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

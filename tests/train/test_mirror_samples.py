@@ -20,6 +20,7 @@ def answer(run: RunDir, *steps: int) -> None:
         append_lines(run.samples, [{"step": step, "samples": [sample]}])
 
 
+@pytest.mark.slow
 def test_each_evaluation_has_its_table_once_also_after_a_rollback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

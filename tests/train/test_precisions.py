@@ -63,6 +63,7 @@ def mean_gap(some: list[list[float]], others: list[list[float]]) -> float:
     return sum(gaps) / len(gaps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 def test_in_float32_each_run_equals_itself_alone(tmp_path: Path, device: torch.device) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -77,6 +78,7 @@ def test_in_float32_each_run_equals_itself_alone(tmp_path: Path, device: torch.d
         assert float((together - apart).norm() / apart.norm()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 def test_in_bfloat16_a_pack_is_no_further_off_than_another_micro_batch(tmp_path: Path, device: torch.device) -> None:
     """Rounding depends on shapes, in any trainer: what a pack adds must not exceed what cutting a run's own batch adds."""
@@ -90,6 +92,7 @@ def test_in_bfloat16_a_pack_is_no_further_off_than_another_micro_batch(tmp_path:
     assert of_pack <= of_shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", packs.DEVICES, ids=str)
 def test_in_float16_a_run_that_becomes_infinite_leaves_the_others_bit_for_bit(
     tmp_path: Path, device: torch.device

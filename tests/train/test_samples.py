@@ -48,6 +48,7 @@ def test_they_leave_no_trace_in_training(tmp_path: Path) -> None:
     assert sum("samples" in name for name in trained) == len(packs.DIVERSE)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_each_answer_is_there_once(tmp_path: Path) -> None:
     """Also in the middle of an answer; and killed after lines that no checkpoint has."""
     base = packs.tiny_base(torch.float32)
