@@ -100,8 +100,8 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
         at += len(tokens)
 
 
-def seated(kernels: Kernels, device: torch.device = packs.CPU) -> PackedModel:
-    """A pack of three runs over a float32 base that takes `kernels`."""
+def packed_llama(kernels: Kernels, device: torch.device = packs.CPU) -> PackedModel:
+    """A small Llama in float32 that uses `kernels`."""
     return pack_model(packs.tiny_llama(torch.float32), Placement(packs.SIXTEEN_BIT, device, "resident", 64, kernels))
 
 
@@ -128,8 +128,8 @@ def losses_and_gradient(base: PackedModel, folder: Path, token_multiple: int = 1
 )
 def test_our_kernels_give_the_same(kernels: Kernels, tmp_path: Path) -> None:
     device = packs.DEVICES[-1]
-    expected = losses_and_gradient(seated(EAGER, device), tmp_path / "plain")
-    found = losses_and_gradient(seated(kernels, device), tmp_path / "kernels")
+    expected = losses_and_gradient(packed_llama(EAGER, device), tmp_path / "plain")
+    found = losses_and_gradient(packed_llama(kernels, device), tmp_path / "kernels")
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     assert float(expected[1].norm()) > 0.1
@@ -141,19 +141,19 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("train.nn.triton.functional.swiglu", broken)
-    assert seated(EAGER)._decoder is not None
+    assert packed_llama(EAGER)._decoder is not None
     with pytest.raises(RuntimeError, match="no kernel image"):
-        seated(Kernels(fused_elementwise=True), packs.DEVICES[-1])
+        packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1])
 
 
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.nn.triton.functional.swiglu", lambda gate, up: gate * up)
-    assert seated(Kernels(fused_elementwise=True), packs.DEVICES[-1])._decoder is None
+    assert packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1])._decoder is None
 
 
 def test_fillers_change_nothing(tmp_path: Path) -> None:
-    base = seated(EAGER)
+    base = packed_llama(EAGER)
     expected = losses_and_gradient(base, tmp_path / "bare")
     found = losses_and_gradient(base, tmp_path / "filled", token_multiple=32)
     for mine, other in zip(found, expected, strict=True):
@@ -191,7 +191,7 @@ def test_a_micro_batch_becomes_another_of_its_shape() -> None:
 @NEEDS_TRITON
 def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path) -> None:
     """What a CUDA graph replays: kernels over the tensors of the first micro-batch, whose host knows only the first one's lengths."""
-    base = seated(Kernels(grouped_lora=True), packs.DEVICES[-1])
+    base = packed_llama(Kernels(grouped_lora=True), packs.DEVICES[-1])
     targets = ({}, {"target_modules": ["gate_proj"]}, {"target_modules": "all-linear"})
     loop = packs.make_loop(tmp_path, base, [packs.run_config({"r": 8, **which}) for which in targets])
     for row in range(len(targets)):

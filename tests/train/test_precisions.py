@@ -132,7 +132,7 @@ def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
-def test_a_kernel_that_splits_keys_is_told_to_keep_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_splits_keys_keeps_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's own kernel stands in for the one that only GPUs have."""
     monkeypatch.setattr(attention, "SPLIT_KEY_BACKWARDS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
     tokens = np.zeros(9, np.int32)
