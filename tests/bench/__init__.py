@@ -1,1 +1,1 @@
-"""Benchmarks of lorapack beside its peers, on one GPU: see README.md in this folder."""
+"""Benchmarks of lorapack and its peers, on one GPU: see README.md in this folder."""

@@ -1,8 +1,8 @@
-"""The forecast of memory and time against what is measured: one process, every combination that decides memory.
+"""Compares the forecast of memory and time with measurements: one process, every combination that decides memory.
 
     PYTHONPATH=.:tests python -m bench.forecast --json forecast.json
 
-The base is loaded once per residency and checkpointing; peaks are counted anew for each setting.
+The base is loaded once per residency and checkpointing. Memory peaks are reset for each setting.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from train.runtime.environment import prepare_torch
 if TYPE_CHECKING:
     from bench.measuring import Measured, Setting
 
-MEMORY_BAR, TIME_BAR = 0.10, 0.25
-FIRST_STEP, TIMED = 2, 8
+# How far a forecast may be off.
+MEMORY_BAR = 0.10
+TIME_BAR = 0.25
+# Steps.
+FIRST_STEP = 2
+TIMED = 8
 HEADER = ("setting", "peak GiB", "forecast", "error", "ms/step", "forecast", "error", "tok/s", "trainer's choice")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A setting's measurement beside its forecast."""
+    """A setting's measurement and its forecast."""
 
     measured: Measured
     forecast_gib: float
@@ -37,16 +41,17 @@ class Compared:
 
     @property
     def memory_error(self) -> float:
-        """Forecast over measured, less one; 0 where memory was not measured (a CPU)."""
+        """Forecast divided by measurement, minus one; 0 where memory was not measured (on a CPU)."""
         return self.forecast_gib / self.measured.peak_allocated_gib - 1 if self.measured.peak_allocated_gib else 0.0
 
     @property
     def time_error(self) -> float:
+        """Forecast divided by measurement, minus one."""
         return self.forecast_ms / self.measured.ms_per_step - 1
 
 
 def settings(quick: bool) -> list[Setting]:
-    """Runs, batch, targets, checkpointing and residency in the combinations that people have; alike ones share a base."""
+    """Runs, batch, targets, checkpointing and residency in usual combinations, ordered so that neighbors share a base."""
     from bench.measuring import LINEARS, QV, Setting
 
     if quick:
@@ -73,24 +78,24 @@ def settings(quick: bool) -> list[Setting]:
 
 
 def compare(model: Path, cases: Sequence[Setting], timed: int) -> list[Compared]:
-    """Measure every setting, and ask the launcher what it would have said."""
+    """Measure every setting, and ask the launcher for its forecast."""
     from bench.measuring import StepClock, attempt
     from bench.ours import NAME, DeviceModel
     from bench.rows import data
 
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     bench = DeviceModel(model, data(vocabulary), bench_cache(model), first_step=FIRST_STEP)
-    found = []
+    compared = []
     for setting in cases:
         clock = StepClock(FIRST_STEP + timed, timed)
         measured = attempt(NAME, setting, partial(bench.measure, setting, clock))
         print(f"{setting.label}: {measured.error or f'{measured.peak_allocated_gib:.1f} GiB'}", flush=True)
-        found.append(Compared(measured, *forecast(model, setting)))
-    return found
+        compared.append(Compared(measured, *forecast(model, setting)))
+    return compared
 
 
 def forecast(model: Path, setting: Setting) -> tuple[float, float]:
-    """Peak in GiB and milliseconds of a step, as the plan of such a pack would say on this machine."""
+    """Peak in GiB and milliseconds of a step, as the plan of such a pack gives them on this machine."""
     from bench.ours import run_config
     from bench.rows import LONGEST, ROWS, table
     from launcher.estimate.arithmetic import memory_bytes, training_seconds
@@ -106,12 +111,12 @@ def forecast(model: Path, setting: Setting) -> tuple[float, float]:
     return memory_bytes(configs[0], work, shape, device) / GIB, 1000 * seconds / work[0].steps
 
 
-def report(found: Sequence[Compared]) -> str:
+def report(compared: Sequence[Compared]) -> str:
     """The table, and the worst errors."""
     from bench.tables import markdown
 
-    good = [case for case in found if case.measured.error is None]
-    lines = [_line(case) for case in found]
+    good = [case for case in compared if case.measured.error is None]
+    lines = [_line(case) for case in compared]
     memory = max((abs(case.memory_error) for case in good), default=0.0)
     seconds = max((abs(case.time_error) for case in good), default=0.0)
     within = (
@@ -119,7 +124,7 @@ def report(found: Sequence[Compared]) -> str:
         sum(abs(c.time_error) <= TIME_BAR for c in good),
     )
     verdict = (
-        f"Memory within {MEMORY_BAR:.0%} in {within[0]} of {len(found)} settings (worst {memory:.0%}), "
+        f"Memory within {MEMORY_BAR:.0%} in {within[0]} of {len(compared)} settings (worst {memory:.0%}), "
         f"time within {TIME_BAR:.0%} in {within[1]} (worst {seconds:.0%})."
     )
     return f"{markdown(HEADER, lines)}\n\n{verdict}"
@@ -148,21 +153,22 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", type=Path, default=Path(tempfile.gettempdir()) / "lorapack-bench", help="kept between calls"
     )
-    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--json", type=Path, help="write every number to this file")
     parser.add_argument("--quick", action="store_true", help="try the harness: a tiny model, two settings")
     arguments = parser.parse_args(given)
     root = arguments.models.resolve()
-    prepare_torch(bench_cache(root / "any").compiled)  # before torch is imported
+    # Before torch is imported.
+    prepare_torch(bench_cache(root / "any").compiled)
 
     from bench.shapes import model_folder
     from bench.speed import where
 
     model = model_folder("tiny" if arguments.quick else "llama2_7b", root)
-    found = compare(model, settings(arguments.quick), timed=2 if arguments.quick else TIMED)
+    compared = compare(model, settings(arguments.quick), timed=2 if arguments.quick else TIMED)
     if arguments.json is not None:
-        records = [asdict(case) | {"memory_error": case.memory_error} for case in found]
+        records = [asdict(case) | {"memory_error": case.memory_error} for case in compared]
         arguments.json.write_text(json.dumps({"where": where(), "settings": records}, indent=1))
-    print(f"{where()}\n\n{report(found)}")
+    print(f"{where()}\n\n{report(compared)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Where a pack leaves its runs alone: eight runs that differ in everything, and each of them in a pack of its own, march in step. Of
-each run the first result is named that is not the same to the last bit.
+"""Shows where a run's numbers in a pack first differ from the same run alone.
+
+Eight runs that differ in everything train as one pack, and each of them in a pack of its own, step by step. For each run the first
+result is named that is not bit-identical.
 
     PYTHONPATH=.:tests python -m bench.lockstep --dtype bfloat16
 
-Rounding depends on shapes, so some may differ; what differs should be a product of another shape, and no formula of ours. Without
-CUDA graphs, which replay operations that nobody can look into.
+Rounding depends on shapes, so some results may differ. What differs first should be a matrix product of another shape, not one of this
+project's formulas. CUDA graphs are off, since the operations that they replay cannot be watched.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ OPERATIONS = ("rms_norm_residual", "apply_linears", "rotary_autograd", "attend",
 
 @dataclass
 class Operation:
-    """One result [T, ...] of the forward, and its gradient as far as there was one."""
+    """One result [T, ...] of the forward pass, and its gradient if it got one."""
 
     name: str
     out: torch.Tensor
@@ -50,7 +52,7 @@ class Watched:
 
 
 def watch_step(loop: PackLoop) -> Watched:
-    """Do one step and keep every result."""
+    """Do one training step and keep every result."""
     seen = Watched()
     loop.base.attach(loop.adapters)
     with watched_operations(seen), watched_optimizer(seen):
@@ -100,15 +102,23 @@ def watched_optimizer(seen: Watched) -> Iterator[None]:
 
 
 def first_difference(
-    row: int, pack: PackLoop, of_pack: Watched, alone: PackLoop, by_itself: Watched, tokens: slice
+    run_index: int, pack: PackLoop, of_pack: Watched, alone: PackLoop, by_itself: Watched, tokens: slice
 ) -> str | None:
-    """In words, the first result of run `row` that differs; `tokens` are its rows of the pack's flat tokens."""
+    """Describes the first result of a run that differs, None if there is none.
+
+    Args:
+        run_index: the run's index in the pack.
+        pack: the loop of the whole pack, and `of_pack` what its step computed.
+        alone: the loop of the run alone, and `by_itself` what its step computed.
+        tokens: where the run's tokens are among the pack's flat tokens.
+    """
     pairs = list(zip(of_pack.operations, by_itself.operations, strict=True))
     for mine, other in pairs:
         if count := _differing(mine.out[tokens], other.out):
             return f"{mine.name}: {count} of {other.out.numel():,} numbers"
-    values = of_pack.optimizer, by_itself.optimizer
-    if _differing(*(found["loss"][at] for found, at in zip(values, (row, 0), strict=True))):
+    of_pack_values = of_pack.optimizer
+    alone_values = by_itself.optimizer
+    if _differing(of_pack_values["loss"][run_index], alone_values["loss"][0]):
         return "the loss"
     for mine, other in reversed(pairs):
         if mine.gradient is None or other.gradient is None:
@@ -116,11 +126,12 @@ def first_difference(
         if count := _differing(mine.gradient[tokens], other.gradient):
             return f"the gradient of {mine.name}: {count} of {other.gradient.numel():,} numbers"
     for name in ("gradient", "norm", "exp_avg", "exp_avg_sq", "theta"):
-        mine, other = (found[name] for found in values)
+        mine = of_pack_values[name]
+        other = alone_values[name]
         if mine.dim() == 1:
-            count = _differing(mine[row], other[0])
+            count = _differing(mine[run_index], other[0])
         else:
-            views = pack.adapters.tensors(row, mine), alone.adapters.tensors(0, other)
+            views = pack.adapters.tensors(run_index, mine), alone.adapters.tensors(0, other)
             count = sum(_differing(x, y) for key in views[0] for x, y in zip(views[0][key], views[1][key], strict=True))
         if count:
             return f"the optimizer's {name}: {count} numbers"
@@ -132,24 +143,25 @@ def _differing(mine: torch.Tensor, other: torch.Tensor) -> int:
 
 
 def march(base: PackedModel, configs: list[RunConfig], seed: int, steps: int, folder: Path) -> list[str | None]:
-    """Per run what differed first within `steps` steps over random rows, None if nothing did."""
+    """For each run what differed first within `steps` steps over random rows, None if nothing did."""
     data = packs.random_data(seed=seed)
     pack = packs.make_loop(folder / "pack", base, configs, data=data)
-    alone = [packs.make_loop(folder / f"{row}", base, [config], data=data) for row, config in enumerate(configs)]
-    found: list[str | None] = [None] * len(configs)
+    alone = [packs.make_loop(folder / f"{i}", base, [config], data=data) for i, config in enumerate(configs)]
+    differences: list[str | None] = [None] * len(configs)
     for step in range(steps):
         lengths = [sum(len(s.tokens) for s in pack._sequences(session)) for session in pack.sessions]
-        of_pack, bounds = watch_step(pack), pairwise(accumulate(lengths, initial=0))
-        for row, (start, end) in enumerate(bounds):
-            if found[row] is None:
-                by_itself = watch_step(alone[row])
-                what = first_difference(row, pack, of_pack, alone[row], by_itself, slice(start, end))
-                found[row] = None if what is None else f"step {step + 1}: {what}"
-    return found
+        of_pack = watch_step(pack)
+        # A micro-batch holds runs one after the other: 40, 25 and 30 tokens are 0:40, 40:65 and 65:95.
+        for i, (start, end) in enumerate(pairwise(accumulate(lengths, initial=0))):
+            if differences[i] is None:
+                by_itself = watch_step(alone[i])
+                what = first_difference(i, pack, of_pack, alone[i], by_itself, slice(start, end))
+                differences[i] = None if what is None else f"step {step + 1}: {what}"
+    return differences
 
 
 def main(given: list[str] | None = None) -> None:
-    """March and tell."""
+    """March and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows")
@@ -160,10 +172,10 @@ def main(given: list[str] | None = None) -> None:
     base = pack_model(packs.tiny_llama(dtype), Placement(packs.NF4, device, "resident", longest=64, kernels=kernels))
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            found = march(base, packs.DIVERSE, seed, arguments.steps, Path(folder))
+            differences = march(base, packs.DIVERSE, seed, arguments.steps, Path(folder))
         print(f"{device.type}, {arguments.dtype}, rows {seed}, {arguments.steps} steps:")
-        for row, what in enumerate(found):
-            print(f"  run {row}: {what or 'the same bits'}", flush=True)
+        for i, what in enumerate(differences):
+            print(f"  run {i}: {what or 'the same bits'}", flush=True)
 
 
 if __name__ == "__main__":

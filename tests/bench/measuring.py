@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 
 GIB = 2**30
-RANK, ALPHA = 16, 32.0
+RANK = 16
+ALPHA = 32.0
 QV = ("q_proj", "v_proj")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MEET_SECONDS = 240.0
@@ -27,11 +28,12 @@ class Setting:
     """One line of a table.
 
     Attributes:
-        runs: that share the base in one process; 1 for every peer.
-        batch: sequences per run and step; 0 asks for the largest that fits.
-        processes: that train at once on the GPU.
-        checkpointing: activations are recomputed; ``auto`` leaves it to the program.
-        residency: of lorapack's base.
+        runs: how many runs share the base in one process; 1 for every peer.
+        batch: sequences per run and step; 0 means the largest that fits.
+        processes: how many processes train at the same time on the GPU.
+        checkpointing: whether activations are recomputed; ``auto`` leaves it to the program.
+        targets: the adapted linear layers.
+        residency: how lorapack holds its base.
     """
 
     runs: int = 1
@@ -43,11 +45,12 @@ class Setting:
 
     @staticmethod
     def of(values: dict[str, Any]) -> Setting:
-        """From what `dataclasses.asdict` made of one, through JSON."""
+        """The setting that `dataclasses.asdict` and JSON made into `values`."""
         return Setting(**{**values, "targets": tuple(values["targets"])})
 
     @property
     def label(self) -> str:
+        """The setting in a table."""
         parts = [f"{self.runs} x {self.batch}" if self.runs > 1 or self.processes == 1 else f"batch {self.batch}"]
         parts += [f"{self.processes} processes"] if self.processes > 1 else []
         parts += ["all-linear"] if self.targets == LINEARS else []
@@ -58,7 +61,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """A setting's result in one process. `error` says why there is none; memory in GiB, 0 on a CPU."""
+    """A setting's result in one process. `error` says why there is none. Memory is in GiB, 0 on a CPU."""
 
     who: str
     setting: Setting
@@ -73,14 +76,19 @@ class Measured:
 
     @staticmethod
     def of(values: dict[str, Any]) -> Measured:
+        """The result that `dataclasses.asdict` and JSON made into `values`."""
         return Measured(**{**values, "setting": Setting.of(values["setting"])})
 
 
 class StepClock:
-    """Times steps after `warm` untimed ones: events on the GPU's own time line, so that nothing waits to be timed."""
+    """Times `timed` steps after `warm` untimed ones, in milliseconds.
+
+    It records CUDA events between the kernels, so the program never waits for the GPU in order to be timed.
+    """
 
     def __init__(self, warm: int, timed: int) -> None:
-        self.warm, self.timed = warm, timed
+        self.warm = warm
+        self.timed = timed
         self.started = time.monotonic()
         self.warm_seconds = 0.0
         self._marks: list[Any] = []
@@ -102,6 +110,7 @@ class StepClock:
 
     @property
     def done(self) -> bool:
+        """Whether all steps are timed."""
         return self._steps >= self.warm + self.timed
 
     def restart(self) -> None:
@@ -109,13 +118,18 @@ class StepClock:
         self._marks = [_mark()]
 
     def milliseconds(self) -> list[float]:
-        """Of each timed step; waits for the last one."""
+        """The time of each timed step; waits for the last one."""
         synchronize()
-        return [_between(first, second) for first, second in pairwise(self._marks)]
+        if torch.cuda.is_available():
+            return [first.elapsed_time(second) for first, second in pairwise(self._marks)]
+        return [1000 * (second - first) for first, second in pairwise(self._marks)]
 
 
 def result(who: str, setting: Setting, clock: StepClock, tokens: list[int], note: str = "") -> Measured:
-    """The numbers of one setting; `tokens` of each timed step. Speed is over the whole timed part, the step's time a median."""
+    """The numbers of one setting; `tokens` are those of each timed step.
+
+    Speed is that of all timed steps together; the time of a step is the median.
+    """
     milliseconds = clock.milliseconds()
     cuda = torch.cuda.is_available()
     return Measured(
@@ -132,19 +146,20 @@ def result(who: str, setting: Setting, clock: StepClock, tokens: list[int], note
 
 
 def attempt(who: str, setting: Setting, measure: Callable[[], Measured]) -> Measured:
-    """`measure`, with a failure as a line of the table: a setting that does not fit is a result too."""
+    """The result of `measure`. A failure becomes a line of the table, since a setting that does not fit is a result too."""
     forget_memory()
     try:
         return measure()
     except torch.OutOfMemoryError:
         return Measured(who, setting, error="out of memory")
-    except Exception as exc:  # the other settings shall still be measured; the worker's log has the traceback
+    except Exception as exc:
+        # The other settings are still to be measured. The worker's log has the traceback.
         traceback.print_exc()
         return Measured(who, setting, error=f"{type(exc).__name__}: {exc}"[:300])
 
 
 def forget_memory() -> None:
-    """Let go of what earlier settings held, and count peaks from here."""
+    """Free what earlier settings held, and count peaks from now on."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -157,15 +172,15 @@ def append(out: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def note_result(out: Path, place: int, measured: Measured) -> None:
-    """Write what answers the setting at `place` of those asked for."""
-    append(out, {"place": place, "measured": asdict(measured)})
+def note_result(out: Path, index: int, measured: Measured) -> None:
+    """Write the result of the setting at `index` of the job's settings."""
+    append(out, {"index": index, "measured": asdict(measured)})
     outcome = measured.error or f"{measured.tokens_per_second:,.0f} tok/s"
     print(f"{measured.who} {measured.setting.label}: {outcome}", flush=True)
 
 
 def ceiling_flops(size: int = 8192, products: int = 20) -> float:
-    """FLOP/s of the matrix product of `size` cubed on random bfloat16 numbers (float32 on a CPU): the median of `products`."""
+    """FLOP/s of a square matrix product of `size` on random bfloat16 numbers (float32 on a CPU): the median of `products`."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     size = size if cuda else 256
@@ -178,11 +193,13 @@ def ceiling_flops(size: int = 8192, products: int = 20) -> float:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _mark() -> Any:
+    """A point in time: a CUDA event, or seconds on a CPU."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -190,32 +207,30 @@ def _mark() -> Any:
     return event
 
 
-def _between(first: Any, second: Any) -> float:
-    """Milliseconds."""
-    return 1000 * (second - first) if isinstance(first, float) else float(first.elapsed_time(second))
-
-
 class Rendezvous:
-    """Where processes that train at once wait for each other: a file per process and meeting."""
+    """A barrier for processes that train at the same time: a file per process and meeting."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+        self.folder = folder
+        self.rank = rank
 
     def arrive(self, meeting: str) -> None:
+        """Say that this process has arrived, without waiting."""
         (self.folder / f"{meeting}.{self.rank}").touch()
 
     def all_there(self, meeting: str, processes: int) -> bool:
+        """Whether `processes` have arrived."""
         return len(list(self.folder.glob(f"{meeting}.*"))) >= processes
 
     def meet(self, meeting: str, processes: int) -> None:
         """Wait until `processes` have arrived.
 
         Raises:
-            TimeoutError: somebody never came.
+            TimeoutError: some did not arrive within `MEET_SECONDS`.
         """
         self.arrive(meeting)
         deadline = time.monotonic() + MEET_SECONDS
         while not self.all_there(meeting, processes):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"fewer than {processes} processes came to {meeting}")
+                raise TimeoutError(f"fewer than {processes} processes arrived at {meeting} within {MEET_SECONDS:.0f} s")
             time.sleep(0.005)

@@ -51,12 +51,14 @@ from train.trainer.pack import build_loop, fit_to_device, open_base
 from train.trainer.session import RunSession
 
 NAME = "lorapack"
-T4_GIB, T4_CAPABILITY = 15.0, (7, 5)  # what a T4 leaves to a process, and its compute capability
+# What a T4 leaves to a process, and its compute capability.
+T4_GIB = 15.0
+T4_CAPABILITY = (7, 5)
 
 
 @contextmanager
 def profile(name: str) -> Iterator[None]:
-    """This GPU as it is, or a stand-in for a T4: its memory by a cap, its abilities by what torch answers when asked."""
+    """This GPU as it is, or as a stand-in for a T4: memory is capped, and torch reports a T4's compute capability."""
     if name != "t4" or not torch.cuda.is_available():
         yield
         return
@@ -64,7 +66,8 @@ def profile(name: str) -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(T4_GIB * GIB / device_bytes)
     capability = mock.patch("torch.cuda.get_device_capability", return_value=T4_CAPABILITY)
     memory = mock.patch("train.nn.backends.device_bytes", return_value=int(T4_GIB * GIB))
-    attention = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # what torch has below sm_80
+    # What torch has below sm_80.
+    attention = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with capability, memory, attention:
         yield
 
@@ -92,7 +95,7 @@ def run_config(folder: Path, setting: Setting, seed: int) -> RunConfig:
 
 @dataclass
 class DeviceModel:
-    """The base that is loaded now, and why it is so."""
+    """The model on the device: the base that is loaded, and the fit that it was loaded for."""
 
     folder: Path
     rows: TokenizedData
@@ -102,7 +105,7 @@ class DeviceModel:
     base: PackedModel | None = None
 
     def base_for(self, setting: Setting) -> tuple[PackedModel, Fit]:
-        """The base as `setting` wants it, loaded anew only if it has to be."""
+        """The base as `setting` needs it; loaded again only if the fit changed."""
         config = run_config(self.folder, setting, seed=0)
         fit = fit_to_device(config, self.folder, LONGEST)
         if self.base is None or fit != self.fit:
@@ -112,7 +115,7 @@ class DeviceModel:
         return self.base, fit
 
     def measure(self, setting: Setting, clock: StepClock) -> Measured:
-        """Seat the pack, warm up, time."""
+        """Build the pack, warm up, time."""
         base, fit = self.base_for(setting)
         with tempfile.TemporaryDirectory() as folder, seated(self, setting, Path(folder)) as loop:
             tokens = time_steps(loop, clock, self.first_step)
@@ -141,8 +144,8 @@ def seated(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[PackL
 def time_steps(loop: PackLoop, clock: StepClock, first: int) -> list[int]:
     """Time the optimizer steps from step `first` on; the real tokens of each.
 
-    The warm-up takes all steps up to the last timed one, and then the runs go back to `first`: so the peers' very rows are timed,
-    and in shapes whose graphs were captured before, as in a sweep of hundreds of steps.
+    The warm-up takes all steps up to the last timed one, and then the runs go back to step `first`. So the same rows are timed as for
+    the peers, and in shapes whose CUDA graphs exist already, as in a sweep of hundreds of steps.
     """
     totals = []
     while not clock.done:
@@ -166,6 +169,6 @@ def measure_all(model: Path, settings: list[Setting], out: Path, warm: int, time
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     bench = DeviceModel(model, data(vocabulary), bench_cache(model), first_step=warm)
     with profile(as_on):
-        for place, setting in enumerate(settings):
+        for index, setting in enumerate(settings):
             clock = StepClock(warm + timed, timed)
-            note_result(out, place, attempt(NAME, setting, partial(bench.measure, setting, clock)))
+            note_result(out, index, attempt(NAME, setting, partial(bench.measure, setting, clock)))

@@ -1,8 +1,8 @@
-"""A peer: the script that most people write. AutoModel in NF4, PEFT's `get_peft_model`, transformers' `Trainer`; bf16.
+"""A peer, the script that most people write: AutoModel in NF4, PEFT's `get_peft_model`, transformers' `Trainer`; bf16.
 
     python -m bench.plain --model FOLDER --settings SETTINGS.json --out RESULTS.jsonl
 
-One process loads the model once and measures settings one after another; several processes at once meet in a folder.
+One process loads the model once and measures settings one after another. Several processes at once wait for each other (`Rendezvous`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ def load_plain(folder: Path, setting: Setting) -> Any:
 
 
 class InOrder(Trainer):
-    """Takes the rows as they come: they are shuffled already, as lorapack shuffles them."""
+    """Takes the rows in order: they are already shuffled, as lorapack shuffles them."""
 
     def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
-class Counting:
+class CountingCollator:
     """A collator that remembers how many real tokens each batch has."""
 
     def __init__(self, folder: Path) -> None:
@@ -68,13 +68,16 @@ class Counting:
 
 
 class Timing(TrainerCallback):
-    """Ticks at every step, and keeps training until all who train at once have been timed."""
+    """Ticks at every step, and keeps training until all processes that train at the same time have been timed."""
 
     def __init__(self, clock: StepClock, setting: Setting, meeting: Rendezvous) -> None:
-        self.clock, self.processes, self.meeting = clock, setting.processes, meeting
+        self.clock = clock
+        self.processes = setting.processes
+        self.meeting = meeting
         self.name = str(setting.processes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """Called by the `Trainer`."""
         self.clock.tick()
         if self.processes > 1 and self.clock.warmed:
             self.meeting.meet(f"start-{self.name}", self.processes)
@@ -84,11 +87,19 @@ class Timing(TrainerCallback):
             control.should_training_stop = self.meeting.all_there(f"end-{self.name}", self.processes)
 
 
-def measure(
-    who: str, folder: Path, model: Any, setting: Setting, clock: StepClock, meeting: Rendezvous, recompute: bool
-) -> Measured:
+@dataclass(frozen=True)
+class Peer:
+    """A program under `Trainer`: its name in tables, the model's folder, the loaded model, and whether `Trainer` checkpoints."""
+
+    name: str
+    folder: Path
+    model: Any
+    checkpointing: bool
+
+
+def measure(peer: Peer, setting: Setting, clock: StepClock, meeting: Rendezvous) -> Measured:
     """Train with `Trainer` until everything is timed."""
-    collator = Counting(folder)
+    collator = CountingCollator(peer.folder)
     with tempfile.TemporaryDirectory() as output:
         arguments = TrainingArguments(
             output_dir=output,
@@ -98,26 +109,27 @@ def measure(
             lr_scheduler_type="constant",
             bf16=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=recompute,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
+            gradient_checkpointing=peer.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if peer.checkpointing else None,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        rows = in_order_of(meeting.rank, model.config.vocab_size)
+        rows = in_order_of(meeting.rank, peer.model.config.vocab_size)
         timing = Timing(clock, setting, meeting)
-        trainer = InOrder(model, arguments, collator, rows, callbacks=[timing])
+        trainer = InOrder(peer.model, arguments, collator, rows, callbacks=[timing])
         try:
             trainer.train()
-        finally:  # the next setting's trainer wraps the model's forward anew
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        finally:
+            # The next setting's trainer wraps the model's forward again.
+            trainer.accelerator.unwrap_model(peer.model, keep_fp32_wrapper=False)
             trainer.accelerator.free_memory()
-    return result(who, setting, clock, collator.tokens[clock.warm : clock.warm + clock.timed])
+    return result(peer.name, setting, clock, collator.tokens[clock.warm : clock.warm + clock.timed])
 
 
-def main(arguments: list[str] | None = None, who: str = "plain script", load: Load = load_plain) -> None:
-    """Measure every setting in which this process takes part; all have the checkpointing and targets of the first."""
+def main(arguments: list[str] | None = None, name: str = "plain script", load: Load = load_plain) -> None:
+    """Measure every setting in which this process takes part. All settings have the checkpointing and targets of the first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--settings", type=Path, required=True)
@@ -129,23 +141,22 @@ def main(arguments: list[str] | None = None, who: str = "plain script", load: Lo
     given = parser.parse_args(arguments)
     settings = [Setting.of(values) for values in json.loads(given.settings.read_text())]
     meeting = Rendezvous(given.meeting or given.out.parent, given.rank)
-    recompute = load is load_plain and settings[0].checkpointing is True
-    model = load(given.model, settings[0])
-    for place, setting in enumerate(settings):
+    checkpointing = load is load_plain and settings[0].checkpointing is True
+    peer = Peer(name, given.model, load(given.model, settings[0]), checkpointing)
+    for index, setting in enumerate(settings):
         if given.rank < setting.processes:
             measured = _first_that_fits(
-                who,
-                setting,
-                lambda s: measure(who, given.model, model, s, StepClock(given.warm, given.timed), meeting, recompute),
+                name, setting, lambda s: measure(peer, s, StepClock(given.warm, given.timed), meeting)
             )
-            note_result(given.out, place, measured)
-            if measured.error is not None:  # the others must not wait for this one
-                for name in ("start", "end"):
-                    meeting.arrive(f"{name}-{setting.processes}")
+            note_result(given.out, index, measured)
+            # The other processes must not wait for one that failed.
+            if measured.error is not None:
+                for event in ("start", "end"):
+                    meeting.arrive(f"{event}-{setting.processes}")
 
 
 def _first_that_fits(who: str, setting: Setting, measure: Callable[[Setting], Measured]) -> Measured:
-    """The setting's result, with the largest batch that memory holds where it leaves that open."""
+    """The setting's result; if the setting leaves the batch open, with the largest batch that fits in memory."""
     for batch in [setting.batch] if setting.batch else LARGEST_BATCHES:
         candidate = replace(setting, batch=batch)
         measured = attempt(who, candidate, partial(measure, candidate))

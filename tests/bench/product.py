@@ -1,7 +1,7 @@
 """The whole product on this machine: a sweep that is killed without warning in the middle, resumed, and reported.
 
-Then the same sweep once more under another name, whose job finds the quantized base in the cache. Says how long each job took from the
-start of its process to its first step.
+Then the same sweep under another name, whose job takes the quantized base from the cache. Prints how long each job took from the start
+of its process to its first step.
 
     PYTHONPATH=.:tests python -m bench.product --work /tmp/product
 
@@ -24,7 +24,8 @@ from train.store.layout import RunDir, SweepDir
 from train.store.storage import read_lines
 
 SWEEP, WARM_SWEEP = "product", "product-warm"
-KILL_AFTER = 10  # steps
+# Steps.
+KILL_AFTER = 10
 TRAIN_SECONDS = 400.0
 
 
@@ -48,12 +49,12 @@ def overrides(name: str, model: Path, work: Path, steps: int) -> list[str]:
 
 
 def steps_of(run: RunDir) -> list[int]:
-    """The steps in a run's journal, as they stand there."""
+    """The steps in a run's journal, in its order."""
     return [line["step"] for line in read_lines(run.journal) if "loss" in line]
 
 
 def starts_of(sweep: SweepDir) -> list[str]:
-    """What each attempt at a sweep's runs took from the start of its process to its first step, in words."""
+    """For each attempt of a sweep, a sentence on how long it took from the start of its process to its first step."""
     paces = [read_lines(RunDir(journal.parent).pace) for journal in sorted(sweep.path.glob("*/journal.jsonl"))]
     starts = {line["attempt"]: line for pace in paces for line in pace if "seconds_to_first_step" in line}
     return [
@@ -64,7 +65,11 @@ def starts_of(sweep: SweepDir) -> list[str]:
 
 
 def kill_the_job(sweep: SweepDir, launcher: subprocess.Popen[bytes]) -> int:
-    """SIGKILL to the process that trains, once it is in the middle; the step that it had reached."""
+    """Send SIGKILL to the training process once it is in the middle; the step that it had reached.
+
+    Raises:
+        SystemExit: the launcher ended first, or no run got that far in `TRAIN_SECONDS`.
+    """
     deadline = time.monotonic() + TRAIN_SECONDS
     while time.monotonic() < deadline:
         runs = [RunDir(lease.parent) for lease in sweep.path.glob("*/lease.json")]
@@ -82,7 +87,8 @@ def kill_the_job(sweep: SweepDir, launcher: subprocess.Popen[bytes]) -> int:
 
 
 def launch(*arguments: str) -> int:
-    """Run a verb to its end, with its output here; the exit code. It does not wait for the disk to take what others wrote."""
+    """Run a verb to its end, with its output on this terminal; the exit code."""
+    # So that its time does not include the disk's work on what earlier programs wrote.
     os.sync()
     began = time.monotonic()
     code = subprocess.call([sys.executable, "-m", "launcher", *arguments])
@@ -98,8 +104,10 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     arguments = parser.parse_args(given)
     work = arguments.work.resolve()
-    shape, steps = ("tiny", 200) if arguments.quick else ("llama2_7b", 24)  # time enough to kill it in the middle
-    make = [sys.executable, "-m", "bench.shapes", shape, str(arguments.models.resolve())]  # apart: it needs torch
+    # Enough steps to kill it in the middle.
+    shape, steps = ("tiny", 200) if arguments.quick else ("llama2_7b", 24)
+    # A process of its own, since it needs torch.
+    make = [sys.executable, "-m", "bench.shapes", shape, str(arguments.models.resolve())]
     model = Path(subprocess.check_output(make, text=True).splitlines()[-1])
     sweep, root = SweepDir(work / "runs" / SWEEP), f"root={work / 'runs'}"
     reached = kill_the_job(
@@ -113,9 +121,10 @@ def main(given: list[str] | None = None) -> None:
         print(f"{run.path.name}: {len(steps_of(run))} steps, attempts {', '.join(causes)}, done {run.result.exists()}")
     whole = all(steps_of(run) == list(range(1, steps + 1)) and run.result.exists() for run in runs)
     if not (whole and runs and codes == [0, 0]):
-        raise SystemExit("NOT WHOLE: see above")
-    print(f"{len(runs)} runs, every step of each journalled exactly once", flush=True)
-    os.sync()  # else the warm start's first files wait behind the base that the cold one kept
+        raise SystemExit("INCOMPLETE: see above")
+    print(f"{len(runs)} runs, every step of each in its journal exactly once", flush=True)
+    # Otherwise the warm start's first files wait for the base that the cold start wrote to the cache.
+    os.sync()
     if launch(*overrides(WARM_SWEEP, model, work, steps=6)) != 0:
         raise SystemExit("the same sweep with a warm cache failed: see above")
     for kind, start in zip(

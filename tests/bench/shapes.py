@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 SHARD_BYTES = 2e9
-WEIGHT_STD = 0.02  # transformers' initializer_range: losses start at log(vocabulary), as for any untrained model
+# transformers' initializer_range. Losses start at log(vocabulary), as for any untrained model.
+WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Shape:
 
     @property
     def flop_parameters(self) -> int:
-        """Weights that every token is multiplied with: linears and head. 4 FLOP each train a token over a frozen base."""
+        """How many weights each token is multiplied with: linears and head. Each takes 4 FLOP per token over a frozen base."""
         layer = sum(rows * columns for rows, columns in self.linears.values())
         return self.layers * layer + self.vocabulary * self.hidden
 
     def config(self) -> LlamaConfig:
+        """The configuration of such a model."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -70,15 +72,15 @@ CHAT_TEMPLATE = (
 
 
 def model_folder(name: str, root: Path) -> Path:
-    """The folder of shape `name` below `root`, made on the GPU where there is one, unless it is there already."""
+    """The folder of shape `name` below `root`; if it does not exist it is written, with weights drawn on the GPU if there is one."""
     folder = root / name
     if not folder.exists():
-        beside = root / f"{name}.{os.getpid()}"
-        beside.mkdir(parents=True)
-        _write_weights(SHAPES[name], beside)
-        SHAPES[name].config().save_pretrained(beside)
-        _tokenizer(SHAPES[name].vocabulary).save_pretrained(beside)
-        beside.rename(folder)
+        unfinished = root / f"{name}.{os.getpid()}"
+        unfinished.mkdir(parents=True)
+        _write_weights(SHAPES[name], unfinished)
+        SHAPES[name].config().save_pretrained(unfinished)
+        _tokenizer(SHAPES[name].vocabulary).save_pretrained(unfinished)
+        unfinished.rename(folder)
     return folder
 
 
@@ -87,7 +89,7 @@ def _write_weights(shape: Shape, folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
     shards: list[dict[str, torch.Tensor]] = [{}]
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     total = filled = 0
     for name, size in _tensors(shape).items():
         if filled > SHARD_BYTES:
@@ -98,23 +100,24 @@ def _write_weights(shape: Shape, folder: Path) -> None:
         tensor = torch.ones(size, device=device, dtype=torch.bfloat16)
         if len(size) == 2:
             tensor.normal_(0, WEIGHT_STD, generator=generator)
-        shards[-1][name], places[name] = tensor.cpu(), _shard(len(shards))
+        shards[-1][name] = tensor.cpu()
+        weight_map[name] = _shard(len(shards))
         filled += tensor.nbytes
         total += tensor.nbytes
     save_file(shards[-1], folder / _shard(len(shards)), metadata={"format": "pt"})
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by its name in a checkpoint."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
+    """The size of every tensor of the model, by its name in a checkpoint."""
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for layer in range(shape.layers):
         for name, size in shape.linears.items():
-            found[f"model.layers.{layer}.{name}.weight"] = size
+            sizes[f"model.layers.{layer}.{name}.weight"] = size
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"model.layers.{layer}.{norm}.weight"] = (shape.hidden,)
-    return found | {"model.norm.weight": (shape.hidden,), "lm_head.weight": (shape.vocabulary, shape.hidden)}
+            sizes[f"model.layers.{layer}.{norm}.weight"] = (shape.hidden,)
+    return sizes | {"model.norm.weight": (shape.hidden,), "lm_head.weight": (shape.vocabulary, shape.hidden)}
 
 
 def _shard(number: int) -> str:
@@ -122,7 +125,7 @@ def _shard(number: int) -> str:
 
 
 def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token per byte, three specials, and names without a use up to `vocabulary`."""
+    """A token per byte, three special tokens, and unused tokens up to `vocabulary`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {symbol: i for i, symbol in enumerate([*alphabet, *SPECIALS])}
     words |= {f"<unused{i}>": i for i in range(len(words), vocabulary)}
@@ -136,5 +139,6 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-if __name__ == "__main__":  # python -m bench.shapes SHAPE FOLDER
+# python -m bench.shapes SHAPE FOLDER
+if __name__ == "__main__":
     print(model_folder(sys.argv[1], Path(sys.argv[2])))

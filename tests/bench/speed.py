@@ -1,9 +1,9 @@
-"""One command per table: lorapack and its peers on the same GPU, in the same minutes, over the same rows.
+"""Measures lorapack and its peers on the same GPU, in the same minutes, over the same rows; one command per table.
 
     PYTHONPATH=.:tests python -m bench.speed --table plain --json plain.json
 
-Every program is a process of its own. lorapack is measured before and after its peers, so that a GPU that slowed down meanwhile
-would show. `--quick` tries the harness on a tiny model, on a CPU too.
+Every program is a process of its own. lorapack is measured before and after its peers, so that a GPU that slowed down in between
+would show. `--quick` tries the harness on a tiny model; a CPU is enough.
 """
 
 from __future__ import annotations
@@ -56,31 +56,31 @@ class Table:
     needs: str | None = None
 
 
-def plain(*settings: Setting, processes: int = 1) -> Job:
+def _plain(*settings: Setting, processes: int = 1) -> Job:
     return Job("plain script", settings, processes)
 
 
-def unsloth(*settings: Setting) -> Job:
+def _unsloth(*settings: Setting) -> Job:
     return Job("Unsloth", settings)
 
 
 RECOMPUTED = Setting(checkpointing=True)
 TABLES = {
-    "plain": Table("the plain script, a process per run", (HEADLINE,), (plain(Setting()), plain(RECOMPUTED))),
+    "plain": Table("the plain script, a process per run", (HEADLINE,), (_plain(Setting()), _plain(RECOMPUTED))),
     "tuned": Table(
         "the plain script with larger batches, no checkpointing",
         (HEADLINE, Setting(runs=8, batch=16)),
-        (plain(Setting(batch=16), Setting(batch=0)),),
+        (_plain(Setting(batch=16), Setting(batch=0)),),
     ),
     "at_once": Table(
-        "plain processes at once", (HEADLINE,), (plain(*(Setting(processes=n) for n in (2, 4, 8)), processes=8),)
+        "plain processes at once", (HEADLINE,), (_plain(*(Setting(processes=n) for n in (2, 4, 8)), processes=8),)
     ),
     "unsloth": Table(
         "Unsloth",
         (Setting(), Setting(batch=16), HEADLINE),
         (
-            unsloth(Setting(), Setting(batch=16)),
-            unsloth(RECOMPUTED, replace(RECOMPUTED, batch=16)),
+            _unsloth(Setting(), Setting(batch=16)),
+            _unsloth(RECOMPUTED, replace(RECOMPUTED, batch=16)),
         ),
         needs="unsloth",
     ),
@@ -99,12 +99,12 @@ TABLES = {
         ),
     ),
 }
-QUICK = Table("the harness", (Setting(), Setting(runs=2)), (plain(Setting()),))
+QUICK = Table("the harness", (Setting(), Setting(runs=2)), (_plain(Setting()),))
 
 
 @dataclass
 class Session:
-    """One invocation: where files lie, and everything measured so far."""
+    """One invocation: where its files are, and everything measured so far."""
 
     folder: Path
     model: Path
@@ -116,16 +116,23 @@ class Session:
     started: int = 0
 
     def run(self, job: Job) -> list[Measured]:
-        """Start a job's processes, wait, and read what they measured; what failed or hung is a line with its error."""
+        """Start a job's processes, wait, and read what they measured. One that failed or hung gives a line with its error."""
         self.started += 1
-        place = self.folder / f"{self.started:02d}"
-        place.mkdir()
-        (place / "settings.json").write_text(json.dumps([asdict(setting) for setting in job.settings]))
+        folder = self.folder / f"{self.started:02d}"
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps([asdict(setting) for setting in job.settings]))
         began = time.monotonic()
-        processes = [self._start(job, place, rank) for rank in range(job.processes)]
+        processes = [self._start(job, folder, rank) for rank in range(job.processes)]
         codes = [_wait(process, began + WORKER_SECONDS) for process in processes]
-        found = [self._read(place / f"{rank}.jsonl") for rank in range(job.processes)]
-        measured = [self._line(job, at, found, codes, place) for at in range(len(job.settings))]
+        results = [self._read(folder / f"{rank}.jsonl") for rank in range(job.processes)]
+        measured = []
+        for index, setting in enumerate(job.settings):
+            parts = [by_index[index] for by_index in results if index in by_index]
+            measured.append(
+                together(parts, setting.processes)
+                if parts
+                else Measured(job.who, setting, error=_last_line(folder / "0.log", codes[0]))
+            )
         print(f"{job.who}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         self.results += [(job, m) for m in measured]
         self._save()
@@ -137,42 +144,44 @@ class Session:
         self._save()
 
     def _save(self) -> None:
-        """Write down everything measured so far, whatever happens to this process."""
+        """Write everything measured so far to the file, in case this process is killed."""
         if self.out is not None:
-            found = {"where": where(), "ceiling_flops": self.ceilings, "measured": [asdict(m) for _, m in self.results]}
-            self.out.write_text(json.dumps(found, indent=1))
+            document = {
+                "where": where(),
+                "ceiling_flops": self.ceilings,
+                "measured": [asdict(m) for _, m in self.results],
+            }
+            self.out.write_text(json.dumps(document, indent=1))
 
-    def _start(self, job: Job, place: Path, rank: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", MODULES[job.who], "--model", self.model, "--settings", place / "settings.json"]
-        command += ["--out", place / f"{rank}.jsonl", *self.steps, *job.extra]
+    def _start(self, job: Job, folder: Path, rank: int) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            MODULES[job.who],
+            "--model",
+            self.model,
+            "--settings",
+            folder / "settings.json",
+        ]
+        command += ["--out", folder / f"{rank}.jsonl", *self.steps, *job.extra]
         if job.processes > 1:
-            command += ["--meeting", place, "--rank", str(rank)]
+            command += ["--meeting", folder, "--rank", str(rank)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE.parent), str(HERE.parents[1])]),
             "HF_HUB_OFFLINE": "1",
             "UNSLOTH_DISABLE_STATISTICS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        with (place / f"{rank}.log").open("wb") as log:
+        with (folder / f"{rank}.log").open("wb") as log:
             return subprocess.Popen(
-                [str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=place
+                [str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder
             )
 
     def _read(self, out: Path) -> dict[int, Measured]:
-        """A process's results by the place of their setting in the job; the ceiling that it measured is kept."""
+        """A process's results by the index of their setting in the job. The ceiling that it measured is kept in `ceilings`."""
         lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         self.ceilings += [line["ceiling_flops"] for line in lines if "ceiling_flops" in line]
-        return {line["place"]: Measured.of(line["measured"]) for line in lines if "measured" in line}
-
-    def _line(
-        self, job: Job, at: int, found: list[dict[int, Measured]], codes: list[int | None], place: Path
-    ) -> Measured:
-        """The result of one setting over all its processes."""
-        setting = job.settings[at]
-        parts = [results[at] for results in found if at in results]
-        if not parts:
-            return Measured(job.who, setting, error=_last_words(place / "0.log", codes[0]))
-        return together(parts, setting.processes)
+        return {line["index"]: Measured.of(line["measured"]) for line in lines if "measured" in line}
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
@@ -185,14 +194,15 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
         return None
 
 
-def _last_words(log: Path, code: int | None) -> str:
+def _last_line(log: Path, code: int | None) -> str:
+    """Why a process gave no result: its exit code and the last line of its log."""
     text = log.read_text(errors="replace").strip().splitlines()
     reason = f"exit code {code}" if code is not None else f"killed after {WORKER_SECONDS:.0f} s"
     return f"{reason}: {text[-1][:200] if text else 'no output'}".replace("|", "/")
 
 
 def measure_tables(session: Session, tables: Sequence[Table]) -> None:
-    """Ours, every peer, ours again; then the profile of a T4."""
+    """Measure lorapack, every peer and lorapack again; then lorapack in the profile of a T4."""
     ours = Job(NAME, tuple(dict.fromkeys(setting for table in tables for setting in table.ours)))
     session.run(ours)
     for job in dict.fromkeys(job for table in tables for job in table.peers):
@@ -209,22 +219,23 @@ def report(session: Session, shape: Shape, tables: Sequence[Table]) -> str:
     ceiling = statistics.median(session.ceilings) if session.ceilings else float("nan")
     parts = [f"{where()}; bf16 matrix product {ceiling / 1e12:,.1f} TFLOP/s"]
     for table in tables:
-        mine = [m for job, m in session.results if _belongs(job, m, table)]
-        parts += [f"### {table.title}", speed_table(mine, shape.flop_parameters, ceiling)]
-        parts += [ratios(mine, [m for m in mine if m.who.startswith(NAME) and m.setting == s]) for s in table.ours]
-    grown = [m for _, m in session.results if m.who == NAME and m.setting == Setting(runs=m.setting.runs)]
-    return "\n\n".join(part for part in [*parts, where_packing_stops(grown) if len(grown) > 2 else ""] if part)
+        lines = [m for job, m in session.results if _belongs(job, m, table)]
+        parts += [f"### {table.title}", speed_table(lines, shape.flop_parameters, ceiling)]
+        parts += [ratios(lines, [m for m in lines if m.who.startswith(NAME) and m.setting == s]) for s in table.ours]
+    # Packs that differ in the number of runs only.
+    packs = [m for _, m in session.results if m.who == NAME and m.setting == Setting(runs=m.setting.runs)]
+    return "\n\n".join(part for part in [*parts, where_packing_stops(packs) if len(packs) > 2 else ""] if part)
 
 
 def _belongs(job: Job, measured: Measured, table: Table) -> bool:
-    """Whether a result answers something that the table asks for."""
+    """Whether a result is a line of the table."""
     if job.who == NAME:
         return measured.setting in (table.t4 if measured.who == AS_T4 else table.ours)
     return job in table.peers
 
 
 def where() -> str:
-    """Date, device and versions, without importing torch here."""
+    """Date, device and versions, without importing torch."""
     device = "CPU"
     with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -238,7 +249,7 @@ def _installed(name: str) -> bool:
 
 
 def main(given: list[str] | None = None) -> None:
-    """Measure the tables asked for and print them."""
+    """Measure the chosen tables and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--table", nargs="+", choices=TABLES, default=["plain"], help="several share their runs of lorapack"
@@ -247,8 +258,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", type=Path, default=Path(tempfile.gettempdir()) / "lorapack-bench", help="kept between calls"
     )
-    parser.add_argument("--logs", type=Path, help="keep what the programs printed here")
-    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--logs", type=Path, help="keep what the programs printed in this folder")
+    parser.add_argument("--json", type=Path, help="write every number to this file")
     parser.add_argument("--timed", type=int, default=20, help="steps")
     parser.add_argument("--once", action="store_true", help="lorapack before its peers only")
     parser.add_argument("--quick", action="store_true", help="try the harness: a tiny model, two steps")

@@ -14,7 +14,7 @@ from train.store.layout import CacheDir
 
 
 def bench_cache(model: Path) -> CacheDir:
-    """The cache of benchmarks: beside the model folder."""
+    """The cache of benchmarks, next to the model folder."""
     return CacheDir(model.parent / "cache")
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--timed", type=int, default=20)
-    parser.add_argument("--profile", choices=["here", "t4"], default="here")
+    parser.add_argument("--profile", choices=["this-gpu", "t4"], default="this-gpu")
     given = parser.parse_args()
     prepare_torch(bench_cache(given.model).compiled)
 

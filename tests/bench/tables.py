@@ -10,17 +10,22 @@ from statistics import mean
 
 from bench.measuring import Measured
 
-PAYS = 1.15  # twice the runs have to bring at least this much more speed
+# Packing pays while doubling the runs makes a pack at least this much faster.
+PAYS = 1.15
 HEADER = ("what", "setting", "tokens/step", "ms/step", "tok/s", "of the ceiling", "peak GiB", "reserved GiB")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def speed_table(measured: Sequence[Measured], flop_parameters: int, ceiling_flops: float) -> str:
-    """A line per result; 4 FLOP per token and weight train an adapter over a frozen base, whatever is recomputed."""
+    """A line per result. An adapter over a frozen base takes 4 FLOP per token and weight, not counting recomputation.
+
+    Forward and backward take 2 each; the 2 for the gradients of frozen weights are not needed.
+    """
     return markdown(HEADER, [_line(m, 4 * flop_parameters / ceiling_flops) for m in measured])
 
 
@@ -40,7 +45,7 @@ def _line(m: Measured, share_per_token: float) -> list[str]:
 
 
 def together(parts: Sequence[Measured], processes: int) -> Measured:
-    """Processes that trained at once as one line: speeds and memory add up, the step's time is the slowest's."""
+    """One line for processes that trained at the same time: speeds and memory add up, the step's time is the slowest's."""
     failed = [part for part in parts if part.error is not None]
     if failed or len(parts) < processes:
         return replace(parts[0], error=failed[0].error if failed else f"only {len(parts)} of {processes} reported")
@@ -55,11 +60,13 @@ def together(parts: Sequence[Measured], processes: int) -> Measured:
 
 
 def where_packing_stops(measured: Sequence[Measured]) -> str:
-    """From which size of a step on more runs in a pack bring little: results of the same batch by rising runs."""
+    """From which size of a step more runs in a pack bring little, by results with the same batch and different numbers of runs."""
     good = sorted((m for m in measured if m.error is None), key=lambda m: m.setting.runs)
     for fewer, more in pairwise(good):
         gain = more.tokens_per_second / fewer.tokens_per_second
-        if gain ** (1 / _doublings(fewer, more)) < PAYS:
+        # From 4 to 16 runs are two doublings, so a gain of 1.44 is 1.2 for each.
+        doublings = log2(more.setting.runs / fewer.setting.runs)
+        if gain ** (1 / doublings) < PAYS:
             return (
                 f"Packing stops paying at about {fewer.tokens_per_step:,.0f} tokens a step ({fewer.setting.runs} runs): "
                 f"{more.setting.runs} runs bring {100 * (gain - 1):+.0f} % tok/s."
@@ -71,12 +78,8 @@ def where_packing_stops(measured: Sequence[Measured]) -> str:
     )
 
 
-def _doublings(fewer: Measured, more: Measured) -> float:
-    return log2(more.setting.runs / fewer.setting.runs)
-
-
 def ratios(measured: Sequence[Measured], ours: Sequence[Measured]) -> str:
-    """How many times faster than every peer the mean of `ours`, the same setting measured again and again, is."""
+    """How many times faster than each peer lorapack is; `ours` are repeated measurements of one setting, of which the mean counts."""
     good = [m for m in ours if m.error is None]
     peers = [m for m in measured if m.error is None and not m.who.startswith("lorapack")]
     if not good or not peers:

@@ -47,7 +47,7 @@ def test_quick_run_measures_lorapack_and_the_plain_script_over_the_same_rows(
     assert "| lorapack | 2 x 4 |" in printed
 
 
-def test_a_worker_that_fails_is_a_line_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_fails_is_a_line_with_its_last_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(speed.MODULES, "plain script", "bench.no_such_peer")
     session = speed.Session(tmp_path, tmp_path / "no-model", ("--timed", "2"))
     [line] = session.run(speed.Job("plain script", (Setting(),)))
@@ -101,21 +101,22 @@ def test_labels_tell_settings_apart() -> None:
 
 
 def test_who_trains_at_once_starts_together(tmp_path: Path) -> None:
-    here: list[int] = []
+    arrived: list[int] = []
 
     def arrive(rank: int) -> None:
         Rendezvous(tmp_path, rank).meet("start", 3)
-        here.append(rank)
+        arrived.append(rank)
 
     threads = [threading.Thread(target=arrive, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     threads[0].join(timeout=0.3)
-    assert not here  # two of three wait
+    # Two of three wait.
+    assert not arrived
     Rendezvous(tmp_path, 2).meet("start", 3)
     for thread in threads:
         thread.join(timeout=60)
-    assert sorted(here) == [0, 1]
+    assert sorted(arrived) == [0, 1]
 
 
 def test_forecasts_are_held_against_measurements(
@@ -148,6 +149,6 @@ def test_lockstep_names_the_operation_where_a_pack_differs(tmp_path: Path, monke
     monkeypatch.setattr(
         decoder, "swiglu_autograd", lambda *given: right(*given) * (1 + (next(calls) == wrong_in_the_pack))
     )
-    (found,) = lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "wrong")
-    assert found is not None
-    assert found.startswith("step 2: swiglu_autograd (operation ")
+    (difference,) = lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "wrong")
+    assert difference is not None
+    assert difference.startswith("step 2: swiglu_autograd (operation ")

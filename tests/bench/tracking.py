@@ -1,8 +1,9 @@
-"""What tracking costs the trainer: seconds per step with W&B off, offline, online and online with a server that never answers.
+"""What tracking costs the trainer: seconds per step with W&B off, offline, online, and online with a server that never answers.
 
-``PYTHONPATH=.:tests python -m bench.tracking``. The jobs are real (eight runs of the tiny model, on the CPU), the server is the tests'
-stand-in on 127.0.0.1. Rounds alternate between the ways, and the least disturbed round of each counts, since other work on the
-machine only ever adds time.
+    PYTHONPATH=.:tests python -m bench.tracking
+
+The jobs are real (eight runs of the tiny model, on the CPU). The server is the tests' stand-in on 127.0.0.1. Every round measures
+all modes. The best round of each mode counts, since other work on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from train.store.lease import read_lease
 from train.store.storage import read_lines
 from wandb_server import KEY, Mode, WandbServer
 
-ROUNDS, STEPS = 3, 100
-WAYS: dict[str, tuple[str, Mode]] = {
+ROUNDS = 3
+STEPS = 100
+# A label in the table -> `tracking.mode`, and what the server does.
+CASES: dict[str, tuple[str, Mode]] = {
     "off": ("off", "good"),
     "offline": ("offline", "good"),
     "online": ("online", "good"),
@@ -36,22 +39,23 @@ WAYS: dict[str, tuple[str, Mode]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """One job: the trainer's seconds per step, its processor's seconds (start included), and the seconds of the whole command."""
+    """One job: the trainer's seconds per step, its CPU seconds (start included), and the seconds of the whole command."""
 
     step_seconds: float
     cpu_seconds: float
     wall_seconds: float
 
 
-def measure(way: str, server: WandbServer, folder: Path, name: str) -> Cost:
-    """Train a pack of eight runs in one of `WAYS`."""
-    mode, server.mode = WAYS[way]
+def measure(case: str, server: WandbServer, folder: Path, name: str) -> Cost:
+    """Train a pack of eight runs in one of `CASES`."""
+    mode, server.mode = CASES[case]
     settings = [
         "model=tiny",
         "quant=none",
         "lora.r=1,2,3,4,5,6,7,8",
         f"train.max_steps={STEPS}",
-        "train.save_steps=1000",  # no disk in the steps
+        # No checkpoints between the timed steps.
+        "train.save_steps=1000",
         f"tracking.mode={mode}",
     ]
     places = [f"root={folder}/runs", f"cache={folder}/cache", f"sweep.name={name}"]
@@ -61,15 +65,15 @@ def measure(way: str, server: WandbServer, folder: Path, name: str) -> Cost:
     command = [sys.executable, "-m", "launcher", *settings, *places]
     sweep = SweepDir(folder / "runs" / name)
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
-        cpu = processor_seconds(program, sweep)
+        cpu = cpu_seconds(program, sweep)
     wall = time.monotonic() - began
     paces = read_lines(sweep.runs()[0].pace)
     first, last = paces[0], paces[-1]
     return Cost((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]), cpu, wall)
 
 
-def processor_seconds(program: subprocess.Popen[bytes], sweep: SweepDir) -> float:
-    """What the trainer, which holds the runs, has used up when it ends; unlike a clock it hardly heeds other work."""
+def cpu_seconds(program: subprocess.Popen[bytes], sweep: SweepDir) -> float:
+    """CPU seconds of the trainer, which holds the runs' leases, until it ends. Other work hardly changes them, unlike a clock's."""
     seconds = 0.0
     while program.poll() is None:
         lease = next(filter(None, map(read_lease, sweep.runs())), None)
@@ -82,29 +86,31 @@ def processor_seconds(program: subprocess.Popen[bytes], sweep: SweepDir) -> floa
 
 
 def least(costs: list[Cost]) -> Cost:
-    """The least of each figure."""
+    """The smallest of each figure."""
     return Cost(*(min(values) for values in zip(*map(astuple, costs), strict=True)))
 
 
 def main() -> None:
-    """Measure all ways in turn and print the table."""
-    found, load = defaultdict[str, list[Cost]](list), os.getloadavg()[0]
+    """Measure all cases in turn and print the table."""
+    costs = defaultdict[str, list[Cost]](list)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, WandbServer() as server:
         for turn in range(ROUNDS):
-            for way in WAYS:
-                found[way].append(measure(way, server, Path(folder), f"{way.split()[0].strip(',')}-{len(way)}-{turn}"))
-                print(json.dumps({"way": way, "round": turn, **found[way][-1].__dict__}), file=sys.stderr, flush=True)
+            for number, case in enumerate(CASES):
+                costs[case].append(measure(case, server, Path(folder), f"case{number}-round{turn}"))
+                print(json.dumps({"case": case, "round": turn, **vars(costs[case][-1])}), file=sys.stderr, flush=True)
     print(f"Best of {ROUNDS} rounds; load before and after: {load:.1f}, {os.getloadavg()[0]:.1f}\n")
     print(
-        "| tracking | ms per step | against off | processor seconds of the trainer | against off | seconds of the command |"
+        "| tracking | ms per step | against off | CPU seconds of the trainer | against off | seconds of the command |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
-    off = least(found["off"])
-    for way, costs in found.items():
-        best = least(costs)
-        step, cpu = best.step_seconds / off.step_seconds - 1, best.cpu_seconds / off.cpu_seconds - 1
+    off = least(costs["off"])
+    for case in CASES:
+        best = least(costs[case])
+        step = best.step_seconds / off.step_seconds - 1
+        cpu = best.cpu_seconds / off.cpu_seconds - 1
         print(
-            f"| {way} | {1000 * best.step_seconds:.2f} | {step:+.1%} | {best.cpu_seconds:.1f} | {cpu:+.1%} | {best.wall_seconds:.1f} |"
+            f"| {case} | {1000 * best.step_seconds:.2f} | {step:+.1%} | {best.cpu_seconds:.1f} | {cpu:+.1%} | {best.wall_seconds:.1f} |"
         )
 
 

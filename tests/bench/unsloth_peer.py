@@ -3,7 +3,8 @@
 # ruff: noqa: I001
 from __future__ import annotations
 
-import unsloth  # noqa: F401 - first: it patches transformers while being imported
+# First, since it patches transformers while it is imported.
+import unsloth  # noqa: F401
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bench.rows import LONGEST
 
 
 def load_unsloth(folder: Path, setting: Setting) -> Any:
-    """NF4 with Unsloth's kernels, and its own checkpointing where asked for."""
+    """NF4 with Unsloth's kernels, and its own checkpointing if the setting wants it."""
     model, _tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(folder), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=True
     )
@@ -34,4 +35,4 @@ def load_unsloth(folder: Path, setting: Setting) -> Any:
 
 
 if __name__ == "__main__":
-    main(who="Unsloth", load=load_unsloth)
+    main(name="Unsloth", load=load_unsloth)

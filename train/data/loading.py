@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from train.config import DataConfig, ModelConfig
 from train.data.reading import read_split
-from train.data.source import DatasetStats, tokens_key
+from train.data.source import TokenizedStats, tokens_key
 from train.data.token_table import TokenizedData, TokenTable, read_tokenized, write_tokenized
 from train.data.tokenizing import Advance, RowTokenizer
 from train.errors import BadInput
@@ -52,7 +52,7 @@ def load_tokenized(
     return read_tokenized(folder) or tokenized
 
 
-def summary(stats: DatasetStats) -> str:
+def summary(stats: TokenizedStats) -> str:
     """One line for the terminal: how many rows there are, how many were truncated, how many were dropped and why."""
     reasons = ", ".join(f"{count:,} because {reason}" for reason, count in stats["dropped"].items())
     return (
@@ -115,7 +115,7 @@ def _refuse_foreign_tokens(model_dir: Path, *tables: TokenTable) -> None:
         )
 
 
-def _count(train: TokenTable, held_out: TokenTable) -> DatasetStats:
+def _count(train: TokenTable, held_out: TokenTable) -> TokenizedStats:
     """The stats that follow from the arrays."""
     lengths = train.lengths()
     return {

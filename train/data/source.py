@@ -24,7 +24,7 @@ BUILTIN_DATA = {"builtin:tasks": TASKS / "train.jsonl", "builtin:tasks/heldout":
 FORMAT_VERSION = 1
 
 # Counts of rows and tokens, as `train.data.loading` writes them to ``facts.json`` in the cache.
-DatasetStats = dict[str, Any]
+TokenizedStats = dict[str, Any]
 
 
 def data_path(source: str) -> Path | None:
@@ -86,7 +86,7 @@ def tokens_key(data: DataConfig, model: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def read_dataset_stats(data: DataConfig, model: ModelConfig, cache: CacheDir) -> DatasetStats | None:
+def read_dataset_stats(data: DataConfig, model: ModelConfig, cache: CacheDir) -> TokenizedStats | None:
     """The stats of data that is already tokenized, None if it is not."""
-    stats: DatasetStats | None = read_json(TokensDir(cache.tokens(tokens_key(data, model))).stats)
+    stats: TokenizedStats | None = read_json(TokensDir(cache.tokens(tokens_key(data, model))).stats)
     return stats

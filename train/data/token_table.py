@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import DatasetStats
+from train.data.source import TokenizedStats
 from train.store.layout import TokensDir
 from train.store.storage import read_json, write_folder, write_json
 
@@ -63,7 +63,7 @@ class TokenizedData:
 
     train: TokenTable
     eval: TokenTable
-    stats: DatasetStats
+    stats: TokenizedStats
 
 
 def read_tokenized(folder: Path) -> TokenizedData | None:
