@@ -21,12 +21,14 @@ from train.schedules import SCHEDULES, ScheduleName, deciding_arguments, given_a
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
-CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # the last are bytes that were no UTF-8
+# The last range holds lone surrogates: that is what Python makes of bytes that are not UTF-8.
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # Keys that say how or where a run is computed, never what: they are left out of the run's identity.
 HOW_KEYS = {
-    "model": {"name", "source", "revision"},  # `model.fingerprint` stands for them
-    "data": {"name", "source", "eval_source"},  # `data.fingerprint` stands for them
+    # `model.fingerprint` and `data.fingerprint` stand for these.
+    "model": {"name", "source", "revision"},
+    "data": {"name", "source", "eval_source"},
     "train": {
         *("save_steps", "sample_prompts", "sample_tokens"),
         *("micro_batch_tokens", "residency", "gradient_checkpointing", "compile"),
@@ -38,7 +40,7 @@ YOUNGER_KEYS = {"train": {"lr_scheduler_kwargs"}}
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys, wrong types and infinities are refused; values never change.
+    """A part of the configuration. Unknown keys, wrong types and infinities are rejected, and values never change.
 
     The text below each key is its meaning in ``python -m launcher keys`` and in docs/configuration.md.
     """
@@ -109,7 +111,7 @@ class DataConfig(Section):
     """Seed that decides which rows are held out when `eval_source` is `null`."""
 
     max_length: int = Field(512, ge=8)
-    """The longest sequence in tokens, prompt and answer together; longer ones are cut."""
+    """The longest sequence in tokens, prompt and answer together; longer ones are truncated."""
 
     response_only: bool = True
     """Compute the loss on the answer only, not on the prompt."""
@@ -205,7 +207,7 @@ class TrainConfig(Section):
     """Optimizer steps; `null` leaves it to `num_train_epochs`."""
 
     batch_size: int = Field(ge=1)
-    """Sequences per optimizer step. How they are cut into micro-batches never changes the result."""
+    """Sequences per optimizer step. How they are split into micro-batches never changes the result."""
 
     lr_scheduler_type: ScheduleName = "linear"
     """How the learning rate changes over the steps, as transformers' scheduler of that name."""
@@ -257,7 +259,7 @@ class TrainConfig(Section):
     """Tokens that go through the model at once, at least 1. `auto` fits them to the memory."""
 
     residency: Literal["auto", "nf4", "resident"] = "auto"
-    """How a 4-bit base lies in memory: `nf4` dequantizes at every use, `resident` once. The numbers are the same.
+    """How a 4-bit base is held in memory: `nf4` dequantizes at every use, `resident` once. The numbers are the same.
     `auto` chooses by free memory."""
 
     gradient_checkpointing: bool | Literal["auto"] = "auto"
@@ -334,7 +336,7 @@ class RunConfig(Section):
         }
 
     def _decides(self, section: str, key: str, value: Any) -> bool:
-        """Whether a key belongs to the identity: it changes the result, and says what version 0.1.0 could not say."""
+        """Whether a key belongs to the identity: it changes the result, and has a value that version 0.1.0 could not express."""
         if key in HOW_KEYS.get(section, ()):
             return False
         default = getattr(self, section).__class__.model_fields[key].get_default(call_default_factory=True)
@@ -407,7 +409,7 @@ def parse_section(section: type[S], values: dict[str, Any], prefix: str = "") ->
 
 
 def refuse_control_characters(value: Any, key: str = "") -> None:
-    """Refuse control characters in any string of a nested value: they could run commands in a job script.
+    """Reject control characters in any string of a nested value: they could run commands in a job script.
 
     Raises:
         BadInput: naming the key.

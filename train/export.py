@@ -1,11 +1,11 @@
-"""A finished run as a model: merged into a plain folder, or answering prompts on the CPU.
+"""Uses a finished run as a model: merges it into an ordinary model folder, or answers prompts on the CPU.
 
     python -m train.export merge RUN CACHE [--json]
     python -m train.export chat RUN CACHE [PROMPT] [--json]
 
-The adapter is put onto the base as it was downloaded, in 16 or 32 bit, also after training over NF4: 4 bits cannot hold
-weight plus adapter, and rounding would lose the adapter. That adapter was fitted to the quantized base, so the logits of the
-merged model differ a little from those in training.
+The adapter is merged into the base as it was downloaded, in 16 or 32 bit, even if it was trained over NF4: 4 bits cannot hold the sum
+of weight and adapter, and rounding would lose the adapter. Since such an adapter was fitted to the quantized base, the merged model's
+logits differ slightly from those in training.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def merge_run(run: RunDir, cache: CacheDir) -> Path:
     """Write the tuned model, in the base's own dtype, and its tokenizer to the run's ``merged`` folder.
 
     Raises:
-        BadInput: the run has no adapter, or its base is no longer the one that it was trained on.
+        BadInput: the run has no adapter, or its base has changed since it was trained.
         StorageError: the disk is full or read-only.
     """
     model, tokenizer = tuned_model(run, cache, dtype="auto")
@@ -87,24 +87,26 @@ def _refuse_another_base(config: RunConfig) -> None:
     now = model_fingerprint(config.model)
     if now != config.model.fingerprint:
         raise BadInput(
-            f"the base {config.model.source!r} is not the one that the adapter was trained on (its fingerprint was "
-            f"{config.model.fingerprint}, now {now}); put the old files back."
+            f"the base {config.model.source!r} has changed since the adapter was trained (its fingerprint was "
+            f"{config.model.fingerprint} and is now {now}); restore the old files."
         )
 
 
 class Chat:
-    """Answers instructions one by one, each written for the model as in training; greedy, so the same every time."""
+    """Answers instructions one at a time, each rendered as in training. Decoding is greedy, so an answer is always the same."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         ends = closing_tokens(tokenizer)
+        # A single prompt needs no padding, but `generate` warns without a pad token.
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
         model.generation_config = GenerationConfig(
             max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=sorted(ends), pad_token_id=padding
         )
 
     def answer(self, prompt: str, stream: bool) -> str:
-        """The model's answer; with `stream` it is printed token by token while it comes."""
+        """The model's answer. With `stream` it is also printed, token by token as it is generated."""
         inputs = self.tokenizer(
             prompt_text(prompt, self.tokenizer), return_tensors="pt", **special_tokens(self.tokenizer)
         )
@@ -116,31 +118,32 @@ class Chat:
 
 
 def prompt_text(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before the answer in training: all that `train.data.rendering` writes until the answer begins."""
+    """The text before the answer in training: what `train.data.rendering` writes up to where the answer begins."""
     rendered = render(AlpacaRow(instruction, "", "answer"), tokenizer)
     return rendered.text[: rendered.answers[0][0]]
 
 
 def chat(run: RunDir, cache: CacheDir, prompt: str | None, as_json: bool) -> None:
-    """Answer `prompt`, or every line of stdin, on stdout; as JSON these are one document once the input has ended.
+    """Print the answer to `prompt`, or to every line of stdin. As JSON it is one document, printed after the end of the input.
 
     Raises:
         BadInput: see `merge_run`.
     """
-    talk = Chat(*tuned_model(run, cache, dtype=torch.float32))
+    model = Chat(*tuned_model(run, cache, dtype=torch.float32))
+    # A generator, so that with a terminal each line is answered before the next one is read.
+    prompts = _lines() if prompt is None else iter([prompt])
     if not as_json:
-        for question in [prompt] if prompt is not None else _lines():
-            talk.answer(question, stream=True)
+        for line in prompts:
+            model.answer(line, stream=True)
         return
-    asked = [prompt] if prompt is not None else list(_lines())
-    answers = [{"prompt": question, "answer": talk.answer(question, stream=False)} for question in asked]
+    answers = [{"prompt": line, "answer": model.answer(line, stream=False)} for line in prompts]
     print(json.dumps({"answers": answers} if prompt is None else answers[0], ensure_ascii=False))
 
 
 def _lines() -> Iterator[str]:
-    """Lines typed or piped, without the empty ones, until the end of input."""
+    """The lines that are typed or piped, without empty ones, until the end of the input."""
     if sys.stdin.isatty():
-        print("Each line is a prompt of its own. Ctrl-D ends.", file=sys.stderr)
+        print("Each line is one prompt. Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -151,10 +154,11 @@ def _lines() -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one action; facts go to stdout, all else to stderr."""
+    """Run one action. Its result goes to stdout, everything else to stderr."""
     chosen = _parser().parse_args(arguments)
     log_to(sys.stderr)
-    run, cache = RunDir(chosen.run), CacheDir(chosen.cache)
+    run = RunDir(chosen.run)
+    cache = CacheDir(chosen.cache)
     if chosen.action == "chat":
         chat(run, cache, chosen.prompt, chosen.json)
         return
@@ -163,9 +167,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train.export", description="A finished run as a model.")
+    parser = argparse.ArgumentParser(prog="python -m train.export", description="Use a finished run as a model.")
     actions = parser.add_subparsers(dest="action", required=True)
-    merge = actions.add_parser("merge", help="write the tuned model as a plain folder")
+    merge = actions.add_parser("merge", help="write the tuned model as an ordinary folder")
     talk = actions.add_parser("chat", help="answer a prompt, or every line of stdin")
     for action in (merge, talk):
         action.add_argument("run", type=Path, help="run folder")

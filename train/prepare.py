@@ -1,9 +1,13 @@
-"""Fetch models and tokenize data before any job needs them: ``python -m train.prepare``.
+"""Fetches models and tokenizes data before any job needs them: ``python -m train.prepare``.
 
-The launcher runs this as a process of its own, so that it never imports torch. On stdin comes one JSON document
-``{"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig, "loras": [LoraConfig, …]}, …]}``; on stdout goes exactly one:
-``{"ok": true, "facts": [{…, "model_dir": …}, …]}`` or ``{"ok": false, "error": …, "exit_code": …, "message": …}``.
-All else (progress, what libraries print) goes to stderr.
+The launcher runs this as a process of its own, so that it never imports torch itself. The process reads one JSON document from stdin
+and writes one to stdout. Everything else (progress, what libraries print) goes to stderr.
+
+    stdin     {"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig, "loras": [LoraConfig, …]}, …]}
+    stdout    {"ok": true, "facts": [{…, "model_dir": …}, …]}
+              {"ok": false, "error": …, "exit_code": …, "message": …}
+
+A request's ``facts`` are the stats of its tokenized data and where its model is.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ Json = dict[str, Any]
 
 
 def main() -> int:
-    """Answer one document of requests; the exit status is that of the answer."""
+    """Answer one document of requests; the exit code is that of the answer."""
     log_to(sys.stderr)
     with guarded_stdout() as out:
         answer = answer_document(sys.stdin.read())
@@ -42,7 +46,8 @@ def main() -> int:
 
 @contextmanager
 def guarded_stdout() -> Iterator[TextIO]:
-    """Give the real stdout, while everything that this process and its libraries print there goes to stderr."""
+    """Yield the real stdout; meanwhile, what this process and its libraries print goes to stderr instead."""
+    # On the level of file descriptors, since C libraries write to descriptor 1 without asking Python.
     sys.stdout.flush()
     real = os.dup(1)
     os.dup2(2, 1)
@@ -56,26 +61,31 @@ def guarded_stdout() -> Iterator[TextIO]:
 
 
 def answer_document(document: str) -> Json:
-    """The answer to one JSON document of requests; errors are answers too."""
+    """The answer to one JSON document of requests. Errors are answers too."""
     try:
         request = json.loads(document)
         cache = CacheDir(Path(request["cache"]))
         return {"ok": True, "facts": [prepare(item, cache) for item in request["requests"]]}
     except LorapackError as exc:
         return _failure(exc, exc.exit_code)
-    except Exception as exc:  # the last seam before the launcher, which shows the message and points to stderr
+    except Exception as exc:
+        # The last place to catch it: the launcher shows the message, and stderr has the traceback.
         traceback.print_exc()
         return _failure(exc, 1)
 
 
 def prepare(request: Json, cache: CacheDir) -> Json:
-    """Make the model and the tokenized data of one request available; the facts of the data and where the model lies.
+    """Put the model and the tokenized data of one request into the cache.
+
+    Returns:
+        The stats of the data, and ``model_dir``, the model's folder.
 
     Raises:
-        BadInput: the model or the data cannot be used, or the model has not what an adapter of ``loras`` targets.
+        BadInput: the model or the data cannot be used, or the model lacks what an adapter of ``loras`` targets.
         StorageError: the cache cannot be written.
     """
-    from train.data.loading import load_tokenized, summary  # heavy
+    # Imported here because they are heavy.
+    from train.data.loading import load_tokenized, summary
     from train.model.loading import check_decoder
     from train.model.staging import stage_model
 
@@ -84,7 +94,8 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     model_dir = stage_model(model, cache)
     check_decoder(model_dir, model, data.max_length)
     modules = linear_modules(model_dir)
-    for lora in request["loras"]:  # before the tokenizing, which may take minutes
+    # Before tokenizing, which may take minutes.
+    for lora in request["loras"]:
         adapted_modules(parse_section(LoraConfig, lora, "lora"), modules)
     stats = load_tokenized(data, model, model_dir, cache).stats
     log.info(f"{data.name} for {model.name}: {summary(stats)}")
@@ -92,7 +103,7 @@ def prepare(request: Json, cache: CacheDir) -> Json:
 
 
 def _failure(exc: Exception, exit_code: int) -> Json:
-    """An answer that names the member of this project's family of errors, or the foreign error with its name."""
+    """The answer to an error: its class if it is one of this project's, else also its class as a part of the message."""
     families = [kind.__name__ for kind in type(exc).__mro__ if kind.__module__ == LorapackError.__module__]
     message = str(exc) if families else f"{type(exc).__name__}: {exc}"
     return {"ok": False, "error": (families or [type(exc).__name__])[0], "exit_code": exit_code, "message": message}
@@ -102,4 +113,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)  # Ctrl-C, as shells count it; what was fetched so far is kept, what was half written is gone
+        # Ctrl-C: shells report 128 + SIGINT. What was fetched completely is kept, and what was half written is removed.
+        sys.exit(130)

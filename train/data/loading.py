@@ -70,7 +70,7 @@ def tokenize(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callab
 
     train_rows, eval_rows, dropped = read_split(data)
     tokenizer = RowTokenizer(load_tokenizer(model_dir, model), data)
-    with _watched(f"tokenizing {data.name}", len(train_rows) + len(eval_rows)) as advance:
+    with _progress(f"tokenizing {data.name}", len(train_rows) + len(eval_rows)) as advance:
         train, held_out = (
             tokenizer.tokenize(rows, stop, advance, called)
             for rows, called in ((train_rows, "rows"), (eval_rows, "held-out rows"))
@@ -85,19 +85,21 @@ def tokenize(data: DataConfig, model: ModelConfig, model_dir: Path, stop: Callab
 
 
 @contextmanager
-def _watched(what: str, total: int) -> Iterator[Advance]:
+def _progress(what: str, total: int) -> Iterator[Advance]:
     """Show how many of `total` rows are done: a bar on a terminal, elsewhere a line in the log every `LINE_SECONDS`."""
-    console, done, told = Console(stderr=True), 0, time.monotonic()
+    console = Console(stderr=True)
+    done = 0
+    last_line = time.monotonic()
 
-    def tell(count: int) -> None:
-        nonlocal done, told
+    def log_progress(count: int) -> None:
+        nonlocal done, last_line
         done += count
-        if time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - last_line >= LINE_SECONDS:
+            last_line = time.monotonic()
             log.info(f"{what}: {done:,} of {total:,} rows")
 
     if not console.is_terminal:
-        yield tell
+        yield log_progress
         return
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task(what, total=total)

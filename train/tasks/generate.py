@@ -1,7 +1,7 @@
-"""Write the instruction set of this project: ``python -m train.tasks.generate``.
+"""Writes the instruction set of this project: ``python -m train.tasks.generate``.
 
-As many rows of each kind, drawn with a fixed seed; no instruction with the same input occurs twice, so the held-out rows
-are new. Both files are shuffled, so the first n rows of either are a fair sample of the kinds.
+There are equally many rows of each kind, drawn with a fixed seed. No instruction with the same input occurs twice, so no held-out row
+is among those to train on. Both files are shuffled, so the first n rows of either are a fair sample of the kinds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = dict[str, str]
 
 
 def make_rows() -> tuple[list[Row], list[Row]]:
-    """The rows to learn and the held-out rows; the same ones every time."""
+    """The rows to train on and the held-out rows; the same every time."""
     random = Random(SEED)
     train: list[Row] = []
     heldout: list[Row] = []
@@ -35,7 +35,7 @@ def make_rows() -> tuple[list[Row], list[Row]]:
 
 
 def draw(kind: str, count: int, random: Random) -> list[Row]:
-    """`count` rows of one kind, all of them with different instruction and input."""
+    """`count` rows of one kind; no two have the same instruction and input."""
     tasks: dict[tuple[str, str], Task] = {}
     while len(tasks) < count:
         task = KINDS[kind](random)
@@ -44,12 +44,12 @@ def draw(kind: str, count: int, random: Random) -> list[Row]:
 
 
 def as_jsonl(rows: list[Row]) -> bytes:
-    """A JSON line per row."""
+    """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def main() -> None:
-    """Write both files beside this module."""
+    """Write both files to this module's folder."""
     for name, rows in zip(("train", "heldout"), make_rows(), strict=True):
         (FOLDER / f"{name}.jsonl").write_bytes(as_jsonl(rows))
 

@@ -13,7 +13,7 @@ import torch
 
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import sequences_of
-from train.data.token_table import IGNORED_LABEL, TokenTable
+from train.data.token_table import TokenTable
 from train.nn.loss import sums_per_run, target_losses
 from train.nn.packed_model import PackedModel
 from train.trainer.context import JobContext
@@ -57,7 +57,7 @@ def evaluate(
         job.activity.advance(len(chunk) * job.group.size)
     job.group.all_reduce(losses, exact_rows)
     return {
-        row: Evaluation(float(losses[row]) / _targets(table), int(exact_rows[row]) / len(table))
+        row: Evaluation(float(losses[row]) / tables[row].num_targets(), int(exact_rows[row]) / len(table))
         for row, table in tables.items()
     }
 
@@ -77,9 +77,3 @@ def evaluate_untrained(
     shared = {row: tables[row] for row in first_row.values()}
     found = evaluate(base, shared, pack_size, micro_batch_tokens, job)
     return {row: found[first_row[id(table)]] for row, table in tables.items()}
-
-
-def _targets(table: TokenTable) -> int:
-    """How many tokens are predicted; a row's first token never is."""
-    learnt = table.labels != IGNORED_LABEL
-    return int(learnt.sum() - learnt[table.offsets[:-1]].sum())
