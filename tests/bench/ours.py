@@ -1,6 +1,6 @@
 """lorapack, measured through its own parts: `fit_to_device`, `open_base`, `seat` and the loop's optimizer step with its recorder.
 
-One process (`bench.start`); the base is loaded anew only where settings ask for another residency or for checkpointing.
+One process (`bench.start`); the base is loaded again only when a setting needs another residency, or changes checkpointing.
 """
 
 from __future__ import annotations

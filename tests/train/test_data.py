@@ -98,7 +98,7 @@ def write_rows(path: Path, count: int) -> Path:
     return path
 
 
-def test_of_a_conversation_every_answer_is_learnt_with_its_end_mark() -> None:
+def test_of_a_conversation_every_answer_is_learned_with_its_end_mark() -> None:
     tokenizer = byte_tokenizer(CHAT_ML)
     table, _ = tokenize(tokenizer, CONVERSATION)
     assert learned_texts(tokenizer, table) == ["assistant<|im_end|>", "Grüezi 🙂\nall<|im_end|>"]
@@ -140,7 +140,7 @@ def test_without_a_chat_template_the_words_are_those_of_stanford_alpaca() -> Non
     assert "Input" not in alpaca_prompt("Hi", "")
 
 
-def test_marks_that_the_tokenizer_adds_itself_are_neither_learnt_nor_doubled() -> None:
+def test_marks_that_the_tokenizer_adds_itself_are_neither_learned_nor_doubled() -> None:
     tokenizer = byte_tokenizer()
     marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -176,7 +176,7 @@ def test_a_template_that_closes_no_turn_gets_the_end_of_text_token() -> None:
     assert learned_texts(tokenizer, table) == ["Ho<|im_end|>"]
 
 
-def test_all_tokens_are_learnt_if_asked_for() -> None:
+def test_all_tokens_are_learned_if_asked_for() -> None:
     table, _ = tokenize(byte_tokenizer(CHAT_ML), CONVERSATION, response_only=False)
     assert (table.tokens == table.labels).all()
 

@@ -1,7 +1,7 @@
 """The rows of a pack in memory: flat tokens, run after run, with the indices that attention, adapters and loss need.
 
 A micro-batch holds real tokens only. All indices are made here, once per micro-batch, on the CPU. An example, which
-tests/train/test_batches.py builds: run 0 has two sequences, run 1 has one, and label -100 marks what is not learned.
+tests/train/test_micro_batch.py builds: run 0 has two sequences, run 1 has one, and label -100 marks what is not learned.
 
     run  index  tokens       labels
     0    0      11 12 13 14  -100 -100 13 14
