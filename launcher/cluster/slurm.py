@@ -20,6 +20,7 @@ from launcher.cluster.requests import Placement, afterwards_parameters, sbatch_p
 from launcher.cluster.sbatch import sbatch
 from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
+from train.runtime.backoff import backoff
 from train.store.layout import ArrayDir, SweepDir
 from train.store.storage import make_folder, read_json, write_json
 
@@ -28,7 +29,7 @@ USUAL_MAX_ARRAY_SIZE = 1001
 SCANCEL_SECONDS = 60.0
 # The length of a command line is limited.
 JOBS_PER_CALL = 200
-RETRY_WAITS_SECONDS = (2, 5, 10, 20)
+RETRY_WAITS_SECONDS = tuple(backoff(2, 20, total=30))
 # How far back accounting is searched for an array whose answer was lost.
 LOOK_BACK_SECONDS = 86_400
 # What sbatch says when the user may have no more jobs now; the rest is submitted with the next command.

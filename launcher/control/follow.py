@@ -21,6 +21,7 @@ from launcher.terminal.interrupts import Interrupts
 from launcher.terminal.progress import open_progress
 from launcher.track.logs import LogTailer, last_stderr
 from launcher.track.tracker import track
+from train.runtime.backoff import backoff
 from train.store.causes import Cause
 from train.store.layout import PackDir, RunDir, SweepDir, runs_of_pack
 from train.store.storage import last_line
@@ -62,9 +63,8 @@ def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Int
 
 def watch(sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
     """Show the runs of the sweep until none trains or waits any more, or until the user presses Ctrl-C."""
-    pause = FIRST_PAUSE_SECONDS
     with open_progress(console) as progress:
-        while not interrupts.count:
+        for pause in backoff(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, factor=1.1):
             statuses = track(sweep)
             progress.show(statuses)
             if not any(status.under_way for status in statuses):
@@ -72,7 +72,8 @@ def watch(sweep: SweepDir, console: Console, interrupts: Interrupts) -> None:
             wake_at = time.monotonic() + pause
             while time.monotonic() < wake_at and not interrupts.count:
                 time.sleep(TICK_SECONDS)
-            pause = min(LONGEST_PAUSE_SECONDS, 1.1 * pause)
+            if interrupts.count:
+                return
 
 
 class StatusCache:

@@ -9,7 +9,7 @@ import packs
 from train.config import RunConfig
 from train.lora.parameters import PackedAdapters
 from train.lora.targets import adapted_modules
-from train.trainer.optim import PackedAdamW
+from train.trainer.optim import PackedAdamW, adamw, row_norms
 
 SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (3, 5)}
 CONFIGS = [
@@ -62,6 +62,36 @@ def test_each_row_moves_as_torch_moves_it_alone() -> None:
         for name, pair in adapters.tensors(row).items():
             for mine, other in zip(pair, twin[name], strict=True):
                 torch.testing.assert_close(mine, other.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_the_worked_example_of_a_step() -> None:
+    """The numbers in the docstring of `adamw`."""
+
+    def per_run(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)[:, None]
+
+    theta = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
+    gradient = torch.tensor([[3.0, 4.0], [0.3, 0.4]], dtype=torch.float64)
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    assert row_norms(gradient).tolist() == [5.0, 0.5]
+    applies, both = torch.tensor([[True], [True]]), (per_run(0.9, 0.9), per_run(0.999, 0.999))
+    corrections = 1 - both[0], (1 - both[1]).sqrt()
+    adamw(
+        theta,
+        m,
+        v,
+        gradient,
+        applies,
+        per_run(0.1, 0.1),
+        per_run(0.01, 0.0),
+        per_run(0.2, 1.0),
+        *both,
+        *corrections,
+        per_run(1e-8, 1e-8),
+    )
+    torch.testing.assert_close(m, torch.tensor([[0.06, 0.08], [0.03, 0.04]], dtype=torch.float64))
+    torch.testing.assert_close(v, torch.tensor([[0.00036, 0.00064], [0.00009, 0.00016]], dtype=torch.float64))
+    torch.testing.assert_close(theta, torch.tensor([[0.89, 1.88], [0.9, 1.9]], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_padding_stays_zero() -> None:

@@ -1,4 +1,4 @@
-"""Keeps a worker alive beside the trainer: one that dies, however it dies, is followed by another.
+"""Keeps a worker running next to the trainer: one that dies, however it dies, is followed by another.
 
 Slurm's SIGTERM goes to every process of a job and kills wandb-core, which no mask can prevent. The supervisor is deaf to the
 signals, so that the worker after the killed one can still send what is missing.
@@ -13,10 +13,13 @@ import tempfile
 import time
 
 from train.mirror.worker import trainer_has_ended
+from train.runtime.backoff import backoff
 
-END_SECONDS = 20.0  # from the trainer's end to ours; Slurm's KillWait is 30 s
+# From the trainer's end to ours; Slurm's KillWait is 30 s.
+END_SECONDS = 20.0
 POLL_SECONDS = 0.2
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 60.0
 LAST_TRIES = 3
 
 
@@ -31,14 +34,15 @@ def supervise(pack_file: str) -> int:
 
 
 def _supervise(work: list[str], environment: dict[str, str]) -> int:
-    pause, deadline, tries = FIRST_PAUSE_SECONDS, None, 0
+    pauses = backoff(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+    deadline: float | None = None
+    tries = 0
     while tries < LAST_TRIES:
         worker = subprocess.Popen(work, env=environment)
         deadline = _wait(worker, deadline)
         if worker.returncode == 0:
             return 0
-        if deadline is None and not trainer_has_ended(pause):
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        if deadline is None and not trainer_has_ended(next(pauses)):
             continue
         deadline = deadline or time.monotonic() + END_SECONDS
         if time.monotonic() >= deadline:

@@ -17,6 +17,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
+from train.runtime.backoff import backoff
 from train.store.causes import Cause
 
 log = logging.getLogger("lorapack.runtime")
@@ -155,17 +156,15 @@ def killed_for_memory(job: str) -> bool:
 
 def _ask_for_requeue(job: SlurmJob) -> subprocess.CompletedProcess[str] | None:
     """The controller's answer, None if there was none for as long as it was waited for."""
-    waited, pause = 0.0, 1.0
-    while True:
-        answer = _scontrol("requeue", job.id)  # there is none in a container, say
+    for pause in (0.0, *backoff(1.0, LONGEST_PAUSE_SECONDS, total=END_WAIT_SECONDS)):
+        time.sleep(pause)
+        # There is no scontrol in a container, for example.
+        answer = _scontrol("requeue", job.id)
         if answer is not None and (answer.returncode == 0 or not any(words in answer.stderr for words in NO_CONTACT)):
             return answer
-        if waited >= END_WAIT_SECONDS:
-            return None
-        if not waited:
+        if not pause:
             log.info("no answer from the controller yet, so this job asks on, and waits to be ended")
-        time.sleep(pause)
-        waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
+    return None
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:

@@ -23,7 +23,8 @@ from train.nn.functional import dispatch
 FIRST_LOSS_SCALE = 2.0**16
 SMALLEST_LOSS_SCALE = 2.0**-8
 GROWTH_INTERVAL_STEPS = 2000
-NORM_CHUNK = 2**21  # numbers in float64 at once: they stay in a GPU's cache
+# Numbers in float64 at once: they stay in a GPU's cache.
+NORM_CHUNK = 2**21
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
@@ -65,7 +66,31 @@ def adamw(
     root_correction2: torch.Tensor,
     eps: torch.Tensor,
 ) -> None:
-    """Move `theta` [runs, columns] and both averages in place, at the cost of `gradient`; what comes after it is [runs, 1]."""
+    """One step of AdamW for the columns of all runs, in place; `gradient` is used up.
+
+    `theta`, `exp_avg`, `exp_avg_sq` and `gradient` are [runs, columns], all that follows is [runs, 1]. With g the clipped gradient
+    (arXiv 1711.05101, algorithm 2, as torch.optim.AdamW computes it):
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g²
+        theta = theta * (1 - decay) - rate / correction1 * m / (sqrt(v) / root_correction2 + eps)
+
+    where after t steps correction1 = 1 - beta1^t, root_correction2 = sqrt(1 - beta2^t), and decay = rate * weight_decay.
+
+    Two runs of two numbers at their first step, with beta1 0.9, beta2 0.999 and rate 0.1. Run 0 clips at norm 1 and has weight_decay
+    0.1, so decay 0.01; run 1 does neither:
+
+        gradient   [[3, 4], [0.3, 0.4]]      norms 5 and 0.5
+        clip       [[0.2], [1]]              max_norm / norm, at most 1
+        g          [[0.6, 0.8], [0.3, 0.4]]
+        m          [[0.06, 0.08], [0.03, 0.04]]
+        v          [[0.00036, 0.00064], [0.00009, 0.00016]]
+        theta      [[1, 2], [1, 2]] before, [[0.89, 1.88], [0.9, 1.9]] after
+
+    At the first step m / correction1 is g and sqrt(v) / root_correction2 is |g|, so each number moves by its rate, whatever its
+    gradient: 1 * 0.99 - 0.1 and 2 * 0.99 - 0.1 in run 0.
+    """
+    # A run that is left out may have a gradient of NaN; 0 keeps it out of the averages.
     gradient.mul_(clip).masked_fill_(~applies, 0)
     exp_avg.mul_(beta1).addcmul_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient * gradient, 1 - beta2)
@@ -103,7 +128,8 @@ class PackedAdamW:
         scale_losses: bool,
         fused: bool = False,
     ) -> None:
-        self.adapters, self._fused = adapters, fused
+        self.adapters = adapters
+        self._fused = fused
         self.exp_avg = torch.zeros_like(adapters.theta)
         self.exp_avg_sq = torch.zeros_like(adapters.theta)
         trains = [train for train, _ in configs]
@@ -134,9 +160,11 @@ class PackedAdamW:
             losses: [runs] mean loss of this step.
         """
         gradient = self.adapters.gradient
+        # With a loss scale s the backward gave s times the gradient, so its norm and its clip are divided by s.
         norm = row_norms(gradient) / self.loss_scale
         finite = torch.isfinite(norm)
         applies = self.alive & finite & torch.isfinite(losses)
+        # As torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1.
         clip = (self._max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale
         self._move(to_device(self._on_host(learning_rates), gradient.device), clip, applies)
         gradient.zero_()
@@ -145,12 +173,16 @@ class PackedAdamW:
         return StepOutcome(norm, self.alive.clone(), outcome_scale)
 
     def _move(self, learning_rate: torch.Tensor, clip: torch.Tensor, applies: torch.Tensor) -> None:
-        """AdamW's update of the rows in `applies`."""
+        """AdamW's update of the runs in `applies` [runs]; `learning_rate` and `clip` are [runs].
+
+        A run that is left out gets rate 0 and betas 1, so that theta * 1 - 0 and 1 * m + 0 * g keep its numbers bit for bit.
+        """
         self.applied += applies
         steps = self.applied.clamp(min=1)
         rate = torch.where(applies, learning_rate, 0)
         beta1, beta2 = (torch.where(applies, beta, 1) for beta in (self._beta1, self._beta2))
         corrections = 1 - self._beta1**steps, (1 - self._beta2**steps).sqrt()
+        # theta holds all A first, then all B: only B learns at LoRA+'s multiple of the rate.
         split = self.adapters.b_columns_start
         matrices = (self.adapters.theta, self.exp_avg, self.exp_avg_sq, self.adapters.gradient)
         for columns, rates in ((slice(None, split), rate), (slice(split, None), rate * self._b_ratio)):
