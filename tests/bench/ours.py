@@ -1,4 +1,4 @@
-"""lorapack, measured through its own parts: `fit_to_device`, `open_base`, `seat` and the loop's optimizer step with its recorder.
+"""lorapack, measured through its own parts: `fit_to_device`, `open_base`, `build_loop` and the loop's optimizer step with its recorder.
 
 One process (`bench.start`); the base is loaded again only when a setting needs another residency, or changes checkpointing.
 """
@@ -45,9 +45,10 @@ from train.runtime.attempts import open_attempt
 from train.sizing import Fit
 from train.store.layout import CacheDir, RunDir
 from train.store.storage import make_folder
+from train.trainer.base import fit_to_device, open_base
 from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
-from train.trainer.pack import build_loop, fit_to_device, open_base
+from train.trainer.pack import build_loop
 from train.trainer.session import RunSession
 
 NAME = "lorapack"

@@ -96,7 +96,7 @@ def test_ctrl_c_stops_resumably_the_same_command_goes_on_and_no_run_is_trained_t
 
     again = program(*COMMAND, "train.save_steps=100000", timeout=240)
     assert again.returncode == 0, again.stderr
-    assert f"goes on after step {ended['last_step']}" in again.stdout
+    assert f"continues after step {ended['last_step']}" in again.stdout
     assert [line["step"] for line in read_lines(run.journal) if "loss" in line] == list(range(1, STEPS + 1))
     assert read_json(run.result)["attempts"] == 2
 

@@ -20,10 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
-from train.lora.parameters import AdapterTensors, PackedAdapters
 from train.store.layout import RunDir
 from train.store.storage import storage_errors, write_folder, write_json
-from train.trainer.optim import PackedAdamW
 
 log = logging.getLogger("lorapack.trainer")
 
@@ -147,46 +145,6 @@ def common_step(steps_per_run: list[set[int]]) -> int | None:
     """
     common = set.intersection(*steps_per_run) if steps_per_run else set()
     return max(common, default=None)
-
-
-def run_tensors(run: int, adapters: PackedAdapters, optimizer: PackedAdamW) -> dict[str, torch.Tensor]:
-    """Copies of everything that a run needs to go on: its weights and AdamW's averages, unpadded."""
-    matrices = {"theta": adapters.theta, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-    return {
-        f"{kind}/{name}/{part}": tensor.cpu().clone(memory_format=torch.contiguous_format)
-        for kind, matrix in matrices.items()
-        for name, pair in adapters.tensors(run, matrix).items()
-        for part, tensor in zip("AB", pair, strict=True)
-    }
-
-
-def optimizer_numbers(run: int, optimizer: PackedAdamW) -> OptimizerNumbers:
-    """A run's entries of the optimizer's tensors [runs]."""
-    return {
-        "applied": float(optimizer.applied[run]),
-        "good_steps": float(optimizer.good_steps[run]),
-        "loss_scale": float(optimizer.loss_scale[run]),
-        "alive": bool(optimizer.alive[run]),
-    }
-
-
-@torch.no_grad()
-def restore_run(run: int, checkpoint: Checkpoint, adapters: PackedAdapters, optimizer: PackedAdamW) -> None:
-    """The inverse of `run_tensors`, with the optimizer's numbers; a checkpoint of step 0 has no tensors to restore."""
-    matrices = {"theta": adapters.theta, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-    if checkpoint.tensors:
-        for kind, matrix in matrices.items():
-            _copy_into(adapters.tensors(run, matrix), checkpoint.tensors, kind)
-    optimizer.applied[run] = checkpoint.progress.applied
-    optimizer.good_steps[run] = checkpoint.progress.good_steps
-    optimizer.loss_scale[run] = checkpoint.progress.loss_scale
-    optimizer.alive[run] = checkpoint.progress.alive
-
-
-def _copy_into(places: AdapterTensors, tensors: dict[str, torch.Tensor], kind: str) -> None:
-    for name, pair in places.items():
-        for part, place in zip("AB", pair, strict=True):
-            place.copy_(tensors[f"{kind}/{name}/{part}"])
 
 
 def _set_aside(folder: Path) -> Path:

@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from train.data.micro_batch import to_device
 from train.data.sampling import TokenSequence, examples_of_step, sequences_of
 from train.data.token_table import TokenTable
-from train.lora.parameters import PackedAdapters
 from train.nn.dropout import step_key
 from train.nn.gradients import choose_gradients
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import TRAINING
 from train.runtime.signals import Stopped
 from train.store.causes import Cause
-from train.trainer.checkpoint import Checkpoint, optimizer_numbers, restore_run, run_tensors
+from train.trainer.base import environment_info
+from train.trainer.checkpoint import Checkpoint
 from train.trainer.context import JobContext
-from train.trainer.environment import environment_info
 from train.trainer.evaluation import evaluate, evaluate_untrained
-from train.trainer.optim import PackedAdamW
+from train.trainer.pack_state import PackState, build_pack_state, optimizer_numbers, run_tensors
 from train.trainer.recorder import StepRecord, StepRecorder, peak_memory_gib
 from train.trainer.samples import Sampler
 from train.trainer.session import RunSession
@@ -252,37 +250,3 @@ class PackLoop:
 def _tables(sessions: list[RunSession]) -> dict[int, TokenTable]:
     """The held-out rows of each session, by row of the pack."""
     return {session.row: session.data.eval for session in sessions}
-
-
-@dataclass(frozen=True)
-class PackState:
-    """The trainable side of a pack."""
-
-    adapters: PackedAdapters
-    optimizer: PackedAdamW
-
-
-def build_pack_state(
-    base: PackedModel, sessions: Sequence[RunSession], states: Sequence[Checkpoint | None]
-) -> PackState:
-    """Give each session the row of its place in the list, and its state; None is the beginning.
-
-    What a pack of runs computes depends on these runs and their states alone: whether others sat here before leaves no trace.
-    """
-    configs = [session.config for session in sessions]
-    adapters = PackedAdapters(
-        [s.targets for s in sessions], base.shapes, [c.lora.lora_dropout for c in configs], base.dtype, base.device
-    )
-    optimizer = PackedAdamW(
-        adapters,
-        [(c.train, c.lora) for c in configs],
-        base.dtype == torch.float16,
-        base.context.kernels.fused_elementwise,
-    )
-    for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
-        session.row = row
-        if state is None or not state.tensors:
-            adapters.initialize(row, session.config.train.seed)
-        if state is not None:
-            restore_run(row, state, adapters, optimizer)
-    return PackState(adapters, optimizer)

@@ -1,4 +1,7 @@
-"""From run folders to a running loop: load data and base, seat the runs, restore them at a common step, train."""
+"""From run folders to a running loop: load data and base, restore the runs at a common step, train.
+
+The main process of a job and its workers come here with the same calls; only the main process has leases and writes.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,28 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig
-
 from train.config import RunConfig, read_run_config
 from train.data.loading import load_tokenized
 from train.data.source import data_fingerprint, tokens_key
 from train.data.token_table import TokenizedData
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, parameter_line, trainable_parameters
-from train.model.base_cache import BaseCache, BaseSpec
+from train.model.base_cache import BaseCache
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
-from train.nn.backends import choose_kernels, fit_pack, missing_compiler, resolve_dtype
-from train.nn.packed_model import PackedModel, load_base
+from train.nn.packed_model import PackedModel
 from train.runtime.activity import Activity
 from train.runtime.attempts import cause_of
 from train.runtime.rendezvous import NothingToDo, ProcessInfo
 from train.runtime.signals import StopFlag, Stopped
-from train.sizing import Fit
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import Lease
 from train.store.storage import read_json
+from train.trainer.base import fit_to_device, open_base
 from train.trainer.checkpoint import Checkpoint, common_step, from_bytes, sound_checkpoints, to_bytes
 from train.trainer.context import JobContext
-from train.trainer.environment import device_name
-from train.trainer.loop import PackLoop, build_pack_state
+from train.trainer.loop import PackLoop
+from train.trainer.pack_state import build_pack_state
 from train.trainer.process_group import SINGLE_PROCESS, open_process_group
 from train.trainer.samples import AnswerDecoder, Sampler, load_answer_decoder
 from train.trainer.session import FollowerSession, RunSession
@@ -104,15 +103,16 @@ def refuse_changed_sources(config: RunConfig, cache: CacheDir) -> None:
     Raises:
         BadInput: naming what changed.
     """
-    changed = (
-        [f"model.source={config.model.source}"] if model_fingerprint(config.model) != config.model.fingerprint else []
-    )
-    tokenized = cache.tokens(tokens_key(config.data, config.model)).exists()  # what was read then is still there
+    changed = []
+    if model_fingerprint(config.model) != config.model.fingerprint:
+        changed.append(f"model.source={config.model.source}")
+    # Tokens in the cache are those of the data as it was read then.
+    tokenized = cache.tokens(tokens_key(config.data, config.model)).exists()
     if not tokenized and data_fingerprint(config.data) != config.data.fingerprint:
         changed.append(f"data.source={config.data.source}")
     if changed:
         raise BadInput(
-            f"{' and '.join(changed)} changed since this run was planned; run the same command again to plan anew."
+            f"{' and '.join(changed)} changed since this run was planned; run the same command again to plan it again."
         )
 
 
@@ -140,46 +140,13 @@ def _newest_states(sessions: Sequence[RunSession]) -> list[Checkpoint | None]:
     """The newest state that all sessions have, or of each its own newest."""
     found = [sound_checkpoints(session.dir) for session in sessions]
     common = common_step([set(checkpoints) for checkpoints in found])
-    return [_newest(checkpoints, common) for checkpoints in found]
-
-
-def _newest(checkpoints: dict[int, Checkpoint], common: int | None) -> Checkpoint | None:
-    step = common if common is not None else max(checkpoints, default=None)
-    return None if step is None else checkpoints[step]
-
-
-def fit_to_device(config: RunConfig, model_dir: Path, longest: int) -> Fit:
-    """How packs over the base of `config` use this device, for rows of at most `longest` tokens."""
-    device = _device()
-    architecture = AutoConfig.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
-    return fit_pack(config, architecture, model_dir, resolve_dtype(config.train, device), device, longest)
-
-
-def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases: BaseCache) -> PackedModel:
-    """The base of `config` on this device, as `fit` wants it."""
-    device = _device()
-    dtype = resolve_dtype(config.train, device)
-    log.info(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
-    missing = missing_compiler(device, config.train)
-    if missing is not None:
-        log.warning(f"kernels are not compiled, which is slower: {missing}")
-    compiles = config.train.compile is not False and missing is None
-    kernels = choose_kernels(device, dtype, compiles=compiles, graphs=fit.graphs)
-    spec = BaseSpec(model_dir, config.model, config.quant, dtype, device)
-    base = load_base(spec, fit.residency, longest, bases, kernels)
-    if fit.checkpoint_activations:
-        base.checkpoint_activations()
-    return base
+    steps = [max(checkpoints, default=None) if common is None else common for checkpoints in found]
+    return [None if step is None else checkpoints[step] for step, checkpoints in zip(steps, found, strict=True)]
 
 
 def longest_row(data: list[TokenizedData]) -> int:
     """Tokens of the longest row that is learnt or evaluated."""
     return max(int(table.lengths().max()) for tables in data for table in (tables.train, tables.eval))
-
-
-def _device() -> torch.device:
-    """This process's own: with its number, since libraries take a plain ``cuda`` for the first GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _start(session: RunSession, state: Checkpoint | None, base: PackedModel) -> None:
@@ -188,7 +155,7 @@ def _start(session: RunSession, state: Checkpoint | None, base: PackedModel) -> 
     log.info(f"{session.dir.path.name}: {parameter_line(trainable, base.parameters)}")
     if state is not None:
         session.rewind(state)
-        log.info(f"{session.dir.path.name}: goes on after step {session.step} of {session.total_steps}")
+        log.info(f"{session.dir.path.name}: continues after step {session.step} of {session.total_steps}")
         return
     session.begin(
         {
