@@ -1,4 +1,7 @@
-"""In which keys the runs of a sweep folder differ, whatever commands made them."""
+"""The axes of a sweep: in which keys its runs differ, whatever commands made them, and the chart of eval loss against each.
+
+Charts are positions, so that the page and the PNG plots draw the same.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ from typing import Any
 from launcher.report.comparison import Axis, AxisScale, Group, Report
 from train.config import HOW_KEYS
 
-Values = dict[str, Any]  # a flat configuration: full key -> value
+# A flat configuration: full key -> value.
+Values = dict[str, Any]
 
 SEED = "train.seed"
-# A fingerprint repeats what its source says, and what only changes speed or spacing is no axis.
+# A fingerprint repeats what its source says. Keys that affect only speed or spacing do not distinguish runs.
 NO_AXES = {"model.fingerprint", "data.fingerprint"} | {f"train.{key}" for key in HOW_KEYS["train"]}
-# Where the names already differ, these tell nothing more.
-TOLD_BY_NAME = {"model": ("source", "revision", "trust_remote_code"), "data": ("source", "eval_source", "revision")}
-LOG_SPAN = 8  # the largest value over the smallest, from which on a logarithmic axis reads better
+# If the names differ already, these keys add nothing.
+SHOWN_BY_NAME = {"model": ("source", "revision", "trust_remote_code"), "data": ("source", "eval_source", "revision")}
+# From this ratio of the largest value to the smallest on, a logarithmic axis reads better.
+LOG_SPAN = 8
+# Of the axis' length; closer labels would touch.
+MIN_TICK_GAP = 0.07
 
 
 def flat(config: dict[str, Values]) -> Values:
@@ -30,10 +37,10 @@ def swept_axes(configs: Sequence[Values]) -> tuple[Axis, ...]:
     """The keys in which flat `configs` differ, in the order of the configuration, seeds last."""
     keys = list(dict.fromkeys(key for config in configs for key in config))
     differing = [key for key in keys if key not in NO_AXES and len(_distinct(configs, key)) > 1]
-    told = {
-        f"{section}.{key}" for section, keys in TOLD_BY_NAME.items() if f"{section}.name" in differing for key in keys
+    redundant = {
+        f"{section}.{key}" for section, keys in SHOWN_BY_NAME.items() if f"{section}.name" in differing for key in keys
     }
-    chosen = [key for key in differing if key not in told]
+    chosen = [key for key in differing if key not in redundant]
     return tuple(_axis(key, _distinct(configs, key)) for key in sorted(chosen, key=lambda key: key == SEED))
 
 
@@ -52,12 +59,12 @@ def axes_label(axes: Values) -> str:
 
 
 def _distinct(configs: Sequence[Values], key: str) -> list[Any]:
-    """The different values of `key`, in order of appearance; lists and dictionaries compare by what they hold."""
+    """The different values of `key`, in order of appearance. Lists and dictionaries compare by content."""
     return list({_identity(value): value for value in (config.get(key) for config in configs)}.values())
 
 
 def _identity(value: Any) -> str:
-    """Equal for equal values; 32 and 32.0 are."""
+    """A text that is the same for equal values, such as 32 and 32.0."""
     is_whole = isinstance(value, float) and value.is_integer()
     return json.dumps(int(value) if is_whole else value)
 
@@ -71,7 +78,7 @@ def _axis(key: str, values: list[Any]) -> Axis:
 
 
 def _scale(values: list[Any]) -> AxisScale:
-    """Numbers that span a wide range are spaced by their logarithm, powers of two by that to base 2."""
+    """Numbers that span a wide range are spaced by their logarithm, powers of two by the one to base 2."""
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return "category"
     if min(values) <= 0 or max(values) / min(values) < LOG_SPAN:
@@ -80,19 +87,20 @@ def _scale(values: list[Any]) -> AxisScale:
 
 
 def _positions(scale: AxisScale, values: list[Any]) -> tuple[float, ...]:
-    """Where each of the ordered `values` stands between 0 and 1 on an axis of this scale."""
+    """Where each of the ordered `values` stands between 0 and 1: ranks 8, 16, 64 at 0, 1/3 and 1 on a log2 axis."""
     if scale == "category":
+        # In the middle of slots of equal width.
         return tuple((index + 0.5) / len(values) for index in range(len(values)))
     numbers = [float(value) if scale == "linear" else math.log(value) for value in values]
     return tuple((number - numbers[0]) / (numbers[-1] - numbers[0]) for number in numbers)
 
 
-MIN_TICK_GAP = 0.07  # of the axis' length; closer labels would touch
-
-
 @dataclass(frozen=True)
 class Best:
-    """The best configuration at one value of an axis: mean eval loss over its seeds, half width of its 95 % interval."""
+    """The best configuration at one value of an axis.
+
+    mean: of the eval loss over its seeds. half_width: of the mean's 95 % interval, None with one seed.
+    """
 
     position: float
     value: str
@@ -102,7 +110,11 @@ class Best:
 
 @dataclass(frozen=True)
 class AxisChart:
-    """`points` are (run id, position, eval loss) of every finished run; `best` joins the best configuration at each value."""
+    """Eval loss against one axis.
+
+    points: run id, position and eval loss of every finished run. best: the best configuration at each value, joined by a line.
+    ticks: positions and labels.
+    """
 
     axis: Axis
     points: tuple[tuple[str, float, float], ...]
@@ -111,7 +123,7 @@ class AxisChart:
 
 
 def axis_charts(report: Report) -> list[AxisChart]:
-    """A chart per swept axis. Seeds are the points of the other axes' charts, and an axis only where there is no other."""
+    """A chart per swept axis. The seed is an axis only if it is the only one; otherwise seeds are points of the other charts."""
     axes = [axis for axis in report.axes if axis.key != SEED] or list(report.axes)
     return [AxisChart(axis, _points(report, axis), _best(report, axis), _ticks(axis)) for axis in axes]
 
@@ -127,7 +139,8 @@ def _points(report: Report, axis: Axis) -> tuple[tuple[str, float, float], ...]:
 def _best(report: Report, axis: Axis) -> tuple[Best, ...]:
     """The group with the lowest mean at each value that has one."""
     best: dict[int, Group] = {}
-    for group in report.groups:  # best first
+    # Groups are sorted best first, so the first one at a value stays.
+    for group in report.groups:
         if axis.key in group.axes:
             best.setdefault(axis.index(group.axes[axis.key]), group)
     return tuple(

@@ -1,4 +1,8 @@
-"""The values of a report: what the finished runs of a sweep measured, ranked, and how sure the ranking is. Nothing is read here."""
+"""The values of a report: what the finished runs of a sweep measured, ranked, and how far the ranking can be trusted.
+
+Nothing is read here. A new measure of a run is a field of `FinishedRun`, which is filled from the field of ``result.json`` of the
+same name.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ AxisScale = Literal["log2", "log10", "linear", "category"]
 
 @dataclass(frozen=True)
 class Axis:
-    """A key in which the runs differ. `values` are distinct and in order; `labels` and `positions` (0 to 1) go with them."""
+    """A key in which the runs differ. `values` are distinct and in order, each with a label and a position from 0 to 1."""
 
     key: str
     scale: AxisScale
@@ -25,9 +29,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run. Losses are nats per response token, speeds tokens per second of this run alone; `seconds` and
-    `peak_memory_gib` are those of the whole pack that it trained in, `gpu_hours` is its share, and `cost_usd` what that
-    costs where the partition has a price. `eval_rows` is how many held-out rows loss and match are means over.
+    """A finished run.
+
+    Losses are nats per response token, speeds tokens per second of this run.
+    seconds, peak_memory_gib: of the whole pack that it trained in. gpu_hours: its share of the pack's.
+    cost_usd: what that share costs, if the partition has a price. eval_rows: the held-out rows over which loss and match are means.
     """
 
     rank: int
@@ -60,7 +66,7 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run without a result: listed, never ranked. `state` is a `records.State`, `reason` what a plan says of it."""
+    """A run without a result: listed, never ranked. `state` is a `records.State`, `reason` what a plan says about it."""
 
     id: str
     name: str
@@ -72,7 +78,7 @@ class UnfinishedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """The finished runs that differ in their seed alone. `half_width` is that of the mean's 95 % interval."""
+    """The finished runs that differ only in their seed. `half_width` is that of the mean's 95 % interval."""
 
     axes: dict[str, Any]
     label: str
@@ -86,7 +92,7 @@ class Group:
 class Noise:
     """Whether the best configuration's lead is larger than the noise between seeds, in numbers and in words.
 
-    `lead`, `low` and `high` are the difference of mean eval losses with its 95 % interval; `command` finds out more.
+    lead, low, high: the difference of mean eval losses with its 95 % interval. command: what to run to find out more.
     """
 
     verdict: Literal["larger", "within", "unknown"]
@@ -111,7 +117,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt and an answer to it; `whole` is false where the answer was cut off."""
+    """A held-out prompt and an answer to it. `whole` is false if the answer was cut off."""
 
     prompt: str
     expected: str
@@ -131,8 +137,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep, compared. `rows` are ranked, best first; `groups` likewise by their mean; `curves` in the order of
-    `runs`, and `answers` of those that gave any; `commands` made the sweep, oldest first. `caveats` limit the ranking.
+    """A sweep, compared.
+
+    commands: what made the sweep, oldest first. rows: ranked, best first. groups: likewise, by their mean.
+    caveats: sentences that limit the ranking. curves: in the order of `runs`. answers: of the runs that gave any.
     """
 
     sweep: str

@@ -1,4 +1,4 @@
-"""Loss curves from journals, thinned to what a page can show without hiding what was measured."""
+"""What a run's files show over its steps: loss curves, thinned for the page, and sample answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from train.store.layout import RunDir
 from train.store.storage import Record, parsed, read_first_line, tail_lines
 
 MAX_POINTS = 400
+# An evaluation's line holds a few prompts with their answers.
+TAIL_BYTES = 1 << 18
+
+# Steps and values.
 Series = list[tuple[int, float]]
 
 
@@ -25,10 +29,11 @@ def read_curve(run: RunDir) -> Curve:
 
 
 def thin(series: Sequence[tuple[int, float]]) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """At most `MAX_POINTS` points: means over runs of neighbouring points, of their steps and of their values.
+    """At most `MAX_POINTS` points, each the mean of neighbouring ones: steps, values, and how many points are in a mean.
 
-    Means, not samples, so that no lucky step stands for its neighbours. Returns steps, values and points per mean.
+    Means instead of every n-th point, so that no lucky step stands for its neighbours. 1,000 points become 334 means of 3.
     """
+    # 0 for an empty series, which needs no buckets but a step width.
     size = math.ceil(len(series) / MAX_POINTS) or 1
     buckets = [series[start : start + size] for start in range(0, len(series), size)]
     steps = tuple(sum(step for step, _ in bucket) / len(bucket) for bucket in buckets)
@@ -36,8 +41,18 @@ def thin(series: Sequence[tuple[int, float]]) -> tuple[tuple[float, ...], tuple[
     return steps, values, size
 
 
+def read_answers(run: RunDir) -> Answers | None:
+    """The first and the last answers of one run, finished or not; None if it gave none."""
+    first, last = read_first_line(run.samples), tail_lines(run.samples, TAIL_BYTES)
+    if first is None or not last:
+        return None
+    return Answers(run.id, last[-1]["step"], _samples(first), _samples(last[-1]))
+
+
 def _read_journal(path: Path) -> list[Record]:
-    """`storage.read_lines` as one JSON document: twice as fast, which counts at 500 runs of 1,000 steps.
+    """The lines of a journal, like `storage.read_lines` but parsed as one JSON document.
+
+    That is twice as fast, which matters for 500 runs of 1,000 steps. A line that is still being written is left out.
 
     Raises:
         StorageError: a line is damaged.
@@ -49,17 +64,6 @@ def _read_journal(path: Path) -> list[Record]:
     whole = content[: content.rfind(b"\n") + 1].splitlines()
     lines: list[Record] = parsed(b"[" + b",".join(whole) + b"]", path)
     return lines
-
-
-TAIL_BYTES = 1 << 18  # an evaluation's line holds a few prompts with their answers
-
-
-def read_answers(run: RunDir) -> Answers | None:
-    """The first and the last answers of one run, finished or not; None where it gave none."""
-    first, last = read_first_line(run.samples), tail_lines(run.samples, TAIL_BYTES)
-    if first is None or not last:
-        return None
-    return Answers(run.id, last[-1]["step"], _samples(first), _samples(last[-1]))
 
 
 def _samples(line: Record) -> tuple[Sample, ...]:

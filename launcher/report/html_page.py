@@ -1,4 +1,7 @@
-"""`Report` -> one HTML file that needs nothing else: style, script and data are inside, and its policy forbids every request."""
+"""`Report` -> one HTML file with style, script and data inside. Its policy forbids every request.
+
+What the page shows comes from `page_document`; how it looks is in ``page/``, a script per part of the page.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from launcher.report.axes import axes_label, axis_charts, value_label
 from launcher.report.comparison import Answers, Curve, Report, Sample, report_json
 
 PAGE_DIR = Path(__file__).parent / "page"
-# In the order in which they use each other; together they are one script.
+# Each uses only earlier ones; together they are one script.
 SCRIPTS = ("core.js", "chart.js", "curves.js", "axes.js", "parallel.js", "bars.js", "table.js", "answers.js", "main.js")
 
 
 def render_page(report: Report) -> str:
-    """The whole page. Only the hashes of its own script and style are allowed to run (Content-Security-Policy)."""
+    """The whole page. Its Content-Security-Policy allows only its own script and style, by their hashes."""
     style = (PAGE_DIR / "page.css").read_text("utf-8")
     script = (
         "(() => {\n'use strict';\n" + "\n".join((PAGE_DIR / name).read_text("utf-8") for name in SCRIPTS) + "})();\n"
@@ -39,7 +42,7 @@ def render_page(report: Report) -> str:
 
 
 def page_document(report: Report) -> dict[str, Any]:
-    """Everything that the page shows: the report as `launcher report --json` gives it, with curves and charts."""
+    """Everything that the page shows: what `launcher report --json` prints, with curves, charts and answers."""
     return report_json(report) | {
         "axes": [asdict(axis) for axis in report.axes],
         "labels": {run.id: _labels(run.axes) for run in report.runs},
@@ -61,7 +64,7 @@ def _labels(axes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _packed_curves(curves: tuple[Curve, ...]) -> dict[str, Any]:
-    """The curves with five significant digits; step numbers, mostly the same for all runs, are kept once in `grids`."""
+    """The curves with five significant digits. Step numbers are mostly the same for all runs, so `grids` keeps each list once."""
     grids: dict[tuple[float, ...], int] = {}
     runs = [
         {
@@ -78,7 +81,7 @@ def _packed_curves(curves: tuple[Curve, ...]) -> dict[str, Any]:
 
 
 def _packed_answers(answers: tuple[Answers, ...]) -> dict[str, Any]:
-    """Answers as [text, whole]; prompts and the base's answers, mostly the same for all runs, are kept once in `asked`."""
+    """Answers as [text, whole]. Prompts and the base's answers are mostly the same for all runs, so `asked` keeps them once."""
     asked: dict[tuple[Sample, ...], int] = {}
     runs = {
         own.run: {
@@ -99,7 +102,7 @@ def _five_digits(value: float) -> float:
 
 
 def _policy(script: str, style: str) -> str:
-    """The policy that lets a browser run this script and this style, and fetch nothing from anywhere."""
+    """The policy that lets a browser use this script and this style, and fetch nothing."""
     rules = ("default-src 'none'", f"script-src '{_sha256(script)}'", f"style-src '{_sha256(style)}'", "img-src data:")
     return "; ".join((*rules, "base-uri 'none'", "form-action 'none'"))
 

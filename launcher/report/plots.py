@@ -16,8 +16,9 @@ from launcher.report.comparison import Axis, Curve, FinishedRun, Report
 
 PIXELS_PER_INCH = 160
 LEGEND_ROWS = 12
-DRAWN_CURVES = 60  # the best ones; more lines than this are a carpet
-# Okabe and Ito's palette, without its yellow and black: told apart by color-blind eyes on white.
+# The best runs; more lines than this are unreadable.
+DRAWN_CURVES = 60
+# Okabe and Ito's palette without its yellow and black, which color-blind people can tell apart on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -49,7 +50,7 @@ def _loss_curves(report: Report) -> bytes:
 
 
 def _cut_above(plot: Axes, losses: list[float]) -> None:
-    """End the plot at twice the highest of `losses`, those of runs with a result: one that diverges would press them into one line."""
+    """End the plot at twice the highest of `losses`, those of finished runs. A diverging run would flatten all others into one line."""
     if losses and 0 < 2 * max(losses) < plot.get_ylim()[1]:
         plot.set_ylim(top=2 * max(losses))
 
@@ -80,10 +81,11 @@ def _eval_loss(report: Report, chart: AxisChart) -> bytes:
 
 
 def _color(report: Report, axes: dict[str, Any], index: int) -> Any:
-    """By the value of the first axis: a ramp for numbers, a palette for words; by rank where nothing is swept."""
+    """By the value of the first axis: a ramp for numbers, a palette for categories; by rank if nothing is swept."""
     swept = [axis for axis in report.axes if axis.key != SEED]
     if not swept or swept[0].scale == "category":
         return PALETTE[(swept[0].index(axes[swept[0].key]) if swept else index) % len(PALETTE)]
+    # The last part of viridis is too bright on white.
     return matplotlib.colormaps["viridis"](0.85 * _position(swept[0], axes))
 
 
@@ -99,7 +101,7 @@ def _training_title(curves: tuple[Curve, ...], drawn: int) -> str:
 
 
 def _figure(width_inches: float) -> Figure:
-    """An empty figure that belongs to no window system."""
+    """An empty figure without a window."""
     figure = Figure(figsize=(width_inches, 4.0), dpi=PIXELS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -115,12 +117,12 @@ def _name_axes(plot: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """`text` without matplotlib's own mark-up."""
+    """`text` with matplotlib's math mark-up switched off."""
     return text.replace("$", r"\$")
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure's PNG, without the version of what drew it, so that equal reports are equal files."""
+    """The figure's PNG, without matplotlib's version in it, so that equal reports give equal files."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The ranked comparison in the terminal."""
+"""The ranked comparison in the terminal. A new column is a line in `MEASURES`, with the field of `FinishedRun` that it shows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from launcher.report.comparison import FinishedRun, Report
 from launcher.terminal.units import count, number, percent, seconds
 
 TOP_ROWS = 50
-NAME_WIDTH = 20  # characters at most, of a run's name and of a swept value
+# Characters at most, of a run's name and of a swept value.
+NAME_WIDTH = 20
 
 
 class Measure(NamedTuple):
-    """A column behind the axes: a field of `FinishedRun`, and how it is written."""
+    """A column to the right of the axes: a field of `FinishedRun`, and how it is written."""
 
     title: str
     key: str
@@ -38,8 +39,9 @@ MEASURES = (
     Measure("trainable", "trainable_parameters", count),
     Measure("MB", "adapter_mb", partial(number, digits=1)),
 )
-GPU_ONLY = {"gpu_hours", "cost_usd"}  # left out where no run has any
-# On a narrow terminal, in this order.
+# Left out if no run has any.
+GPU_ONLY = {"gpu_hours", "cost_usd"}
+# Left out on a narrow terminal, in this order.
 FIRST_LEFT_OUT = [
     "adapter_mb",
     "trainable_parameters",
@@ -65,7 +67,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_ranking(report: Report, console: Console) -> None:
-    """Print the table of finished runs, with as many measures as the terminal is wide enough for."""
+    """Print the table of finished runs, with as many measures as fit the terminal."""
     measures = [m for m in MEASURES if m.key not in GPU_ONLY or any(getattr(row, m.key) for row in report.rows)]
     left_out = 0
     for key in FIRST_LEFT_OUT:
@@ -79,7 +81,7 @@ def _print_ranking(report: Report, console: Console) -> None:
 
 
 def _width(report: Report, measures: Sequence[Measure], console: Console) -> int:
-    """The columns of the terminal that the whole table needs."""
+    """How many characters wide the whole table is."""
     return Measurement.get(console, console.options.update(width=10_000), _ranking(report, measures)).maximum
 
 
