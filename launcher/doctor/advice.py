@@ -1,4 +1,7 @@
-"""A cluster's settings in plain words: what will happen to a job here. Facts in, sentences out."""
+"""A cluster's settings in plain words: what will happen to a job here. Values in, sentences out.
+
+Advice on another setting of Slurm is a sentence in `_settings`, on another limit one in `_limits`.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ class Advice:
 def cluster_advice(inventory: Inventory) -> list[Advice]:
     """Everything that a user should know before the first job, the most important first."""
     mine = [partition for partition in inventory.open_partitions() if partition.gpus]
-    found = [*_partitions(mine, inventory)]
+    advice = [*_partitions(mine, inventory)]
     if inventory.settings is None:
-        found.append(
+        advice.append(
             Advice("warning", "'scontrol show config' did not answer, so what happens to jobs here is unknown.")
         )
     else:
-        found += [*_preemption(inventory, inventory.settings, mine), *_settings(inventory.settings)]
-    return [*found, *_limits(inventory)]
+        advice += [*_preemption(inventory, inventory.settings, mine), *_settings(inventory.settings)]
+    return [*advice, *_limits(inventory)]
 
 
 def _partitions(mine: list[LivePartition], inventory: Inventory) -> Iterator[Advice]:
@@ -42,9 +45,9 @@ def _partitions(mine: list[LivePartition], inventory: Inventory) -> Iterator[Adv
 
 
 def _preemption(inventory: Inventory, settings: Settings, mine: list[LivePartition]) -> Iterator[Advice]:
-    """What a job with less priority has to expect."""
+    """What happens to a job when one of higher priority needs its place."""
     if settings.preempt_type == "none" or settings.preempt_mode == "OFF":
-        yield Advice("good", "No job is pushed out by another here (PreemptMode=OFF).")
+        yield Advice("good", "Jobs are not preempted here (PreemptMode=OFF).")
         return
     exposed = [p for p in mine if (p.preempt_mode or settings.preempt_mode).upper() != "OFF"]
     modes = sorted({(p.preempt_mode or settings.preempt_mode).upper().removeprefix("GANG,") for p in exposed})
@@ -56,45 +59,45 @@ def _preemption(inventory: Inventory, settings: Settings, mine: list[LivePartiti
             yield _grace_of_qos(inventory)
         else:
             yield from (_grace(partition, settings) for partition in exposed)
-        how = "the signal that they chose (send_user_signal)" if settings.user_signal else "SIGTERM"
-        yield Advice("note", f"Jobs learn of a preemption by {how}.")
+        how = "the signal that it chose (send_user_signal)" if settings.user_signal else "SIGTERM"
+        yield Advice("note", f"A preempted job gets {how} first.")
 
 
 def _fate(mode: str, names: str) -> Advice:
     """What becomes of a preempted job."""
     fates: dict[str, Advice] = {
         "REQUEUE": Advice(
-            "good", f"A job that is pushed out of {names} is queued again and goes on from its last checkpoint."
+            "good", f"A job that is preempted in {names} is requeued and continues from its last checkpoint."
         ),
         "CANCEL": Advice(
             "warning",
-            f"A job that is pushed out of {names} is cancelled (PreemptMode=CANCEL). It asks to be queued again once it has saved, "
-            "and goes on from there; if it has no time to ask, 'python -m launcher resume' goes on from its last checkpoint.",
+            f"A job that is preempted in {names} is cancelled (PreemptMode=CANCEL). It asks to be requeued once it has saved, and then "
+            "continues. If it has no time to ask, 'python -m launcher resume' continues from its last checkpoint.",
         ),
-        "SUSPEND": Advice("note", f"A job that is pushed out of {names} is stopped and goes on later where it was."),
+        "SUSPEND": Advice("note", f"A job that is preempted in {names} is suspended and continues later where it was."),
     }
-    return fates.get(mode, Advice("note", f"PreemptMode={mode} holds for {names}."))
+    return fates.get(mode, Advice("note", f"PreemptMode={mode} applies to {names}."))
 
 
 def _grace_of_qos(inventory: Inventory) -> Advice:
-    """Where the quality of service decides who is pushed out, it also has the grace time."""
+    """If the quality of service decides which jobs are preempted, it also has the grace time."""
     if inventory.qos is None:
         return Advice(
-            "note", "The quality of service decides who is pushed out, and 'sacctmgr show qos' did not answer."
+            "note", "The quality of service decides which jobs are preempted, and 'sacctmgr show qos' did not answer."
         )
     times = ", ".join(f"{qos.name} {qos.grace} s" for qos in inventory.qos)
-    return Advice("note", f"The quality of service decides who is pushed out; grace times: {times}.")
+    return Advice("note", f"The quality of service decides which jobs are preempted. Grace times: {times}.")
 
 
 def _grace(partition: LivePartition, settings: Settings) -> Advice:
     """How long a preempted job of a partition has."""
     if partition.grace is None:
-        return Advice("note", f"The grace time of {partition.name} is not known.")
+        return Advice("note", f"The grace time of {partition.name} is unknown.")
     if partition.grace == 0:
         return Advice(
             "warning",
-            f"{partition.name} gives no grace time (GraceTime=0): a job that is pushed out has {settings.kill_wait} s (KillWait) to "
-            "save; what it cannot save in them is trained again from the last periodic checkpoint (train.save_steps).",
+            f"{partition.name} gives no grace time (GraceTime=0): a preempted job has {settings.kill_wait} s (KillWait) to save. If "
+            "that is too short, it trains again from its last periodic checkpoint (train.save_steps).",
         )
     return Advice(
         "good",
@@ -104,26 +107,24 @@ def _grace(partition: LivePartition, settings: Settings) -> Advice:
 
 
 def _settings(settings: Settings) -> Iterator[Advice]:
-    """What holds for every job."""
-    yield Advice(
-        "good", "A job that comes to its time limit saves first and queues itself again, as often as it takes."
-    )
+    """What applies to every job."""
+    yield Advice("good", "A job that reaches its time limit saves first and requeues itself, as often as necessary.")
     if not settings.requeue:
-        yield Advice("note", "Jobs are not queued again unless they ask for it (JobRequeue=0); these do ask.")
+        yield Advice("note", "Jobs are requeued only if they ask for it (JobRequeue=0). These jobs ask.")
     yield Advice("note", _arrays(settings.max_array_size))
     if not settings.accounting:
-        yield Advice("note", "There is no accounting: how jobs ended is read from the run folders alone.")
+        yield Advice("note", "There is no accounting, so how jobs ended is read from the run folders only.")
 
 
 def _arrays(most: int) -> str:
-    """What becomes of a large sweep. Slurm's setting is the first index that is too large, so it is also the number of tasks."""
+    """What happens to a large sweep. MaxArraySize is the first index that is too large, so it is also the number of tasks."""
     if most < 2:
-        return f"There are no job arrays here (MaxArraySize={most}): every job is submitted by itself."
+        return f"This cluster has no job arrays (MaxArraySize={most}), so every job is submitted separately."
     return f"A sweep of more than {most:,} jobs is cut into several arrays (MaxArraySize)."
 
 
 def _limits(inventory: Inventory) -> Iterator[Advice]:
-    """What the user may do at once."""
+    """How many jobs the user may have."""
     accounting = inventory.settings is not None and inventory.settings.accounting
     if accounting and inventory.associations == []:
         yield Advice(
@@ -134,4 +135,4 @@ def _limits(inventory: Inventory) -> Iterator[Advice]:
         limits = {"jobs in the queue": association.max_submit, "running jobs": association.max_jobs}
         text = " and ".join(f"{count:,} {what}" for what, count in limits.items() if count is not None)
         if text:
-            yield Advice("note", f"Account {association.account} lets you have {text}; the rest goes in later.")
+            yield Advice("note", f"Account {association.account} lets you have {text}; the rest is submitted later.")

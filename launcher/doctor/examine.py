@@ -1,4 +1,4 @@
-"""Looks at cluster and machine, and says what it found: on the terminal, or as one JSON document."""
+"""Look at cluster, machine and W&B, and show what was found: in the terminal, or as one JSON document."""
 
 from __future__ import annotations
 
@@ -42,33 +42,38 @@ def examine(root: Path, cache: Path) -> Examination:
     return Examination(inventory, machine, wandb, [*about_cluster, *about_machine, _about_wandb(wandb)])
 
 
-def examination_json(found: Examination) -> dict[str, Any]:
+def examination_json(examination: Examination) -> dict[str, Any]:
     """``{"slurm": {"settings", "partitions"} or null, "machine", "wandb", "advice": [{"level", "text"}]}``; no key is in it."""
-    inventory = found.inventory
+    inventory = examination.inventory
     mine = set() if inventory is None else {partition.name for partition in inventory.open_partitions()}
+    # An inventory of which some answers are missing counts, so this is null only without Slurm.
     slurm = inventory and {
         "settings": inventory.settings and asdict(inventory.settings),
         "partitions": [_partition_json(partition, mine) for partition in inventory.partitions],
     }
-    wandb = {"server": found.wandb.server, "key_found": found.wandb.key is not None, "trouble": found.wandb.trouble}
-    advice = [asdict(advice) for advice in found.advice]
-    return {"slurm": slurm, "machine": asdict(found.machine), "wandb": wandb, "advice": advice}
+    wandb = {
+        "server": examination.wandb.server,
+        "key_found": examination.wandb.key is not None,
+        "trouble": examination.wandb.trouble,
+    }
+    advice = [asdict(advice) for advice in examination.advice]
+    return {"slurm": slurm, "machine": asdict(examination.machine), "wandb": wandb, "advice": advice}
 
 
-def print_examination(found: Examination, console: Console) -> None:
+def print_examination(examination: Examination, console: Console) -> None:
     """Partitions, machine, and what to know."""
-    inventory = found.inventory
+    inventory = examination.inventory
     if inventory is not None:
         console.print(_partition_table(inventory))
-    console.print(_machine_table(found.machine))
+    console.print(_machine_table(examination.machine))
     table = Table(title="what to know", title_justify="left", title_style="bold", show_header=False, box=None)
-    for advice in found.advice:
+    for advice in examination.advice:
         table.add_row(MARKS[advice.level], escape(advice.text))
     console.print(table)
 
 
 def _about_silence() -> list[Advice]:
-    """Why there is no inventory: what a sweep would be told."""
+    """Why there is no inventory, in the words that a sweep would get."""
     try:
         slurm_answers()
     except ClusterError as exc:
@@ -77,7 +82,7 @@ def _about_silence() -> list[Advice]:
 
 
 def _about_wandb(wandb: Reach) -> Advice:
-    """What becomes of the numbers."""
+    """Where the runs' numbers will go."""
     if wandb.trouble is None:
         return Advice("good", f"Weights & Biases answers at {wandb.server}.")
     text = f"Weights & Biases is not reached from here: {wandb.trouble}. Runs are kept in offline folders until 'sync'."
@@ -134,7 +139,7 @@ def _machine_table(machine: Machine) -> Table:
     device = machine.device
     table.add_row("host", escape(f"{machine.host}, Python {machine.python}"))
     table.add_row("device", escape(f"{device.name}, {device.memory_gib:.0f} GiB"))
-    packages = (f"{name} {found or 'missing'}" for name, found in machine.packages.items())
+    packages = (f"{name} {version or 'missing'}" for name, version in machine.packages.items())
     table.add_row("packages", escape(", ".join(packages)))
     for name, disk in (("root", machine.root), ("cache", machine.cache)):
         table.add_row(name, escape(f"{disk.path}: {disk.kind}, {disk.free_gib:.0f} GiB free"))

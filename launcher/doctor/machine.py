@@ -1,4 +1,4 @@
-"""This machine: packages, the device that local jobs get, the disks that sweeps and models are written to, W&B."""
+"""This machine: packages, the device that local jobs get, and the disks that sweeps and models are written to."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from launcher.estimate.devices import GIB, DeviceSpec, local_device
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "submitit", "hydra-core", "wandb")
 MOUNTS = Path("/proc/self/mounts")
-NODE_LOCAL = {"tmpfs", "ramfs", "overlay", "squashfs"}  # what another machine surely does not see
+# File systems that other machines certainly do not see.
+NODE_LOCAL = {"tmpfs", "ramfs", "overlay", "squashfs"}
 LITTLE_SPACE_GIB = 10.0
 
 
 @dataclass(frozen=True)
 class Disk:
-    """The file system that a folder lies, or will lie, on."""
+    """The file system of a folder, which need not exist yet."""
 
     path: str
     kind: str
@@ -30,7 +31,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Machine:
-    """What jobs on this machine find. A package that is missing has the version None."""
+    """What jobs on this machine find. A missing package has the version None."""
 
     host: str
     python: str
@@ -41,7 +42,7 @@ class Machine:
 
 
 def look_at_machine(root: Path, cache: Path) -> Machine:
-    """Look around; nothing is written."""
+    """Look at packages, device and disks. Writes nothing."""
     packages = {name: _version(name) for name in PACKAGES}
     return Machine(
         platform.node(), platform.python_version(), packages, local_device(), look_at_disk(root), look_at_disk(cache)
@@ -56,26 +57,25 @@ def look_at_disk(path: Path) -> Disk:
 
 
 def machine_advice(machine: Machine, *, slurm: bool) -> list[Advice]:
-    """What would go wrong here."""
-    missing = [name for name, found in machine.packages.items() if found is None and name != "wandb"]
-    found = [Advice("warning", f"Not installed here: {', '.join(missing)}; run 'make install'.")] if missing else []
+    """What would go wrong on this machine. `slurm` says that jobs run on other machines, which have to see the same folders."""
+    missing = [name for name, installed in machine.packages.items() if installed is None and name != "wandb"]
+    advice = [Advice("warning", f"Not installed here: {', '.join(missing)}; run 'make install'.")] if missing else []
     for name, disk in (("root", machine.root), ("cache", machine.cache)):
-        found += _disk_advice(name, disk, slurm=slurm)
-    return found
+        advice += _disk_advice(name, disk, slurm=slurm)
+    return advice
 
 
 def _disk_advice(name: str, disk: Disk, *, slurm: bool) -> list[Advice]:
+    where = f"{name}={disk.path}"
     if not disk.writable:
-        return [Advice("warning", f"{name}={disk.path} cannot be written to; give another one.")]
-    found = []
+        return [Advice("warning", f"{where} cannot be written to; choose another folder.")]
+    advice = []
     if slurm and disk.kind in NODE_LOCAL:
-        text = (
-            f"{name}={disk.path} is on {disk.kind}, which the cluster's nodes may not see; jobs need a shared folder."
-        )
-        found.append(Advice("warning", text))
+        text = f"{where} is on {disk.kind}, which the cluster's nodes may not see; jobs need a shared folder."
+        advice.append(Advice("warning", text))
     if disk.free_gib < LITTLE_SPACE_GIB:
-        found.append(Advice("warning", f"Only {disk.free_gib:.1f} GiB are free for {name}={disk.path}."))
-    return found
+        advice.append(Advice("warning", f"Only {disk.free_gib:.1f} GiB are free for {where}."))
+    return advice
 
 
 def _kind(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""A configuration file for this cluster, written from what was found: ``cluster=site`` then needs no further word."""
+"""A configuration file for this cluster, written from what was found. Then ``cluster=site`` is all that a command needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.store.storage import make_folder, write_text
 
 HEADER = """# Written by `python -m launcher doctor write={name}`; `python -m launcher keys cluster`
 # lists what else can be set.
-# Add usd_per_gpu_hour to every partition, and the cheapest one that holds a pack is taken instead of the smallest.
+# With usd_per_gpu_hour on every partition, packs go to the cheapest one that holds them instead of the smallest.
 kind: slurm
 """
 
@@ -25,12 +25,12 @@ def write_site(name: str, inventory: Inventory | None, conf_dir: Path) -> Path:
     """Write ``cluster/<name>.yaml`` below `conf_dir`, the user's configuration folder; its path.
 
     Raises:
-        BadInput: no Slurm answers, there is such a file already, it would replace a shipped one, or no partition with GPUs is open to
-            the user.
+        BadInput: no Slurm answers, the file exists already, it would replace a shipped one, or no partition with GPUs is open to the
+            user.
     """
     path = conf_dir / "cluster" / f"{check_name(name, 'write')}.yaml"
     if inventory is None:
-        raise BadInput(f"write={name}: no Slurm answers here; run this on the cluster's login node.")
+        raise BadInput(f"write={name}: Slurm does not answer here; run this on the cluster's login node.")
     if path.exists():
         raise BadInput(f"write={name}: {path} exists already; remove it, or choose another name.")
     shipped = shipped_conf() / "cluster" / path.name
@@ -45,21 +45,21 @@ def write_site(name: str, inventory: Inventory | None, conf_dir: Path) -> Path:
 
 
 def site_text(name: str, partitions: list[LivePartition]) -> str:
-    """The file: the facts of each partition with one kind of GPU; of mixed ones the name alone, the rest is asked at every plan."""
-    described = {partition.name: _facts(partition) for partition in partitions}
+    """The file's text. It describes each partition with one kind of GPU; mixed ones are only named, and asked about at every plan."""
+    described = {partition.name: _settings(partition) for partition in partitions}
     return HEADER.format(name=name) + yaml.safe_dump({"partitions": described}, sort_keys=False)
 
 
-def _facts(partition: LivePartition) -> dict[str, str | int | float]:
+def _settings(partition: LivePartition) -> dict[str, str | int | float]:
     if len(partition.gpus) != 1:
         return {}
     (kind, count), *_ = partition.gpus.items()
     model = known_gpu(kind)
-    facts = {
+    settings = {
         "gpu": kind or None,
         "memory_gib": model.memory_gib if model else None,
         "gpus": count,
         "max_minutes": partition.max_minutes,
         "tier": partition.tier,
     }
-    return {key: value for key, value in facts.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}

@@ -40,7 +40,7 @@ def texts(settings: Settings, limits: str = "lab|normal||\n", qos: list[Qos] | N
 def test_a_kind_cluster_has_no_warning() -> None:
     assert warnings() == ""
     assert "10 s" in texts(SETTINGS)
-    assert "goes on from its last checkpoint" in texts(SETTINGS)
+    assert "continues from its last checkpoint" in texts(SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_kind_cluster_has_no_warning() -> None:
             replace(T4, preempt_mode="CANCEL"),
             [
                 "PreemptMode=CANCEL",
-                "asks to be queued again once it has saved",
+                "asks to be requeued once it has saved",
                 "if it has no time to ask",
                 "launcher resume",
             ],
@@ -68,7 +68,7 @@ def test_a_setting_that_costs_work_is_a_warning(
     assert all(word in warnings(settings, partition) for word in words)
 
 
-def test_a_user_without_account_is_told() -> None:
+def test_a_user_without_account_is_warned() -> None:
     assert "no account" in warnings(limits="")
 
 
@@ -78,9 +78,9 @@ def test_a_user_without_account_is_told() -> None:
         ({"requeue": False}, "JobRequeue=0"),
         ({"accounting": False}, "no accounting"),
         ({"user_signal": True}, "send_user_signal"),
-        ({"preempt_type": "none"}, "No job is pushed out"),
+        ({"preempt_type": "none"}, "Jobs are not preempted"),
         ({"max_array_size": 1001}, "more than 1,001 jobs"),
-        ({"max_array_size": 0}, "no job arrays here"),
+        ({"max_array_size": 0}, "no job arrays"),
     ],
 )
 def test_every_setting_has_its_sentence(change: dict[str, object], words: str) -> None:
@@ -88,7 +88,7 @@ def test_every_setting_has_its_sentence(change: dict[str, object], words: str) -
     assert words in texts(replace(SETTINGS, **change))
 
 
-def test_limits_are_told_with_their_account() -> None:
+def test_limits_are_shown_with_their_account() -> None:
     assert "Account lab lets you have 5 jobs in the queue and 2 running jobs" in texts(SETTINGS, "lab|normal|2|5\n")
 
 
