@@ -1,4 +1,8 @@
-"""Ask runs to stop through a file in their folders, which works wherever they train; Slurm is told of jobs that wait for nothing."""
+"""Ask runs to stop through a file in their folders, which works wherever they train.
+
+Jobs on Slurm that have no other run left are also stopped there: running ones get a signal, so that they look at once, and waiting
+ones leave the queue.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ from train.store.layout import RunDir, SweepDir
 from train.store.storage import write_json
 
 STOPPABLE = {State.PENDING, State.RUNNING, State.UNKNOWN}
-POLL_SECONDS, SLURM_POLL_SECONDS = 0.5, 2.0
-_ASKED_ALL_THE_SAME = (
-    "What trains is asked through its folder, and saves and ends by itself; what waits would end as soon as it starts. Run this again "
-    "when Slurm answers, and it leaves the queue."
+POLL_SECONDS = 0.5
+SLURM_POLL_SECONDS = 2.0
+_REQUEST_IS_WRITTEN = (
+    "The runs find the request in their folders all the same: those that train save and end by themselves, and jobs that wait end as "
+    "soon as they start. Run this again when Slurm answers, to take the jobs out of the queue."
 )
 
 
@@ -27,7 +32,7 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     All runs are of one sweep.
 
     Raises:
-        ClusterError: Slurm did not take the order; the request is on disk all the same.
+        ClusterError: scancel refused or did not answer; the requests are on disk nevertheless.
     """
     if not runs:
         return []
@@ -39,15 +44,16 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     try:
         return _stop(sweep, asked, wait_seconds)
     except ClusterError as exc:
-        raise ClusterError(f"{exc}. {_ASKED_ALL_THE_SAME}") from exc
+        raise ClusterError(f"{exc}. {_REQUEST_IS_WRITTEN}") from exc
 
 
 def _stop(sweep: SweepDir, asked: list[RunDir], wait_seconds: float) -> list[RunStatus]:
-    """Tell Slurm, and wait."""
+    """Signal the jobs that have nothing else to train, then wait."""
     jobs = _slurm_jobs(sweep, asked)
     running = [job.id for job in _without_work(sweep, jobs) if job.id is not None and _is_running(job)]
     warn_jobs(running)
-    if jobs and not any(map(_goes_on, sweep.runs())):
+    # Without a run that will finish, the job that writes the report has nothing new to report.
+    if jobs and not any(map(_is_wanted, sweep.runs())):
         cancel_named(job_names(sweep).report)
     return _wait(sweep, asked, jobs, time.monotonic() + wait_seconds)
 
@@ -61,22 +67,22 @@ def _slurm_jobs(sweep: SweepDir, runs: list[RunDir]) -> list[JobRecord]:
 
 
 def _without_work(sweep: SweepDir, jobs: list[JobRecord]) -> list[JobRecord]:
-    """Those of `jobs` that have no other run to train; the others go on."""
-    return [job for job in jobs if not any(_goes_on(RunDir(sweep.path / name)) for name in job.runs)]
+    """Those of `jobs` that have no other run to train. The others stay."""
+    return [job for job in jobs if not any(_is_wanted(RunDir(sweep.path / name)) for name in job.runs)]
 
 
 def _is_running(job: JobRecord) -> bool:
-    """Whether its processes can be told to save; those of a job that is COMPLETING are being ended already."""
+    """Whether its processes can still be asked to save. Those of a COMPLETING job are being ended already."""
     view = job.slurm.view if job.slurm is not None else None
     return view is not None and view.state.state is State.RUNNING and view.raw_state != "COMPLETING"
 
 
-def _goes_on(run: RunDir) -> bool:
+def _is_wanted(run: RunDir) -> bool:
     return not run.result.exists() and not run.cancel_request.exists()
 
 
 def _wait(sweep: SweepDir, runs: list[RunDir], jobs: list[JobRecord], until: float) -> list[RunStatus]:
-    """Look on until all have stopped, and take out of the queue what does not run, also what Slurm has put back there meanwhile."""
+    """Wait until all have stopped. Jobs that do not run leave the queue, also those that Slurm requeues meanwhile."""
     while True:
         waiting = [job for job in _without_work(sweep, jobs) if job.alive is not False and not _is_running(job)]
         cancel_jobs([job.id for job in waiting if job.id is not None])

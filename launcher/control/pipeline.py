@@ -1,4 +1,4 @@
-"""compose -> plan -> submit -> train -> track -> report, for one sweep: here to its end, or into Slurm's queue."""
+"""compose -> plan -> submit -> train -> track -> report, for one sweep: on this machine to its end, or into Slurm's queue."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ from train.mirror.reach import refuse_missing_key
 from train.store.layout import SweepDir
 from train.store.permissions import refuse_unwritable
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+# What a shell reports for a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wait: bool = False) -> int:
-    """Plan the sweep, train what is to be trained, compare all of it; the exit code of the program.
+    """Plan the sweep, train what is left to train, and compare all of it; the exit code of the program.
 
-    On Slurm this returns once the jobs are in the queue; `wait` stays until they have ended.
+    On Slurm this returns once the jobs are in the queue; with `wait`, once they have ended.
 
     Raises:
         BadInput: something cannot be trained; nothing was written below the root.
-        LeaseHeld: another launcher is at work on the sweep.
+        LeaseHeld: another launcher works on the sweep.
         ClusterError: Slurm refused.
     """
     refuse_missing_key(sweep.tracking.mode, sweep.tracking.key_file)
-    slurm, plans = on_slurm(sweep.cluster), plan_numbers(sweep.dir)
+    slurm = on_slurm(sweep.cluster)
+    # Read before planning, so that a plan that another launcher accepts meanwhile is noticed.
+    plans = plan_numbers(sweep.dir)
     plan = ready_plan(sweep, retry_failed=retry_failed)
     console.print(explain_choice(sweep.cluster, slurm=slurm))
     print_plan(plan, console)
@@ -57,18 +60,23 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
         with sole_launcher(sweep.dir), interrupts.counted():
             follow(submit(plan), sweep.dir, console, interrupts)
     if interrupts.count:
-        return _still_on_slurm(sweep, console) if slurm else _stopped(sweep, console)
+        if slurm:
+            _say_command("The jobs continue, and cancel stops them. To watch", "status", sweep, console)
+        else:
+            _say_stopped(sweep, console)
+        return INTERRUPTED
     compare(sweep.dir, console)
     return _exit_code(sweep.dir, plan)
 
 
 def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed: bool) -> None:
-    """Put the plan's jobs into the queue; what another launcher submitted since it was made is left to that one's jobs."""
+    """Put the plan's jobs into the queue, except runs that another launcher has submitted since the plan was made."""
     with sole_launcher(plan.sweep.dir):
-        if plans or plan_numbers(plan.sweep.dir):  # the one before may have been between its plan and its jobs
+        # Once there is an accepted plan, its launcher may have submitted jobs after this plan was made, so plan again.
+        if plans or plan_numbers(plan.sweep.dir):
             plan = make_plan(plan.sweep, retry_failed=retry_failed)
         if not plan.packs:
-            console.print("Another launcher has submitted these runs meanwhile; nothing to submit.")
+            console.print("Another launcher has submitted these runs in the meantime; nothing to submit.")
             return
         submitted = submit_to_slurm(plan, console.print)
         submit_report(plan, submitted, console.print)
@@ -76,7 +84,7 @@ def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed
 
 
 def _complete_submission(plan: Plan, console: Console) -> None:
-    """Do what is left of the submission of jobs that are in the queue; one that is still under way is its launcher's business."""
+    """Submit the report job if an earlier launcher could not. If that launcher still works on it, it is left to it."""
     with suppress(LeaseHeld), sole_launcher(plan.sweep.dir):
         submit_missing_report(plan.sweep, console.print)
 
@@ -105,13 +113,8 @@ def _in_training(plan: Plan) -> bool:
     return any(planned.verdict is Verdict.RUNNING for planned in plan.runs)
 
 
-def _still_on_slurm(sweep: Sweep, console: Console) -> int:
-    _say_command("The jobs continue, and cancel stops them. To watch", "status", sweep, console)
-    return INTERRUPTED
-
-
 def ready_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
-    """A plan of which everything could be checked: models and data of what will train lie in the cache."""
+    """A plan that is fully checked: models and data of all runs that will train are in the cache."""
     plan = make_plan(sweep, retry_failed=retry_failed)
     missing = unprepared((planned.run.config for planned in plan.runs if planned.pack is not None), sweep.cache)
     if not missing:
@@ -122,7 +125,7 @@ def ready_plan(sweep: Sweep, *, retry_failed: bool = False) -> Plan:
 
 
 def compare(sweep: SweepDir, console: Console) -> None:
-    """Write the report and print its table; without a finished run print where the runs are."""
+    """Write the report and print its table; without a finished run, print the state of each run."""
     statuses = track(sweep)
     if all(status.state is not State.DONE for status in statuses):
         print_statuses(statuses, sweep.path.name, console)
@@ -132,7 +135,7 @@ def compare(sweep: SweepDir, console: Console) -> None:
 
 
 def _nothing_to_train(plan: Plan, console: Console) -> int:
-    """Say why, and show what there is."""
+    """Say why, and show the results so far; the exit code."""
     verdicts = {planned.verdict for planned in plan.runs}
     if Verdict.RUNNING in verdicts:
         _say_command("Nothing to start: runs are training. To watch", "status", plan.sweep, console)
@@ -145,18 +148,17 @@ def _nothing_to_train(plan: Plan, console: Console) -> int:
 
 
 def _say_command(text: str, verb: str, sweep: Sweep, console: Console) -> None:
-    """A sentence, and the command to copy at its end; a broken line could not be copied."""
+    """A sentence with a command to copy at its end, in one line: a broken line could not be copied."""
     console.print(f"{text}: {verb_command(verb, sweep.dir)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _stopped(sweep: Sweep, console: Console) -> int:
+def _say_stopped(sweep: Sweep, console: Console) -> None:
     print_statuses(track(sweep.dir), sweep.name, console)
     console.print("Stopped. The same command continues from the last checkpoint:")
     console.print(f"  {sweep.command}", markup=False, highlight=False, soft_wrap=True)
-    return INTERRUPTED
 
 
 def _exit_code(sweep: SweepDir, plan: Plan) -> int:
-    """0 if all that was asked for is done or runs elsewhere, else 1: a run whose folder was deleted is not done."""
-    well = {status.id for status in track(sweep) if status.state in {State.DONE, State.RUNNING}}
-    return int(any(planned.run.id not in well for planned in plan.runs))
+    """0 if everything asked for is done or runs elsewhere, else 1. A run whose folder was deleted counts as not done."""
+    fine = {status.id for status in track(sweep) if status.state in {State.DONE, State.RUNNING}}
+    return int(any(planned.run.id not in fine for planned in plan.runs))

@@ -1,4 +1,4 @@
-"""The code of a sweep as it was at submission: jobs run from this copy, whatever happens to the checkout meanwhile."""
+"""The code of a sweep as it was at submission. Jobs run from this copy, so later changes of the checkout do not affect them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def freeze_code(sweep: SweepDir, source: Path = SOURCE_DIR) -> Path:
     """Copy the packages in `source` and the shipped configuration into the sweep, once per content.
 
     Returns:
-        The folder to import them from. It is laid out like a checkout, also where the program is installed.
+        The folder to import them from. It has the layout of a checkout, even if the program is installed.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
@@ -48,14 +48,14 @@ def _source_files(source: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, folder in (("launcher", source / "launcher"), ("train", source / "train"), ("conf", conf)):
         for path in _visible_files(folder):
-            # An installed program has its configuration in launcher/conf/; the copy has it once, in conf/.
+            # An installed program keeps its configuration in launcher/conf/. The copy has it once, in conf/.
             if name == "conf" or conf not in path.parents:
                 files[f"{name}/{path.relative_to(folder)}"] = path
     return files
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`, in order; compiled and hidden ones left out."""
+    """Every file below `folder`, in order, without compiled and hidden ones."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)

@@ -1,4 +1,4 @@
-"""A sweep as its folder holds it: frozen configurations and the newest accepted plan, without Hydra."""
+"""Read a submitted sweep back from its folder: frozen configurations and the newest accepted plan, without Hydra."""
 
 from __future__ import annotations
 

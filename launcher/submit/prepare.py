@@ -1,4 +1,4 @@
-"""Model and data into the cache before anything is submitted: a process of its own, so that the launcher imports no torch."""
+"""Fetch models and tokenize data before anything is submitted. A process does it, so that the launcher never imports torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from train.errors import BadInput, LorapackError, StorageError
 from train.model.source import staged_model
 from train.store.layout import CacheDir
 
-TARGETING = {
-    "target_modules",
-    "layers_to_transform",
-    "rank_pattern",
-    "alpha_pattern",
-}  # of `LoraConfig`: where adapters sit
+# The keys of `LoraConfig` that decide which modules get an adapter.
+TARGETING = {"target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"}
 
 Facts = dict[str, Any]
 
 
 def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
-    """Fetch each distinct model, check that it has what adapters target, tokenize each distinct data set; progress goes to stderr.
+    """Fetch each distinct model, check that it has what adapters target, and tokenize each distinct data set.
+
+    Progress goes to stderr.
 
     Returns:
         The facts of each distinct pair of model and data, in the order of their first appearance.
@@ -41,9 +39,9 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
         return []
     answer = _ask({"cache": str(cache), "requests": requests})
     if not answer["ok"]:
-        # Before anything is started a full disk is for the user to mend, like any other input.
-        users = answer["exit_code"] == BadInput.exit_code or answer["error"] == StorageError.__name__
-        raise (BadInput if users else LorapackError)(answer["message"])
+        # Nothing has started yet, so a full disk is for the user to fix, like any other input.
+        is_input = answer["exit_code"] == BadInput.exit_code or answer["error"] == StorageError.__name__
+        raise (BadInput if is_input else LorapackError)(answer["message"])
     facts: list[Facts] = answer["facts"]
     return facts
 
@@ -63,7 +61,7 @@ def _by_model_and_data(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
 
 def _request(alike: list[RunConfig]) -> dict[str, Any]:
-    """What `train.prepare` is asked for runs that share model and data; of a thousand adapters few target differently."""
+    """What `train.prepare` is asked about runs that share model and data. A thousand adapters have few different targets."""
     loras = {config.lora.model_dump_json(include=TARGETING): config.lora.model_dump() for config in alike}
     shared = alike[0]
     return {"model": shared.model.model_dump(), "data": shared.data.model_dump(), "loras": list(loras.values())}
@@ -90,6 +88,6 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(process.stdout)
     except json.JSONDecodeError as exc:
         raise LorapackError(
-            f"Preparing model and data failed (exit code {process.returncode}); what it said is above."
+            f"Preparing model and data failed (exit code {process.returncode}); its output is above."
         ) from exc
     return answer

@@ -1,4 +1,7 @@
-"""`Plan` -> folders, frozen configuration and code, and jobs. It takes only a plan and does exactly that."""
+"""`Plan` -> folders, frozen configuration and code, and jobs. It takes only a plan and does exactly what the plan says.
+
+One launcher at a time submits to a sweep and keeps its queue (`sole_launcher`).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def submit(plan: Plan) -> LocalQueue:
 
 
 def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
-    """Write everything that the plan's packs need and put them into Slurm's queue; `say` gets a line where that is difficult.
+    """Write everything that the plan's packs need and put them into Slurm's queue; `say` gets a line if Slurm
+    does not answer at once.
 
     Raises:
         BadInput: the disk refuses; no job was submitted.
@@ -52,7 +56,7 @@ def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
 
 
 def _write_all(plan: Plan) -> Path:
-    """Configurations, packs, the plan itself and the code that will run; the folder of the latter."""
+    """Write configurations, packs, the plan itself and the code that will run; the folder of the code."""
     try:
         code = freeze_code(plan.sweep.dir)
         for run in _runs_to_train(plan):
@@ -61,7 +65,8 @@ def _write_all(plan: Plan) -> Path:
         for pack in plan.packs:
             _write_pack(plan, pack)
         _accept(plan)
-    except StorageError as exc:  # as in `sole_launcher`: no job was started yet
+    except StorageError as exc:
+        # Nothing has started yet, so a full disk is for the user to fix, like any other input.
         raise BadInput(str(exc)) from exc
     return code
 
@@ -88,7 +93,7 @@ def _runs_to_train(plan: Plan) -> list[Run]:
 
 
 def _write_run(plan: Plan, run: Run) -> None:
-    """The run's folder and frozen configuration. An earlier request to stop is over: the user asked for the run again."""
+    """The run's folder and frozen configuration. An earlier request to stop no longer counts: the user asked for the run again."""
     folder = plan.sweep.run_dir(run)
     make_folder(folder.path)
     write_text(folder.config, yaml.safe_dump(run.config.model_dump(), sort_keys=False))
@@ -115,7 +120,7 @@ def _write_pack(plan: Plan, pack: Pack) -> None:
 
 
 def _refuse_known_packs(plan: Plan) -> None:
-    """A pack is submitted once. (A folder of one that is in no plan is what an interrupted submission left.)"""
+    """A pack is submitted once. A pack folder that is in no accepted plan was left by an interrupted submission, and is used again."""
     sweep = plan.sweep.dir
     plans = (read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep))
     known = {pack["id"] for accepted in plans for pack in accepted["packs"]} & {pack.id for pack in plan.packs}
@@ -132,12 +137,12 @@ def _accept(plan: Plan) -> None:
 
 @contextmanager
 def sole_launcher(sweep: SweepDir) -> Iterator[None]:
-    """Own the sweep's folder, made if need be; a dead launcher's place is taken over.
+    """Hold the lease of the sweep's folder, which is made if it does not exist. A dead launcher's lease is taken over.
 
-    If no plan was accepted, a folder that was made here disappears again: whatever refused the sweep leaves nothing behind.
+    If no plan is accepted, a folder that was made here is removed again, so that a refused sweep leaves nothing behind.
 
     Raises:
-        LeaseHeld: another live launcher has it.
+        LeaseHeld: another live launcher holds it.
         BadInput: the folder cannot be made.
     """
     fresh = not sweep.path.exists()
@@ -145,8 +150,8 @@ def sole_launcher(sweep: SweepDir) -> Iterator[None]:
         make_folder(sweep.path)
         lease = acquire(sweep, job="launcher", attempt=0)
     except LeaseHeld as exc:
-        raise LeaseHeld(_who_has(sweep)) from exc
-    except StorageError as exc:  # before anything is started a full disk is for the user to mend, like any other input
+        raise LeaseHeld(_who_holds(sweep)) from exc
+    except StorageError as exc:
         if fresh:
             shutil.rmtree(sweep.path, ignore_errors=True)
         raise BadInput(str(exc)) from exc
@@ -159,7 +164,7 @@ def sole_launcher(sweep: SweepDir) -> Iterator[None]:
             shutil.rmtree(sweep.path, ignore_errors=True)
 
 
-def _who_has(sweep: SweepDir) -> str:
+def _who_holds(sweep: SweepDir) -> str:
     held = read_lease(sweep)
     who = f"process {held.pid} on {held.host}" if held else "a process that just ended"
     return (

@@ -1,4 +1,4 @@
-"""Journals to Weights & Biases from the login node: `train.mirror` does it in a process of its own, this shows how far it is."""
+"""``sync``: upload journals to Weights & Biases from the login node. `train.mirror` does it in a process; this shows its progress."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from launcher.track.jobs import jobs_of, newest_job_per_run
 from train.errors import BadInput, LorapackError
 from train.store.layout import SweepDir
 
-PARALLEL = 4  # runs at once: W&B throttles clients that ask for more
+# Runs at once. W&B throttles clients that ask for more.
+PARALLEL = 4
 Answer = dict[str, Any]
-UNSAID: Answer = {"rows": 0, "url": None, "outcome": "failed", "detail": "the upload ended before it came to this run"}
+# For a run about which the process said nothing.
+UNSAID: Answer = {"rows": 0, "url": None, "outcome": "failed", "detail": "the upload ended before it reached this run"}
 
 
 def sync(sweep: SweepDir, console: Console) -> list[Answer]:
@@ -39,7 +41,9 @@ def sync(sweep: SweepDir, console: Console) -> list[Answer]:
         task = progress.add_task("to W&B", total=len(runs))
         answers = {answer["run"]: answer for answer in _advancing(lines, progress, task) if "run" in answer}
     if not answers:
-        raise LorapackError(f"{sweep.path.name}: the upload ended before it came to any run; what it printed says why.")
+        raise LorapackError(
+            f"{sweep.path.name}: the upload ended before it reached any run; its output above says why."
+        )
     return [answers.get(run, {"run": run} | UNSAID) for run in runs]
 
 
@@ -49,7 +53,7 @@ def sync_json(sweep: SweepDir, answers: list[Answer]) -> Answer:
 
 
 def print_answers(answers: list[Answer], console: Console) -> None:
-    """What happened, counted, and every run that needs a word."""
+    """How many runs were sent, and every run with a problem."""
     sent, current = [[a for a in answers if a["outcome"] == outcome] for outcome in ("sent", "current")]
     rows = sum(answer["rows"] for answer in answers)
     console.print(f"W&B: {len(sent)} of {len(answers)} runs sent ({rows:,} rows), {len(current)} were up to date")
@@ -62,7 +66,7 @@ def print_answers(answers: list[Answer], console: Console) -> None:
 
 @contextmanager
 def _uploader(request: dict[str, Any]) -> Iterator[Iterator[Answer]]:
-    """The lines that the uploading process says; it is ended with us."""
+    """The lines that the uploading process prints. It is killed if this process stops reading."""
     process = subprocess.Popen(
         [sys.executable, "-m", "train.mirror", "sync"],
         stdin=subprocess.PIPE,
@@ -84,7 +88,7 @@ def _uploader(request: dict[str, Any]) -> Iterator[Iterator[Answer]]:
 
 
 def _advancing(lines: Iterator[Answer], progress: Progress, task: Any) -> Iterator[Answer]:
-    """The same answers, with the bar one further after each; an error is raised."""
+    """The same answers, advancing the bar after each. An error becomes an exception."""
     for line in lines:
         if "error" in line:
             raise (BadInput if line["exit_code"] == BadInput.exit_code else LorapackError)(line["error"])
@@ -93,6 +97,6 @@ def _advancing(lines: Iterator[Answer], progress: Progress, task: Any) -> Iterat
 
 
 def _bar(console: Console) -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
+    """A bar in a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

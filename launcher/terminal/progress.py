@@ -18,7 +18,8 @@ from launcher.terminal.tables import STATE_STYLE, left, steps, tally
 from launcher.terminal.units import number
 
 LINE_SECONDS = 10.0
-JUSTIFIED: tuple[JustifyMethod, ...] = ("right", "right", "left", "right", "right")  # the columns after the bar
+# The columns after the bar.
+JUSTIFIED: tuple[JustifyMethod, ...] = ("right", "right", "left", "right", "right")
 OVER = {State.DONE, State.FAILED, State.CANCELLED, State.STOPPED}
 
 
@@ -26,7 +27,8 @@ class TerminalProgress:
     """Bars that redraw in place. Runs that train come first, so that a small window shows them."""
 
     def __init__(self, console: Console) -> None:
-        # No thread of its own: nothing may print while `cluster` starts a job.
+        # Without auto_refresh there is no thread: nothing may print while `launcher.cluster.local` starts a job, which has to swap
+        # the standard streams for a moment.
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Self:
@@ -47,7 +49,8 @@ class PlainProgress:
     """Lines for logs and pipes: one per run every `LINE_SECONDS`, and one when a run ends."""
 
     def __init__(self, console: Console, line_seconds: float = LINE_SECONDS) -> None:
-        self._console, self._line_seconds = console, line_seconds
+        self._console = console
+        self._line_seconds = line_seconds
         self._printed_at = float("-inf")
         self._over: set[str] = set()
 
@@ -80,7 +83,7 @@ def open_progress(console: Console) -> Progress:
 def progress_table(statuses: list[RunStatus]) -> RenderableType:
     """A row per run that is not waiting, and a line that counts them all.
 
-    Colored words are `Text`: a line that is printed without markup meanwhile draws the table again, and without markup too.
+    Colored cells are `Text`, not markup: printing a line without markup draws the table again, and then without markup too.
     """
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -96,16 +99,16 @@ def progress_table(statuses: list[RunStatus]) -> RenderableType:
 
 def progress_line(status: RunStatus) -> str:
     """``r8  running  12/60  loss 1.2345  321 tokens/s  41 s left``, or ``r8  evaluating 3/64  12/60  loss 1.2345``."""
-    words = [escape(status.name), status.doing or status.state.value]
-    words += [steps(status), f"loss {number(status.loss, 4)}"]
+    parts = [escape(status.name), status.doing or status.state.value]
+    parts += [steps(status), f"loss {number(status.loss, 4)}"]
     if status.state is State.RUNNING and status.doing is None:
-        words += [f"{number(status.tokens_per_second, 0)} tokens/s", f"{left(status)} left"]
-    return "  ".join(words)
+        parts += [f"{number(status.tokens_per_second, 0)} tokens/s", f"{left(status)} left"]
+    return "  ".join(parts)
 
 
 def _cells(status: RunStatus) -> list[RenderableType]:
     bar = ProgressBar(total=status.max_steps or 1, completed=status.step, width=None)
     loss, speed = f"loss {number(status.loss, 4)}", f"{number(status.tokens_per_second, 0)} tok/s"
-    # What a narrow window cuts off comes last.
+    # A narrow window cuts off the last columns.
     state = Text(status.doing or str(status.state), style=STATE_STYLE[status.state])
     return [Text(status.name), bar, steps(status), loss, state, left(status), speed]

@@ -14,7 +14,8 @@ from rich.text import Text
 from launcher.records import JobSlots, Plan, RunStatus, State, Verdict
 from launcher.terminal.units import MISSING, count, number, seconds
 
-MOST_ROWS = 60  # of a table on the terminal; --json has all
+# Of a table in the terminal; --json has all rows.
+MOST_ROWS = 60
 
 VERDICT_STYLE = {
     Verdict.NEW: "green",
@@ -51,24 +52,24 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def at_once(slots: JobSlots, jobs: int) -> str:
-    """How many of a plan's jobs run side by side, and because of what."""
+    """How many of a plan's jobs run at once, and why."""
     limit, taken = "cluster.max_parallel", sum(count for _, count in slots.taken)
     if slots.waits:
-        whose = f"job{'s' * (len(slots.after) > 1)} {', '.join(slots.after)} of this sweep"
-        return f"{limit} is {slots.count}, and {whose} may take {taken}: these wait until those have ended."
-    beside = f", beside {taken} that are in the queue" if taken else ""
-    return f"At most {min(slots.count, jobs)} of these jobs at once ({limit}){beside}."
+        earlier = f"job{'s' * (len(slots.after) > 1)} {', '.join(slots.after)} of this sweep"
+        return f"{limit}={slots.count}, and {earlier} may use {taken} of these: the new jobs wait until the earlier ones have ended."
+    others = f", in addition to {taken} of this sweep in the queue" if taken else ""
+    return f"At most {min(slots.count, jobs)} of these jobs run at once ({limit}){others}."
 
 
 def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> None:
-    """A line per run: where it is, how fast, and how it last ended. A column that would be empty is left out."""
+    """A line per run: how far it is, how fast, and how it last ended. Empty columns are left out."""
     columns = ("run", "state", "doing", "step", "loss", "tokens/s", "left", "attempts", "last end", "job", "node")
     rows = [_status_cells(*pair) for pair in zip(statuses[:MOST_ROWS], labels(statuses), strict=False)]
-    told = [i for i in range(len(columns)) if any(row[i] != MISSING for row in rows)]
+    shown = [i for i in range(len(columns)) if any(row[i] != MISSING for row in rows)]
     _print_title(title, console)
-    table = _table(*(columns[i] for i in told))
+    table = _table(*(columns[i] for i in shown))
     for row in rows:
-        table.add_row(*(row[i] for i in told))
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
     _say_left_out(len(statuses), console)
     console.print(tally(statuses))
@@ -118,12 +119,12 @@ def state_text(state: State) -> str:
 
 
 def steps(status: RunStatus) -> str:
-    """``12/60``, without the end where it is not known yet."""
+    """``12/60``, or a dash if the number of steps is not known yet."""
     return f"{status.step}/{status.max_steps}" if status.max_steps else MISSING
 
 
 def left(status: RunStatus) -> str:
-    """The time left of a run in training."""
+    """The time left, of a run in training."""
     return MISSING if status.state is not State.RUNNING else seconds(status.seconds_left)
 
 
@@ -137,7 +138,7 @@ def _pack_table(plan: Plan) -> Table:
 
 
 def _print_title(title: str, console: Console) -> None:
-    """A line above a table; a table's own title would be broken at the table's width, in the middle of a path."""
+    """A line above a table. The title of a rich table would be wrapped at the table's width, even in the middle of a path."""
     console.print(Text(title), style="bold", soft_wrap=True, highlight=False)
 
 

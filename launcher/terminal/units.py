@@ -1,4 +1,4 @@
-"""Numbers as people read them; a dash where nothing was measured."""
+"""Numbers as people read them, a dash if nothing was measured."""
 
 from __future__ import annotations
 

@@ -42,10 +42,12 @@ def test_new_jobs_take_what_is_free_or_wait_for_all(jobs: int, taken: dict[str, 
 
 
 def test_a_plan_says_how_many_jobs_run_at_once_and_why() -> None:
-    assert at_once(JobSlots(8), 3) == "At most 3 of these jobs at once (cluster.max_parallel)."
-    assert "At most 4 of these jobs at once (cluster.max_parallel), beside 4" in at_once(JobSlots(4, (("12", 4),)), 9)
-    told = at_once(JobSlots(8, (("12", 4), ("13", 4)), waits=True), 9)
-    assert "jobs 12, 13 of this sweep may take 8: these wait until those have ended" in told
+    assert at_once(JobSlots(8), 3) == "At most 3 of these jobs run at once (cluster.max_parallel)."
+    assert "At most 4 of these jobs run at once (cluster.max_parallel), in addition to 4" in at_once(
+        JobSlots(4, (("12", 4),)), 9
+    )
+    text = at_once(JobSlots(8, (("12", 4), ("13", 4)), waits=True), 9)
+    assert "jobs 12, 13 of this sweep may use 8 of these: the new jobs wait until the earlier ones have ended" in text
 
 
 def test_what_is_in_the_queue_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
