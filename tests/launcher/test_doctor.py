@@ -53,7 +53,7 @@ def test_a_kind_cluster_has_no_warning() -> None:
             [
                 "PreemptMode=CANCEL",
                 "asks to be requeued once it has saved",
-                "if it has no time to ask",
+                "If it has no time to ask",
                 "launcher resume",
             ],
         ),

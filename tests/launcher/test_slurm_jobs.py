@@ -277,12 +277,12 @@ def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypat
     assert "The finished runs have no current report" in (note("exit 0") or "")
 
 
-def test_a_cancel_that_slurm_does_not_hear_says_what_becomes_of_it(
+def test_a_cancel_without_an_answer_says_what_happens_next(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm_says(tmp_path, monkeypatch, NO_CONTACT)
     put_command(tmp_path, "scancel", NO_CONTACT, monkeypatch)
-    with pytest.raises(ClusterError, match=r"saves and ends by itself.*Run this again"):
+    with pytest.raises(ClusterError, match=r"save and end by themselves.*Run this again"):
         cancel_runs([run], wait_seconds=0)
     assert run.cancel_request.exists()
 

@@ -85,14 +85,14 @@ def test_beside_a_job_that_mirrors(server: WandbServer, tmp_path: Path) -> None:
 
 
 def test_one_that_was_killed_is_completed_by_the_next(server: WandbServer, tmp_path: Path) -> None:
-    """It says what it did not come to, and who looks on sees how far it is."""
+    """It says which runs it did not reach, and shows its progress."""
     pack = trained(tmp_path, 16)
     command = (sys.executable, "-m", "launcher", "sync", f"root={tmp_path}")
     with Terminal(*command, cwd=tmp_path) as first:
         wait_until(lambda: any(stored.ends for stored in server.runs.values()))
         for process in psutil.Process(first.process.pid).children(recursive=True):
             process.kill()
-        first.see("the upload ended before it came to")
+        first.see("the upload ended before it reached")
         assert first.end() == 1
     assert len(server.runs) < 16
     with Terminal(*command, cwd=tmp_path) as second:
