@@ -12,6 +12,8 @@ from pydantic import Field
 
 from train.config import RunConfig, Section, TrackingConfig
 from train.store.layout import RunDir, SweepDir
+from train.store.record_file import FileRecord, RecordPart
+from train.store.records import ForecastRecord
 
 SLURM_JOBS_AT_ONCE = 8
 
@@ -136,7 +138,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the user asked for, composed and checked. `command` is the line that asks for it again."""
+    """What the user asked for, composed and checked. `command` is the line that asks for it again.
+
+    `left_out` says which runs of the folder cannot be trained because a file is damaged, and what other files are.
+    """
 
     name: str
     root: Path
@@ -145,6 +150,7 @@ class Sweep:
     cluster: ClusterConfig
     tracking: TrackingConfig
     command: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def dir(self) -> SweepDir:
@@ -160,7 +166,8 @@ class Verdict(StrEnum):
     """What a plan will do with a run.
 
     new -> never trained, will be; resumable -> will continue from its checkpoint; running -> a live process has it, left alone;
-    done -> has its result, left alone; failed -> would end the same way again, left alone until `resume`.
+    done -> has its result, left alone; failed -> would end the same way again, left alone until `resume`;
+    unknown -> a file of it is damaged, so that nobody can tell, left alone until that is repaired.
     """
 
     NEW = "new"
@@ -168,6 +175,7 @@ class Verdict(StrEnum):
     RUNNING = "running"
     RESUMABLE = "resumable"
     FAILED = "failed"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -238,12 +246,51 @@ class Plan:
     slots: JobSlots | None = None
 
 
+class PlannedRunRecord(RecordPart):
+    """A run in a plan's file; `verdict` is a `Verdict`, or a word of a later version."""
+
+    id: str
+    name: str
+    verdict: str
+    reason: str
+    overrides: dict[str, Any]
+    pack: str | None
+
+    @property
+    def folder(self) -> str:
+        """The name of the run's folder in the sweep folder."""
+        return f"{self.name}-{self.id}"
+
+
+class PlannedPackRecord(RecordPart):
+    """A pack in a plan's file, with the ids of its runs."""
+
+    id: str
+    partition: str
+    runs: list[str]
+    forecast: ForecastRecord
+
+
+class PlanRecord(FileRecord):
+    """``plans/<n>.json``: an accepted plan, when that was (Unix time), and what `resume` and the report need to know."""
+
+    sweep: str
+    root: str
+    runs: list[PlannedRunRecord]
+    packs: list[PlannedPackRecord]
+    accepted: float
+    command: str
+    cache: str
+    cluster: dict[str, Any]
+    tracking: dict[str, Any]
+
+
 class State(StrEnum):
     """Where a run is in its life.
 
     pending -> submitted, not started; running -> a live process trains it; stopped -> ended resumably (preempted, time limit,
     Ctrl-C); cancelled -> stopped on request; failed -> ended by an error that would come again; done -> has its result;
-    unknown -> its process has not been heard of for a while, which is never taken for failed.
+    unknown -> its process has not been heard of for a while, which is never taken for failed; or one of its files is damaged.
     """
 
     PENDING = "pending"
@@ -260,7 +307,7 @@ class RunStatus:
     """What is known of a run now. Speeds in tokens per second of this run alone; `seconds_left` by its latest pace.
 
     `reason` is why it waits, is held, or is unknown. `doing` is what its job does just now besides steps: ``evaluating 12/64``.
-    `gone` says that Slurm has no job for it any more, where how that ended is unknown.
+    `gone` says that no job can train it any more, where how that ended is unknown. `damaged` says that `reason` names a file.
     """
 
     id: str
@@ -278,6 +325,7 @@ class RunStatus:
     reason: str | None = None
     doing: str | None = None
     gone: bool = False
+    damaged: bool = False
 
     @property
     def under_way(self) -> bool:

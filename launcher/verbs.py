@@ -67,11 +67,16 @@ def status(request: Request) -> int:
     from launcher.report.job import report_note
     from launcher.terminal.tables import print_statuses
     from launcher.track.find import find_sweep
+    from launcher.track.jobs import damaged_files
     from launcher.track.tracker import status_json, track
 
     names, root, _ = request.places()
     sweep = find_sweep(root, *names or [""])
     statuses = track(sweep)
+    shown = {status.reason for status in statuses}
+    for message in damaged_files(sweep):
+        if message not in shown:
+            print(message, file=sys.stderr)
     if request.json:
         return _print_json(status_json(sweep, statuses))
     print_statuses(statuses, sweep.path.name, _console())

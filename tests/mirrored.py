@@ -23,7 +23,8 @@ from train.config import parse_run_config
 from train.mirror.child import mirrored
 from train.mirror.rows import JOURNAL_NAMES
 from train.store.layout import RunDir, SweepDir
-from train.store.storage import Record, append_lines, make_folder, read_json, read_lines, write_json, write_text
+from train.store.records import read_pack
+from train.store.storage import Record, append_lines, make_folder, read_lines, write_json, write_text
 from wandb_server import KEY, WandbServer
 
 EVAL_STEPS = 10
@@ -49,7 +50,7 @@ class WrittenPack:
     @contextmanager
     def job(self, *, cause: str) -> Iterator[list[str]]:
         """An attempt with its mirror: this process is the trainer. Gives the lines of the job's log, once it has ended."""
-        with captured_log(logging.WARNING) as said, mirrored(self.dir.pack, read_json(self.dir.pack)):
+        with captured_log(logging.WARNING) as said, mirrored(self.dir.pack, read_pack(self.dir)):
             self.begin()
             yield said
             self.end(cause)
@@ -94,6 +95,7 @@ class WrittenPack:
         """End the attempt; `done` has results."""
         for run in self.runs:
             line = {"attempt": self.attempt, "cause": cause, "detail": None, "first_step": 0, "last_step": self.step}
+            line |= {"seconds": 1.0, "started": 1.0, "ended": 2.0, "node": "here", "device": "cpu", "job": "1"}
             append_lines(run.attempts, [line])
             if cause == "done":
                 write_json(run.result, self._result(run))
@@ -164,6 +166,8 @@ class WrittenPack:
         return {
             "run_id": run.id,
             "name": run.name,
+            "steps": self.step,
+            "train_loss": 1.0,
             "eval_loss": evaluations[-1]["eval_loss"],
             "best_eval_loss": min(line["eval_loss"] for line in evaluations),
             "tokens_per_second": 123.0,

@@ -23,7 +23,8 @@ from train.mirror.child import mirrored
 from train.runtime.attempts import open_attempt
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import RunDir
-from train.store.storage import read_json
+from train.store.record_file import read_existing
+from train.store.records import PackRecord
 from train.trainer.context import JobContext
 from train.trainer.pack import build_loop
 from train.trainer.session import RunSession
@@ -98,9 +99,9 @@ def main(pack_files: list[Path]) -> None:
     """Train the runs of the first pack until standard input ends."""
     torch.set_num_threads(1)
     base, data, flag = packs.tiny_base(torch.float32), packs.random_data(), Blocks()
-    contents = [read_json(file) for file in pack_files]
-    for name in contents[0]["runs"]:
-        run = RunDir(Path(contents[0]["sweep_dir"]) / name)
+    contents = [read_existing(file, PackRecord) for file in pack_files]
+    for name in contents[0].runs:
+        run = RunDir(Path(contents[0].sweep_dir) / name)
         config = read_run_config(run.config)
         seldom = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 1_000_000})})
         targets = adapted_modules(config.lora, list(base.shapes))

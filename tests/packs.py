@@ -37,7 +37,7 @@ LACKS_TRITON = (
     None if "CI" in os.environ or find_spec("triton") else "Triton is missing (it comes for Linux): no grouped kernels"
 )
 SIXTEEN_BIT = QuantConfig(load_in_4bit=False)
-NO_LEASE = Lease("nobody's", "here", 0, 0, "job", 1, 0.0)
+NO_LEASE = Lease(token="nobody's", host="here", pid=0, pid_started=0, job="job", attempt=1, started=0.0)
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 
 

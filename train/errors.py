@@ -3,6 +3,8 @@
     LorapackError           exit code 1: something failed
     ├── BadInput            exit code 2: the user's mistake; the message says what, which value, what to do next
     ├── StorageError        the disk is full, read-only or gone
+    │   └── DamagedFile     a file is not what it should be: named, with what to do
+    │       └── NewerFormat a later version wrote it
     ├── LeaseHeld           another live process trains this run
     └── PeerLost            another process of this job ended
 
@@ -14,6 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from train.store.causes import Cause
 
 
@@ -31,6 +35,27 @@ class BadInput(LorapackError):
 
 class StorageError(LorapackError):
     """A file could not be written or read back; `cause` of the attempt is ``storage``."""
+
+
+class DamagedFile(StorageError):
+    """A file that is not what this program writes; `path` is the file, `what` one clause about it."""
+
+    def __init__(
+        self, path: Path, what: str, advice: str = "Restore it, or remove it and run the same command again."
+    ) -> None:
+        super().__init__(f"{path} {what}. {advice}".strip())
+        self.path = path
+
+
+class NewerFormat(DamagedFile):
+    """A file of a format that only a later version knows."""
+
+    def __init__(self, path: Path, found: int, known: int) -> None:
+        super().__init__(
+            path,
+            f"was written by a newer lorapack (format {found}, this version knows {known}); upgrade lorapack",
+            "",
+        )
 
 
 class LeaseHeld(LorapackError):

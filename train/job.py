@@ -16,7 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.errors import LeaseHeld, StorageError
+from train.config import read_run_config
+from train.errors import DamagedFile, LeaseHeld, StorageError
 from train.log import log_to
 from train.mirror.child import mirrored
 from train.runtime.activity import Activity, ActivityPublisher
@@ -35,9 +36,11 @@ from train.runtime.rendezvous import ProcessInfo, detect_process, publish_rendez
 from train.runtime.signals import StopFlag, Stopped, StopSignalListener
 from train.runtime.slurm import SlurmJob, cause_of_signal, job_facts, requeue, this_job
 from train.store.causes import STOPPED_AND_REQUEUED, TERMINAL, Cause
+from train.store.journal import AttemptLine
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
-from train.store.storage import append_lines, read_json, read_lines
+from train.store.record_file import append_records, read_existing, read_records
+from train.store.records import ArrayRecord, PackRecord, read_pack
 
 log = logging.getLogger("lorapack.job")
 
@@ -70,8 +73,8 @@ class PackJob:
 
     def _train_as_main_process(self, folder: PackDir, stop: StopFlag, process: ProcessInfo) -> str:
         """Train the pack as the process that answers for its runs."""
-        pack = read_json(Path(self.pack_file))
-        unfinished = [run for run in _runs(pack) if not run.result.exists()]
+        pack = read_existing(Path(self.pack_file), PackRecord)
+        unfinished = [run for run in pack.run_dirs() if not run.result.exists()]
         if not unfinished:
             log.info("every run of this pack is done; nothing to train")
             return Cause.DONE
@@ -91,7 +94,7 @@ class PackJob:
                 ActivityPublisher(folder, activity, taken.leases[0][1]),
             ):
                 stop.explain = listener.cause
-                cause = _train(folder, CacheDir(Path(pack["cache"])), taken, process, stop, activity)
+                cause = _train(folder, CacheDir(Path(pack.cache)), taken, process, stop, activity)
             mirror.finish()
             _requeue_if_stopped(job, cause, [run for run, _ in taken.leases])
         return cause
@@ -105,7 +108,7 @@ class ArrayTask:
 
     def __call__(self) -> str:
         """Train the pack of this task."""
-        packs = read_json(Path(self.record_file))["packs"]
+        packs = read_existing(Path(self.record_file), ArrayRecord).packs
         return PackJob(packs[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)])()
 
 
@@ -122,25 +125,24 @@ class TakenLeases:
 
 def _train_along(folder: PackDir, stop: StopFlag, process: ProcessInfo) -> str:
     """Train with the main process, which answers for the runs."""
-    prepare_torch(CacheDir(Path(read_json(folder.pack)["cache"])).compiled)
+    prepare_torch(CacheDir(Path(read_pack(folder).cache)).compiled)
     with heavy_imports():
         from train.trainer.pack import train_as_worker_process
 
     return train_as_worker_process(folder, stop, process)
 
 
-def _runs(pack: dict[str, object]) -> list[RunDir]:
-    sweep = Path(str(pack["sweep_dir"]))
-    names = pack["runs"]
-    return [RunDir(sweep / str(name)) for name in names] if isinstance(names, list) else []
-
-
 def _is_left_alone(run: RunDir) -> bool:
-    """Whether this job has ended with the run, or tried it often enough; the log says why."""
-    attempts = read_lines(run.attempts)
+    """Whether this job has ended with the run, tried it often enough, or cannot read its files; the log says why."""
+    try:
+        attempts = read_records(run.attempts, AttemptLine)
+        read_run_config(run.config)
+    except DamagedFile as exc:
+        log.warning(f"{run.path.name} is left alone: {exc}")
+        return True
     reason = give_up_reason(attempts, job_id())
-    if attempts and attempts[-1]["job"] == job_id() and attempts[-1]["cause"] in TERMINAL:
-        reason = f"it ended with {attempts[-1]['cause']}"
+    if attempts and attempts[-1].job == job_id() and attempts[-1].cause in TERMINAL:
+        reason = f"it ended with {attempts[-1].cause}"
     if reason is not None:
         log.info(f"{run.path.name} is left alone: {reason}")
     return reason is not None
@@ -226,7 +228,7 @@ def _write_end(run: RunDir, lease: Lease, cause: Cause, detail: str) -> None:
         return
     try:
         step, why = last_step(run), stop_cause(run, cause, detail)
-        append_lines(run.attempts, [attempt_line(run, lease, *why, step, step, device=device_in_use())])
+        append_records(run.attempts, [attempt_line(run, lease, *why, step, step, device=device_in_use())])
     except StorageError as exc:
         log.warning(exc)
     release(run, lease)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from launcher.records import JobSlots, Pack
 from train.store.layout import SweepDir
-from train.store.storage import read_json
+from train.store.record_file import FileRecord, read_record
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,23 @@ class ArrayRequest:
     follows: tuple[str, ...] = ()
 
 
+class _Acceptance(FileRecord):
+    """What the names need of a plan: when it was accepted, Unix time."""
+
+    accepted: float
+
+
 def job_names(sweep: SweepDir) -> JobNames:
     """The names for a sweep's jobs, made from its folder and from the time when its first plan was accepted.
 
     They stay the same until the folder is deleted. A sweep of the same name elsewhere, or one that is submitted again after its
     folder was deleted, gets other names.
+
+    Raises:
+        DamagedFile: that plan cannot be read.
     """
-    first = read_json(sweep.plans / "1.json") or {}
-    return JobNames(sweep.path.name, _digits(str(sweep.path.resolve()), str(first.get("accepted"))))
+    first = read_record(sweep.plans / "1.json", _Acceptance)
+    return JobNames(sweep.path.name, _digits(str(sweep.path.resolve()), str(first and first.accepted)))
 
 
 def job_slots(jobs: int, at_once: int, taken: dict[str, int]) -> JobSlots:

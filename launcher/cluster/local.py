@@ -23,9 +23,11 @@ from launcher.cluster.commands import answer_of
 from launcher.installation import python_path
 from launcher.records import ClusterConfig
 from train.errors import BadInput
-from train.store.layout import PackDir, RunDir, runs_of_pack
+from train.store.layout import PackDir, RunDir
 from train.store.lease import process_started, read_lease
-from train.store.storage import make_folder, write_json
+from train.store.record_file import write_record
+from train.store.records import LocalJobRecord, runs_of_pack
+from train.store.storage import make_folder
 
 # No limit in practice. submitit's local default of 2 minutes is meant for tests.
 TEN_YEARS_MIN = 10 * 365 * 24 * 60
@@ -122,8 +124,15 @@ def start_job(pack: PackDir, code: Path, gpus: tuple[str, ...]) -> LocalJob:
         handle = executor.submit(PackJob(str(pack.pack)))
     # The id is the process id of submitit's controller, the parent of the process that trains.
     pid = int(handle.job_id)
-    facts = {"job": handle.job_id, "executor": "local", "pid": pid, "pid_started": process_started(pid)}
-    write_json(pack.job, facts | {"host": socket.gethostname(), "submitted": time.time()})
+    record = LocalJobRecord(
+        job=handle.job_id,
+        executor="local",
+        pid=pid,
+        pid_started=process_started(pid),
+        host=socket.gethostname(),
+        submitted=time.time(),
+    )
+    write_record(pack.job, record)
     return LocalJob(pack, handle.job_id, gpus, handle)
 
 

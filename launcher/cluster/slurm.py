@@ -22,7 +22,9 @@ from launcher.errors import ClusterError
 from launcher.records import ClusterConfig
 from train.runtime.backoff import backoff
 from train.store.layout import ArrayDir, SweepDir
-from train.store.storage import make_folder, read_json, write_json
+from train.store.record_file import read_existing, write_record
+from train.store.records import ArrayRecord
+from train.store.storage import make_folder
 
 # Slurm's default.
 USUAL_MAX_ARRAY_SIZE = 1001
@@ -198,7 +200,7 @@ def task_logs(array: ArrayDir, task: int) -> list[Path]:
 
     submitit calls them ``<job>_<task>_0_log.out``, and ``<job>_0_log.out`` for a plain job.
     """
-    tasks = len(read_json(array.record)["packs"])
+    tasks = len(read_existing(array.record, ArrayRecord).packs)
     pattern = "*_0_log.out" if tasks == 1 else f"*_{task}_0_log.out"
     return [file for out in array.submitit.glob(pattern) for file in (out, out.with_suffix(".err")) if file.exists()]
 
@@ -249,14 +251,14 @@ def _look_for(request: ArrayRequest) -> list[str]:
 def _write_record(request: ArrayRequest, array: ArrayDir, job: str | None) -> None:
     make_folder(array.submitit)
     sweep = SweepDir(array.path.parent.parent)
-    record = {
-        "name": request.name,
-        "partition": request.partition,
-        "gres": request.gres,
-        "minutes": request.minutes,
-        "parallel": request.parallel,
-        "packs": [str(sweep.pack(pack).pack) for pack in request.packs],
-        "submitted": time.time() if job is None else read_json(array.record)["submitted"],
-        "job": job,
-    }
-    write_json(array.record, record)
+    record = ArrayRecord(
+        name=request.name,
+        partition=request.partition,
+        gres=request.gres,
+        minutes=request.minutes,
+        parallel=request.parallel,
+        packs=[str(sweep.pack(pack).pack) for pack in request.packs],
+        submitted=time.time() if job is None else read_existing(array.record, ArrayRecord).submitted,
+        job=job,
+    )
+    write_record(array.record, record)

@@ -7,6 +7,7 @@ ones leave the queue.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from launcher.cluster.arrays import job_names
 from launcher.cluster.slurm import cancel_jobs, cancel_named, warn_jobs
@@ -14,8 +15,10 @@ from launcher.errors import ClusterError
 from launcher.records import RunStatus, State
 from launcher.track.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
 from launcher.track.tracker import track
+from train.errors import DamagedFile
 from train.store.layout import RunDir, SweepDir
-from train.store.storage import write_json
+from train.store.record_file import write_record
+from train.store.records import CancelRequest
 
 STOPPABLE = {State.PENDING, State.RUNNING, State.UNKNOWN}
 POLL_SECONDS = 0.5
@@ -37,14 +40,19 @@ def cancel_runs(runs: list[RunDir], wait_seconds: float = 15.0) -> list[RunStatu
     if not runs:
         return []
     sweep = SweepDir(runs[0].path.parent)
-    states = {status.id: status.state for status in track(sweep, runs)}
-    asked = [run for run in runs if states[run.id] in STOPPABLE]
+    statuses = {status.id: status for status in track(sweep, runs)}
+    asked = [run for run in runs if _can_be_stopped(statuses[run.id])]
     for run in asked:
-        write_json(run.cancel_request, {"time": time.time()})
+        write_record(run.cancel_request, CancelRequest(time=time.time()))
     try:
         return _stop(sweep, asked, wait_seconds)
     except ClusterError as exc:
         raise ClusterError(f"{exc}. {_REQUEST_IS_WRITTEN}") from exc
+
+
+def _can_be_stopped(status: RunStatus) -> bool:
+    """Whether a process may train the run, now or later; of one with a damaged file that is known by its lease and its job."""
+    return status.state in STOPPABLE and (status.under_way or not status.damaged)
 
 
 def _stop(sweep: SweepDir, asked: list[RunDir], wait_seconds: float) -> list[RunStatus]:
@@ -54,7 +62,9 @@ def _stop(sweep: SweepDir, asked: list[RunDir], wait_seconds: float) -> list[Run
     warn_jobs(running)
     # Without a run that will finish, the job that writes the report has nothing new to report.
     if jobs and not any(map(_is_wanted, sweep.runs())):
-        cancel_named(job_names(sweep).report)
+        # If its name cannot be told, the job stays.
+        with suppress(DamagedFile):
+            cancel_named(job_names(sweep).report)
     return _wait(sweep, asked, jobs, time.monotonic() + wait_seconds)
 
 

@@ -23,8 +23,10 @@ from launcher.track.logs import LogTailer, last_stderr
 from launcher.track.tracker import track
 from train.runtime.backoff import backoff
 from train.store.causes import Cause
-from train.store.layout import PackDir, RunDir, SweepDir, runs_of_pack
-from train.store.storage import last_line
+from train.store.journal import AttemptLine
+from train.store.layout import PackDir, RunDir, SweepDir
+from train.store.record_file import read_last
+from train.store.records import runs_of_pack
 
 TICK_SECONDS = 0.5
 # The longest wait for jobs that were asked to stop.
@@ -156,7 +158,8 @@ def _why(run: RunDir, status: RunStatus) -> str:
         return "its folder is gone"
     if status.cause in SILENT_ENDS:
         return SILENT_ENDS[status.cause]
-    detail = (last_line(run.attempts) or {}).get("detail")
+    last = read_last(run.attempts, AttemptLine)
+    detail = last.detail if last is not None else None
     return f"{status.cause}: {detail}" if detail else str(status.cause)
 
 

@@ -10,15 +10,16 @@ from launcher.cluster.partitions import explain_choice, on_slurm
 from launcher.cluster.slurm import Submitted, array_number
 from launcher.control.follow import follow, watch
 from launcher.plan.planner import make_plan
+from launcher.plan_files import plan_numbers
 from launcher.records import Plan, State, Sweep, Verdict, verb_command
 from launcher.report.job import submit_missing_report, submit_report
 from launcher.report.writer import print_report, write_report
 from launcher.submit.prepare import prepare, unprepared
-from launcher.submit.submission import plan_numbers, sole_launcher, submit, submit_to_slurm
+from launcher.submit.submission import sole_launcher, submit, submit_to_slurm
 from launcher.terminal.interrupts import Interrupts
 from launcher.terminal.tables import print_plan, print_statuses
 from launcher.track.tracker import track
-from train.errors import LeaseHeld
+from train.errors import DamagedFile, LeaseHeld
 from train.mirror.reach import refuse_missing_key
 from train.store.layout import SweepDir
 from train.store.permissions import refuse_unwritable
@@ -42,6 +43,8 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
     # Read before planning, so that a plan that another launcher accepts meanwhile is noticed.
     plans = plan_numbers(sweep.dir)
     plan = ready_plan(sweep, retry_failed=retry_failed)
+    for message in sweep.left_out:
+        console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(explain_choice(sweep.cluster, slurm=slurm))
     print_plan(plan, console)
     if slurm and not plan.packs and _in_training(plan):
@@ -85,7 +88,7 @@ def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed
 
 def _complete_submission(plan: Plan, console: Console) -> None:
     """Submit the report job if an earlier launcher could not. If that launcher still works on it, it is left to it."""
-    with suppress(LeaseHeld), sole_launcher(plan.sweep.dir):
+    with suppress(LeaseHeld, DamagedFile), sole_launcher(plan.sweep.dir):
         submit_missing_report(plan.sweep, console.print)
 
 
@@ -139,12 +142,14 @@ def _nothing_to_train(plan: Plan, console: Console) -> int:
     verdicts = {planned.verdict for planned in plan.runs}
     if Verdict.RUNNING in verdicts:
         _say_command("Nothing to start: runs are training. To watch", "status", plan.sweep, console)
+    elif Verdict.UNKNOWN in verdicts:
+        console.print("Nothing to train: files of the rest are damaged; the plan above names them.")
     elif Verdict.FAILED in verdicts:
         _say_command("Nothing to train: the rest failed. To try again", "resume", plan.sweep, console)
     else:
         console.print("Every run of this sweep is done; nothing to train.")
     compare(plan.sweep.dir, console)
-    return int(Verdict.FAILED in verdicts)
+    return int(bool(plan.sweep.left_out or verdicts & {Verdict.FAILED, Verdict.UNKNOWN}))
 
 
 def _say_command(text: str, verb: str, sweep: Sweep, console: Console) -> None:

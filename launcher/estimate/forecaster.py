@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
 from launcher.estimate.devices import GIB, DeviceSpec, Partition
@@ -16,7 +17,8 @@ from launcher.estimate.workload import BaseKey, SizingInputs, Workload, base_key
 from launcher.records import Forecast, Run
 from train.config import RunConfig, read_run_config
 from train.store.layout import PackDir, RunDir, SweepDir
-from train.store.storage import Record, read_json
+from train.store.record_file import DamageLog, read_record
+from train.store.records import PackRecord, ResultRecord
 
 # How many packs to look at: the newest say most about the code and the device in use now.
 NEWEST_PACKS = 5
@@ -87,7 +89,9 @@ class Measured:
 def measured_packs(sweep: SweepDir, device: DeviceSpec) -> list[Measured]:
     """The newest packs that trained on such a device without interruption."""
     folders = sorted(sweep.jobs.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    packs = (_measured(sweep, PackDir(folder), device) for folder in folders[:NEWEST_PACKS])
+    read = (partial(_measured, sweep, PackDir(folder), device) for folder in folders[:NEWEST_PACKS])
+    # A pack with a damaged file corrects nothing; who names it is `status`.
+    packs = (DamageLog().read(pack, None) for pack in read)
     return [pack for pack in packs if pack is not None]
 
 
@@ -100,23 +104,29 @@ def median_ratio(ratios: list[float]) -> float:
 
 
 def _measured(sweep: SweepDir, pack: PackDir, device: DeviceSpec) -> Measured | None:
-    """What the pack measured, if all of its runs finished at the first attempt on this kind of device."""
-    facts = read_json(pack.pack)
-    runs = [RunDir(sweep.path / name) for name in facts["runs"]] if facts else []
-    results = [result for result in (read_json(run.result) for run in runs) if result is not None]
+    """What the pack measured, if all of its runs finished at the first attempt on this kind of device.
+
+    Raises:
+        DamagedFile: one of its files is.
+    """
+    record = read_record(pack.pack, PackRecord)
+    runs = [RunDir(sweep.path / name) for name in record.runs] if record else []
+    results = [result for result in (read_record(run.result, ResultRecord) for run in runs) if result is not None]
     if not results or len(results) < len(runs) or not all(_is_comparable(result, device) for result in results):
         return None
     configs = [read_run_config(run.config) for run in runs]
-    seconds = max(result["seconds"] for result in results)
-    memory = max(result["peak_memory_gib"] for result in results)
+    seconds = max(result.seconds or 0.0 for result in results)
+    memory = max(result.peak_memory_gib or 0.0 for result in results)
     # GPU-hours are shared out among the runs, so their sum over the pack's hours is its number of GPUs.
-    gpus = round(3600 * sum(result["gpu_hours"] for result in results) / seconds) if seconds else 1
+    gpus = round(3600 * sum(result.gpu_hours or 0.0 for result in results) / seconds) if seconds else 1
     return Measured(base_key(configs[0]), configs, seconds, memory, max(1, gpus))
 
 
-def _is_comparable(result: Record, device: DeviceSpec) -> bool:
+def _is_comparable(result: ResultRecord, device: DeviceSpec) -> bool:
     """Whether a result comes from one attempt on such a device."""
-    return result["attempts"] == 1 and _same_kind(result["device"], "cpu" if device.kind == "cpu" else device.name)
+    if result.attempts != 1 or result.device is None or result.peak_memory_gib is None:
+        return False
+    return _same_kind(result.device, "cpu" if device.kind == "cpu" else device.name)
 
 
 def _same_kind(name: str, other: str) -> bool:

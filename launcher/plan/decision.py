@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from launcher.errors import ClusterError
 from launcher.records import Verdict
 from launcher.track.jobs import JobRecord
+from train.errors import DamagedFile
 from train.runtime.attempts import give_up_reason
 from train.store.causes import NON_RETRYABLE, TERMINAL, Cause
+from train.store.journal import AttemptLine
 from train.store.layout import RunDir
 from train.store.lease import Lease, read_lease
-from train.store.storage import Record, read_json, read_lines
+from train.store.record_file import read_record, read_records
+from train.store.records import ResultRecord
 
 _CANNOT_TELL = (
     "Slurm's squeue does not answer, so nobody can tell whether {name} is still in the queue; nothing was submitted. "
@@ -43,13 +46,27 @@ def decide(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = No
     """
     if run is None:
         return RunDecision(Verdict.NEW, "never trained")
-    result = read_json(run.result)
+    try:
+        return _decide(run, retry_failed=retry_failed, job=job)
+    except DamagedFile as exc:
+        return RunDecision(Verdict.UNKNOWN, str(exc))
+
+
+def _decide(run: RunDir, *, retry_failed: bool, job: JobRecord | None) -> RunDecision:
+    """`decide` for a run that has a folder.
+
+    Raises:
+        DamagedFile: one of its files is.
+    """
+    result = read_record(run.result, ResultRecord)
     if result is not None:
         return RunDecision(Verdict.DONE, _done_reason(result))
     lease = read_lease(run)
     if lease is not None and lease.alive() and not _is_over(lease, job):
         return RunDecision(Verdict.RUNNING, f"process {lease.pid} on {lease.host} trains it (attempt {lease.attempt})")
-    attempts = read_lines(run.attempts)
+    if job is not None and job.damage is not None:
+        return RunDecision(Verdict.UNKNOWN, job.damage)
+    attempts = read_records(run.attempts, AttemptLine)
     if job is not None and job.slurm is not None and not _let_go(attempts, job):
         if job.alive is None:
             raise ClusterError(_CANNOT_TELL.format(name=run.path.name))
@@ -61,7 +78,7 @@ def decide(run: RunDir | None, *, retry_failed: bool, job: JobRecord | None = No
         return _unfinished(run, attempts)
     if retry_failed:
         again = _unfinished(run, attempts)
-        out_of_memory = killed or (attempts and attempts[-1]["cause"] == Cause.OUT_OF_MEMORY)
+        out_of_memory = killed or (attempts and attempts[-1].cause == Cause.OUT_OF_MEMORY)
         most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
         return RunDecision(again.verdict, f"tried again: {failure}", again.step, most_runs)
     return RunDecision(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
@@ -77,9 +94,9 @@ def _is_over(lease: Lease, job: JobRecord | None) -> bool:
     return view is not None and view.state.over and lease.job == view.id
 
 
-def _let_go(attempts: list[Record], job: JobRecord) -> bool:
+def _let_go(attempts: list[AttemptLine], job: JobRecord) -> bool:
     """Whether the job is done with this run for good. It may still train others."""
-    return bool(attempts) and attempts[-1]["ended"] >= job.submitted and attempts[-1]["cause"] in TERMINAL
+    return bool(attempts) and attempts[-1].ended >= job.submitted and attempts[-1].cause in TERMINAL
 
 
 def _in_the_queue(job: JobRecord) -> str:
@@ -89,32 +106,32 @@ def _in_the_queue(job: JobRecord) -> str:
     return f"job {view.id} is {view.raw_state.lower()}" + (f" ({view.reason})" if view.reason else "")
 
 
-def _done_reason(result: Record) -> str:
-    loss = result.get("eval_loss")
-    return f"finished {result['steps']} steps" + ("" if loss is None else f", eval loss {loss:.4f}")
+def _done_reason(result: ResultRecord) -> str:
+    loss = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
+    return f"finished {result.steps} steps{loss}"
 
 
-def _failure(attempts: list[Record]) -> str | None:
+def _failure(attempts: list[AttemptLine]) -> str | None:
     """Why another attempt would end like the previous ones, None if it would not."""
     if not attempts:
         return None
     last = attempts[-1]
-    if last["cause"] in NON_RETRYABLE:
-        detail = f": {last['detail']}" if last["detail"] else ""
-        return f"ended with {last['cause']} at step {last['last_step']}{detail}"
+    if last.cause in NON_RETRYABLE:
+        detail = f": {last.detail}" if last.detail else ""
+        return f"ended with {last.cause} at step {last.last_step}{detail}"
     return give_up_reason(attempts)
 
 
-def _killed_for_memory(lease: Lease, attempts: list[Record], job: JobRecord | None) -> str | None:
+def _killed_for_memory(lease: Lease, attempts: list[AttemptLine], job: JobRecord | None) -> str | None:
     """The failure of a process that Slurm killed for its memory, so that it could not record its end itself."""
     view = job.slurm.view if job is not None and job.slurm is not None else None
-    unwritten = all(line["attempt"] != lease.attempt for line in attempts)
+    unwritten = all(line.attempt != lease.attempt for line in attempts)
     if view is None or not unwritten or view.state.cause is not Cause.OUT_OF_MEMORY:
         return None
     return f"Slurm killed job {view.id} for using more memory than it had asked for (cluster.ram_gib)"
 
 
-def _unfinished(run: RunDir, attempts: list[Record]) -> RunDecision:
+def _unfinished(run: RunDir, attempts: list[AttemptLine]) -> RunDecision:
     """Continue from the newest checkpoint, or start."""
     steps = run.checkpoint_steps()
     if steps and steps[-1] > 0:
@@ -122,5 +139,5 @@ def _unfinished(run: RunDir, attempts: list[Record]) -> RunDecision:
     return RunDecision(Verdict.NEW, f"nothing saved yet{_after(attempts)}")
 
 
-def _after(attempts: list[Record]) -> str:
-    return f", after {attempts[-1]['cause']}" if attempts else ""
+def _after(attempts: list[AttemptLine]) -> str:
+    return f", after {attempts[-1].cause}" if attempts else ""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from launcher.records import State
+
 AxisScale = Literal["log2", "log10", "linear", "category"]
 
 
@@ -71,7 +73,7 @@ class UnfinishedRun:
     id: str
     name: str
     axes: dict[str, Any]
-    state: str
+    state: State
     reason: str
     step: int
 

@@ -15,9 +15,11 @@ from launcher.cluster.slurm import Afterwards, Submitted, array_number, submit_a
 from launcher.errors import ClusterError
 from launcher.records import Plan, RunStatus, State, Sweep, verb_command
 from launcher.submit.freeze import freeze_code
-from launcher.track.jobs import arrays_in_queue
+from launcher.track.jobs import array_records, arrays_in_queue
+from train.errors import DamagedFile
 from train.store.layout import SweepDir
-from train.store.storage import read_json, write_json
+from train.store.record_file import read_record, write_record
+from train.store.records import ReportJobRecord
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
     with suppress(ClusterError):  # the next command tries again
         arrays = arrays_in_queue(sweep.dir)
         if arrays:
-            newest = max((read_json(path) for path in _records(sweep.dir)), key=lambda record: record["submitted"])
-            placement = Placement(newest["partition"], newest.get("minutes"), newest.get("gres"))
+            newest = max(array_records(sweep.dir), key=lambda record: record.submitted)
+            placement = Placement(newest.partition, newest.minutes, newest.gres)
             _submit(sweep, list(arrays), freeze_code(sweep.dir), placement, say)
 
 
@@ -68,7 +70,18 @@ def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
     """What to do about a missing report; None if one will be written, is there, or makes no sense yet."""
     if not _records(sweep):
         return None
-    listed = list(statuses)
+    try:
+        return _note(sweep, list(statuses))
+    except DamagedFile as exc:
+        return f"Nobody can tell whether a job will write the report: {exc}"
+
+
+def _note(sweep: SweepDir, listed: list[RunStatus]) -> str | None:
+    """`report_note` for a sweep on Slurm.
+
+    Raises:
+        DamagedFile: the first plan, or the record of the report's job, cannot be read.
+    """
     write = f"`{verb_command('report', sweep)}`"
     if any(status.under_way for status in listed):
         if not _has_uncovered_arrays(sweep):
@@ -97,7 +110,7 @@ def _submit(sweep: Sweep, arrays: Sequence[str], code: Path, placement: Placemen
         write = f"`{verb_command('report', sweep.dir)}`"
         say(f"No job will write the report ({exc}). The same command tries again later, and {write} writes it.")
         return
-    write_json(sweep.dir.report_record, {"job": job_id, "arrays": covered, "submitted": time.time()})
+    write_record(sweep.dir.report_record, ReportJobRecord(job=job_id, arrays=covered, submitted=time.time()))
 
 
 def _records(sweep: SweepDir) -> list[Path]:
@@ -107,8 +120,9 @@ def _records(sweep: SweepDir) -> list[Path]:
 
 def _has_uncovered_arrays(sweep: SweepDir) -> bool:
     """Whether there are arrays that no report job waits for."""
-    covered = (read_json(sweep.report_record) or {"arrays": []})["arrays"]
-    return not {path.parent.name for path in _records(sweep)} <= set(covered)
+    job = read_record(sweep.report_record, ReportJobRecord)
+    covered = set(job.arrays) if job is not None else set()
+    return not {path.parent.name for path in _records(sweep)} <= covered
 
 
 def _is_current(sweep: SweepDir) -> bool:

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import yaml
+from functools import partial
 
 from launcher.plan.decision import decide
+from launcher.plan_files import read_plans
 from launcher.report.axes import SEED, Values, flat, swept_axes
-from launcher.report.comparison import FinishedRun, Report, UnfinishedRun, report_json
+from launcher.report.comparison import Curve, FinishedRun, Report, UnfinishedRun, report_json
 from launcher.report.curves import read_answers, read_curve
 from launcher.report.html_page import render_page
 from launcher.report.noise import caveats_of, group_by_seed, judge_noise
 from launcher.report.table import print_report
 from launcher.track.tracker import track
-from train.errors import StorageError
+from train.config import read_values
 from train.mirror.request import cost_usd
+from train.store.journal import read_header
 from train.store.layout import RunDir, SweepDir
-from train.store.storage import Record, make_folder, read_first_line, read_json, write_bytes, write_text
+from train.store.record_file import DamageLog, read_record
+from train.store.records import PackRecord, ResultRecord
+from train.store.storage import make_folder, write_bytes, write_text
 
 __all__ = ["build_report", "print_report", "report_json", "write_report"]
 
-# With the parser written in Python, reading 500 configurations takes 3 s.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FROM_ELSEWHERE = {"rank", "id", "name", "axes", "pack", "eval_rows", "cost_usd"}
 MEASURED = [key for key in FinishedRun.__dataclass_fields__ if key not in FROM_ELSEWHERE]
 
 
 def build_report(sweep_dir: SweepDir) -> Report:
     """Compare the runs of a sweep folder by what is on disk. Writes nothing."""
-    runs = sweep_dir.runs()
-    configs = read_configs(runs)
+    damage = DamageLog()
+    configs = read_configs(sweep_dir.runs(), damage)
+    runs = [run for run in sweep_dir.runs() if run.id in configs]
     axes = swept_axes(list(configs.values()))
     points = {run: {axis.key: config.get(axis.key) for axis in axes} for run, config in configs.items()}
-    rows = _ranked(runs, points, _packs(sweep_dir))
+    rows = _ranked(runs, points, _packs(sweep_dir, damage), damage)
     finished = {row.id for row in rows}
     unfinished = _unfinished(sweep_dir, [run for run in runs if run.id not in finished], points)
     folders = {run.id: run for run in runs}
     ranked = [run.id for run in rows] + [run.id for run in unfinished]
     groups = group_by_seed(rows)
-    commands = _commands(sweep_dir)
+    commands = _commands(sweep_dir, damage)
     seeds = sorted({config.get(SEED, 0) for config in configs.values()})
+    curves = tuple(_curve(folders[run_id], damage) for run_id in ranked)
+    answers = tuple(damage.read(partial(read_answers, folders[run_id]), None) for run_id in ranked)
     return Report(
         sweep=sweep_dir.path.name,
         commands=commands,
@@ -49,28 +51,22 @@ def build_report(sweep_dir: SweepDir) -> Report:
         rows=rows,
         groups=groups,
         noise=judge_noise(groups, sweep=sweep_dir.path.name, commands=commands, seeds=seeds),
-        caveats=caveats_of(axes, rows, unfinished),
+        caveats=(*caveats_of(axes, rows, unfinished), *damage.messages),
         unfinished=unfinished,
-        curves=tuple(read_curve(folders[run_id]) for run_id in ranked),
-        answers=tuple(answers for run_id in ranked if (answers := read_answers(folders[run_id])) is not None),
+        curves=curves,
+        answers=tuple(answer for answer in answers if answer is not None),
     )
 
 
-def read_configs(runs: list[RunDir]) -> dict[str, Values]:
-    """The flat configuration of every run, by id.
-
-    Raises:
-        StorageError: one is damaged.
-    """
-    return {run.id: flat(_config(run.config)) for run in runs}
+def read_configs(runs: list[RunDir], damage: DamageLog) -> dict[str, Values]:
+    """The flat configuration of every run, by id, but for those that are damaged."""
+    configs = {run.id: damage.read(partial(read_values, run.config), None) for run in runs}
+    return {run_id: flat(config) for run_id, config in configs.items() if config is not None}
 
 
-def _config(path: Path) -> dict[str, Values]:
-    try:
-        config: dict[str, Values] = yaml.load(path.read_bytes(), YAML_LOADER)
-    except yaml.YAMLError as exc:
-        raise StorageError(f"{path} is damaged: it holds no YAML ({exc}). Restore it, or remove its folder.") from exc
-    return config
+def _curve(run: RunDir, damage: DamageLog) -> Curve:
+    """The curve of a run; one whose journal is damaged has no points."""
+    return damage.read(partial(read_curve, run), Curve(run.id, (), (), (), (), 1))
 
 
 def write_report(sweep_dir: SweepDir) -> Report:
@@ -89,31 +85,37 @@ def write_report(sweep_dir: SweepDir) -> Report:
     return report
 
 
-def _ranked(runs: list[RunDir], points: dict[str, Values], packs: dict[str, Record]) -> tuple[FinishedRun, ...]:
+def _ranked(
+    runs: list[RunDir], points: dict[str, Values], packs: dict[str, PackRecord], damage: DamageLog
+) -> tuple[FinishedRun, ...]:
     """The finished runs by eval loss, lowest first; equal ones by name. A run without an eval loss comes last."""
-    results = [(run, result) for run in runs if (result := read_json(run.result)) is not None]
+    read = [(run, damage.read(partial(read_record, run.result, ResultRecord), None)) for run in runs]
+    results = [(run, result) for run, result in read if result is not None]
 
-    def order(finished: tuple[RunDir, Record]) -> tuple[bool, float, str]:
-        loss = finished[1].get("eval_loss")
+    def order(finished: tuple[RunDir, ResultRecord]) -> tuple[bool, float, str]:
+        loss = finished[1].eval_loss
         return (loss is None, loss or 0.0, finished[0].name)
 
     ranked = enumerate(sorted(results, key=order), start=1)
     return tuple(
-        _row(rank, run, points[run.id], result, packs.get(run.path.name, {})) for rank, (run, result) in ranked
+        _row(rank, run, points[run.id], result, packs.get(run.path.name), damage) for rank, (run, result) in ranked
     )
 
 
-def _row(rank: int, run: RunDir, axes: Values, result: Record, pack: Record) -> FinishedRun:
-    """A finished run. `pack` describes the last pack that it trained in."""
+def _row(
+    rank: int, run: RunDir, axes: Values, result: ResultRecord, pack: PackRecord | None, damage: DamageLog
+) -> FinishedRun:
+    """A finished run. `pack` describes the last pack that it trained in, if that is known."""
+    header = damage.read(partial(read_header, run.journal), None)
     return FinishedRun(
         rank=rank,
         id=run.id,
         name=run.name,
         axes=axes,
-        pack=pack.get("id"),
-        eval_rows=(read_first_line(run.journal) or {}).get("eval_rows"),
-        cost_usd=cost_usd(pack.get("forecast", {}), result),
-        **{key: result.get(key) for key in MEASURED},
+        pack=None if pack is None else pack.id,
+        eval_rows=None if header is None else header.eval_rows,
+        cost_usd=None if pack is None else cost_usd(pack.forecast, result),
+        **{key: getattr(result, key) for key in MEASURED},
     )
 
 
@@ -121,24 +123,18 @@ def _unfinished(sweep_dir: SweepDir, runs: list[RunDir], points: dict[str, Value
     """The runs without a result: their state now, and what a plan would say about them."""
     reasons = {run.id: decide(run, retry_failed=False).reason for run in runs}
     return tuple(
-        UnfinishedRun(status.id, status.name, points[status.id], status.state.value, reasons[status.id], status.step)
+        UnfinishedRun(status.id, status.name, points[status.id], status.state, reasons[status.id], status.step)
         for status in track(sweep_dir, runs)
     )
 
 
-def _packs(sweep_dir: SweepDir) -> dict[str, Record]:
+def _packs(sweep_dir: SweepDir, damage: DamageLog) -> dict[str, PackRecord]:
     """Run folder -> the newest pack that it trained in."""
     files = sorted(sweep_dir.jobs.glob("*/pack.json"), key=lambda file: file.stat().st_mtime)
-    packs = [read_json(file) for file in files]
-    return {run: pack for pack in packs for run in pack["runs"]}
+    packs = [damage.read(partial(read_record, file, PackRecord), None) for file in files]
+    return {run: pack for pack in packs if pack is not None for run in pack.runs}
 
 
-def _commands(sweep_dir: SweepDir) -> tuple[str, ...]:
+def _commands(sweep_dir: SweepDir, damage: DamageLog) -> tuple[str, ...]:
     """The command lines of the accepted plans, oldest first, each once."""
-    files = sorted((file for file in sweep_dir.plans.glob("*.json") if file.stem.isdigit()), key=_plan_number)
-    plans = [json.loads(file.read_bytes()) for file in files]
-    return tuple(dict.fromkeys(plan["command"] for plan in plans if plan.get("command")))
-
-
-def _plan_number(file: Path) -> int:
-    return int(file.stem)
+    return tuple(dict.fromkeys(plan.command for plan in read_plans(sweep_dir, damage)))

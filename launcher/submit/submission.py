@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,12 +19,15 @@ from launcher.cluster.local import LocalQueue, open_queue, refuse_too_few_gpus
 from launcher.cluster.slurm import ArraySubmitter, Submitted, max_array_size
 from launcher.errors import ClusterError
 from launcher.plan.planner import plan_json
-from launcher.records import Pack, Plan, Run, verb_command
+from launcher.plan_files import plan_numbers, read_plans
+from launcher.records import Pack, Plan, PlanRecord, Run, verb_command
 from launcher.submit.freeze import freeze_code
 from train.errors import BadInput, LeaseHeld, StorageError
 from train.store.layout import SweepDir
 from train.store.lease import Heartbeat, acquire, read_lease, release
-from train.store.storage import make_folder, read_json, write_json, write_text
+from train.store.record_file import DamageLog, write_record
+from train.store.records import ForecastRecord, PackRecord
+from train.store.storage import make_folder, write_text
 
 
 def submit(plan: Plan) -> LocalQueue:
@@ -71,21 +73,17 @@ def _write_all(plan: Plan) -> Path:
     return code
 
 
-def accepted_plan(plan: Plan) -> dict[str, Any]:
-    """What ``plans/<n>.json`` holds: the plan, when it was accepted (Unix time), and what `resume` and the report need to know."""
+def accepted_plan(plan: Plan) -> PlanRecord:
+    """What ``plans/<n>.json`` holds."""
     sweep = plan.sweep
-    return plan_json(plan) | {
+    facts = {
         "accepted": time.time(),
         "command": sweep.command,
         "cache": str(sweep.cache),
         "cluster": sweep.cluster.model_dump(),
         "tracking": sweep.tracking.model_dump(),
     }
-
-
-def plan_numbers(sweep: SweepDir) -> list[int]:
-    """The numbers of the accepted plans, ascending."""
-    return sorted(int(path.stem) for path in sweep.plans.glob("*.json") if path.stem.isdigit())
+    return PlanRecord.model_validate(plan_json(plan) | facts)
 
 
 def _runs_to_train(plan: Plan) -> list[Run]:
@@ -105,25 +103,24 @@ def _write_pack(plan: Plan, pack: Pack) -> None:
     folder = sweep.dir.pack(pack.id)
     make_folder(folder.path)
     name_of = {planned.run.id: planned.run.folder for planned in plan.runs}
-    write_json(
-        folder.pack,
-        {
-            "id": pack.id,
-            "sweep_dir": str(sweep.dir.path),
-            "cache": str(sweep.cache),
-            "runs": [name_of[run] for run in pack.runs],
-            "axes": {planned.run.folder: planned.run.axes for planned in plan.runs if planned.pack == pack.id},
-            "forecast": asdict(pack.forecast),
-            "tracking": sweep.tracking.model_dump(),
-        },
+    record = PackRecord(
+        id=pack.id,
+        sweep_dir=str(sweep.dir.path),
+        cache=str(sweep.cache),
+        runs=[name_of[run] for run in pack.runs],
+        axes={planned.run.folder: planned.run.axes for planned in plan.runs if planned.pack == pack.id},
+        forecast=ForecastRecord(**asdict(pack.forecast)),
+        tracking=sweep.tracking.model_dump(),
     )
+    write_record(folder.pack, record)
 
 
 def _refuse_known_packs(plan: Plan) -> None:
     """A pack is submitted once. A pack folder that is in no accepted plan was left by an interrupted submission, and is used again."""
     sweep = plan.sweep.dir
-    plans = (read_json(sweep.plans / f"{number}.json") for number in plan_numbers(sweep))
-    known = {pack["id"] for accepted in plans for pack in accepted["packs"]} & {pack.id for pack in plan.packs}
+    known = {pack.id for accepted in read_plans(sweep, DamageLog()) for pack in accepted.packs} & {
+        pack.id for pack in plan.packs
+    }
     if known:
         raise ClusterError(f"The pack {min(known)} was submitted by another launcher meanwhile; run the command again.")
 
@@ -132,7 +129,7 @@ def _accept(plan: Plan) -> None:
     sweep = plan.sweep.dir
     make_folder(sweep.plans)
     number = max(plan_numbers(sweep), default=0) + 1
-    write_json(sweep.plans / f"{number}.json", accepted_plan(plan))
+    write_record(sweep.plans / f"{number}.json", accepted_plan(plan))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from launcher.report.writer import read_configs
 from launcher.submit.frozen import frozen_cache
 from launcher.terminal.interrupts import Interrupts
 from train.store.layout import RunDir, SweepDir
+from train.store.record_file import DamageLog
 
 
 def export(action: Literal["merge", "chat"], run: RunDir, cache: Path | None, *prompt: str, json_output: bool) -> int:
@@ -29,7 +30,7 @@ def export(action: Literal["merge", "chat"], run: RunDir, cache: Path | None, *p
 
 def make_dashboard(sweep: SweepDir, *, json_output: bool) -> int:
     """Run ``train.mirror.dashboard`` for the axes of `sweep`; the exit code of the program."""
-    swept = swept_axes(list(read_configs(sweep.runs()).values()))
+    swept = swept_axes(list(read_configs(sweep.runs(), DamageLog()).values()))
     axes = [{"key": axis.key, "scale": axis.scale} for axis in swept]
     request = {"sweep_dir": str(sweep.path), "axes": axes, "json": json_output}
     # wandb-workspaces uses deprecated parts of pydantic; the user can do nothing about these warnings.

@@ -23,6 +23,7 @@ VERDICT_STYLE = {
     Verdict.RUNNING: "blue",
     Verdict.DONE: "dim",
     Verdict.FAILED: "red",
+    Verdict.UNKNOWN: "magenta",
 }
 STATE_STYLE = {
     State.PENDING: "dim",
@@ -72,7 +73,18 @@ def print_statuses(statuses: list[RunStatus], title: str, console: Console) -> N
         table.add_row(*(row[i] for i in shown))
     console.print(table)
     _say_left_out(len(statuses), console)
+    _print_damage(statuses, console)
     console.print(tally(statuses))
+
+
+def _print_damage(statuses: list[RunStatus], console: Console) -> None:
+    """Which files are damaged, each once, with the runs that are unknown because of it."""
+    names: dict[str, list[str]] = {}
+    for status, label in zip(statuses, labels(statuses), strict=True):
+        if status.damaged and status.reason is not None:
+            names.setdefault(status.reason, []).append(label)
+    for reason, runs in names.items():
+        console.print(f"{', '.join(runs)}: {reason}", style="magenta", markup=False, highlight=False, soft_wrap=True)
 
 
 def _status_cells(status: RunStatus, label: str) -> list[str]:

@@ -6,14 +6,18 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from launcher.cluster.commands import NoAnswer
 from launcher.cluster.queue import JobKey, JobView, read_accounting, read_queue
 from launcher.cluster.states import FAILED, OUT_OF_MEMORY
+from launcher.plan_files import read_plans
+from train.errors import DamagedFile
 from train.store.layout import ArrayDir, PackDir, SweepDir
 from train.store.lease import process_started, read_lease
-from train.store.storage import read_json
+from train.store.record_file import DamageLog, read_record
+from train.store.records import ArrayRecord, LocalJobRecord, read_pack
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class JobRecord:
     """One pack as submitted. `id` and `host` are None while it waits for its turn; `submitted` is Unix time.
 
     `alive` says whether the job trains or can still start; None where only Slurm can tell and was not asked, or did not answer.
+    `damage` says which of the job's files is damaged, so that nobody can tell what became of it.
     """
 
     pack: PackDir
@@ -40,18 +45,36 @@ class JobRecord:
     submitted: float
     alive: bool | None
     slurm: SlurmTask | None = None
+    damage: str | None = None
 
 
 def jobs_of(sweep: SweepDir) -> list[JobRecord]:
-    """Every job of the sweep, the oldest first, by its folder alone."""
-    launcher = read_lease(sweep)
-    launcher_alive = launcher is not None and launcher.alive()
-    on_slurm = {str(job.pack.pack): job for job in _slurm_jobs(sweep)}
-    records = (
-        on_slurm.get(str(path)) or _record(PackDir(path.parent), launcher_alive)
-        for path in sweep.jobs.glob("*/pack.json")
-    )
+    """Every job of the sweep, the oldest first, by its folder alone. A job with a damaged file says so."""
+    packs = [PackDir(path.parent) for path in sweep.jobs.glob("*/pack.json")]
+    runs = _runs_of_packs(sweep, packs)
+    launcher_alive = _launcher_alive(sweep)
+    damaged_arrays = DamageLog()
+    on_slurm = _places_on_slurm(sweep, damaged_arrays)
+    lost = " ".join(damaged_arrays.messages) or None
+    records = []
+    for pack in packs:
+        if pack.path.name in on_slurm:
+            record = _on_slurm(pack, *on_slurm[pack.path.name])
+        elif lost is not None and not pack.job.exists():
+            # It was started neither here nor by an array that can be read, so it may be one of a damaged array's.
+            record = JobRecord(pack, (), None, None, pack.pack.stat().st_mtime, None, damage=lost)
+        else:
+            record = _local(pack, launcher_alive)
+        names, damage = runs[pack.path.name]
+        records.append(replace(record, runs=names, damage=record.damage or damage))
     return sorted(records, key=lambda record: record.submitted)
+
+
+def damaged_files(sweep: SweepDir) -> list[str]:
+    """What is wrong with plans, and with the files of jobs, also of those whose runs are done."""
+    damage = DamageLog()
+    read_plans(sweep, damage)
+    return list(dict.fromkeys([*damage.messages, *(job.damage for job in jobs_of(sweep) if job.damage is not None)]))
 
 
 def newest_job_per_run(jobs: Iterable[JobRecord]) -> dict[str, JobRecord]:
@@ -81,14 +104,21 @@ def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
     return [_seen(job, views, queue.answered) for job in jobs]
 
 
+def array_records(sweep: SweepDir) -> list[ArrayRecord]:
+    """What was submitted to Slurm; a damaged record is left out, whose runs `jobs_of` keeps from being trained again."""
+    damage = DamageLog()
+    files = sweep.arrays.glob("*/array.json")
+    records = [damage.read(partial(read_record, path, ArrayRecord), None) for path in files]
+    return [record for record in records if record is not None]
+
+
 def arrays_in_queue(sweep: SweepDir) -> dict[str, int]:
     """How many jobs of each array that the sweep has in Slurm's queue may run at once, by the array's number.
 
     Raises:
         NoAnswer: squeue does not answer.
     """
-    records = [read_json(path) for path in sweep.arrays.glob("*/array.json")]
-    parallel = {record["name"]: record.get("parallel", len(record["packs"])) for record in records}
+    parallel = {record.name: record.at_once for record in array_records(sweep)}
     queue = read_queue(parallel)
     if not queue.answered:
         raise NoAnswer("squeue does not answer, so nobody can tell which jobs of this sweep are in the queue.")
@@ -123,28 +153,50 @@ def _seen(job: JobRecord, views: dict[JobKey, JobView], answered: bool) -> JobRe
     return replace(job, slurm=slurm, alive=alive, id=view.id, host=view.node)
 
 
-def _slurm_jobs(sweep: SweepDir) -> Iterable[JobRecord]:
-    """The jobs of every array that was, or was about to be, submitted."""
+def _places_on_slurm(sweep: SweepDir, damage: DamageLog) -> dict[str, tuple[ArrayDir, ArrayRecord, int]]:
+    """For each pack that an array trains: the array, and the pack's place in it, by the name of the pack's folder."""
+    places = {}
     for path in sweep.arrays.glob("*/array.json"):
-        array, record = ArrayDir(path.parent), read_json(path)
-        for place, pack_file in enumerate(record["packs"]):
-            pack = sweep.pack(Path(pack_file).parent.name)
-            number = record["job"] if len(record["packs"]) == 1 else f"{record['job']}_{place}"
-            yield JobRecord(
-                pack,
-                tuple(read_json(pack.pack)["runs"]),
-                number if record["job"] else None,
-                None,
-                record["submitted"],
-                None,
-                SlurmTask(array, record["name"], place),
-            )
+        record = damage.read(partial(read_record, path, ArrayRecord), None)
+        for place, pack_file in enumerate(record.packs if record is not None else ()):
+            assert record is not None
+            places[Path(pack_file).parent.name] = (ArrayDir(path.parent), record, place)
+    return places
 
 
-def _record(pack: PackDir, launcher_alive: bool) -> JobRecord:
-    runs = tuple(read_json(pack.pack)["runs"])
-    job = read_json(pack.job)
+def _on_slurm(pack: PackDir, array: ArrayDir, record: ArrayRecord, place: int) -> JobRecord:
+    number = record.job if len(record.packs) == 1 or record.job is None else f"{record.job}_{place}"
+    return JobRecord(pack, (), number, None, record.submitted, None, SlurmTask(array, record.name, place))
+
+
+def _local(pack: PackDir, launcher_alive: bool) -> JobRecord:
+    submitted = pack.pack.stat().st_mtime
+    try:
+        job = read_record(pack.job, LocalJobRecord)
+    except DamagedFile as exc:
+        return JobRecord(pack, (), None, None, submitted, None, damage=str(exc))
     if job is None:  # in the queue of a launcher, and lost if that is gone
-        return JobRecord(pack, runs, None, None, pack.pack.stat().st_mtime, launcher_alive)
-    gone = job["host"] == socket.gethostname() and process_started(job["pid"]) != job["pid_started"]
-    return JobRecord(pack, runs, job["job"], job["host"], job["submitted"], not gone)
+        return JobRecord(pack, (), None, None, submitted, launcher_alive)
+    gone = job.host == socket.gethostname() and process_started(job.pid) != job.pid_started
+    return JobRecord(pack, (), job.job, job.host, job.submitted, not gone)
+
+
+def _launcher_alive(sweep: SweepDir) -> bool:
+    """Whether a launcher works on the sweep, as far as anybody can tell."""
+    try:
+        launcher = read_lease(sweep)
+    except DamagedFile:
+        return False
+    return launcher is not None and launcher.alive()
+
+
+def _runs_of_packs(sweep: SweepDir, packs: list[PackDir]) -> dict[str, tuple[tuple[str, ...], str | None]]:
+    """The names of the run folders of each pack, by the pack's id; of a damaged one as the plans have it, and what is wrong."""
+    found: dict[str, tuple[tuple[str, ...], str | None]] = {}
+    for pack in packs:
+        try:
+            found[pack.path.name] = tuple(read_pack(pack).runs), None
+        except DamagedFile as exc:
+            planned = (run for plan in read_plans(sweep, DamageLog()) for run in plan.runs)
+            found[pack.path.name] = tuple(run.folder for run in planned if run.pack == pack.path.name), str(exc)
+    return found

@@ -9,18 +9,22 @@ import re
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from launcher.records import RunStatus, State
 from launcher.terminal.units import seconds
 from launcher.track.jobs import JobRecord, jobs_of, look_up, newest_job_per_run
+from train.errors import DamagedFile
 from train.runtime.activity import doing, read_activity
 from train.runtime.attempts import give_up_reason
 from train.store.causes import TERMINAL, Cause, Next, consequence
+from train.store.journal import AttemptLine, PaceLine, journal_tail, read_header
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import Lease, read_lease
-from train.store.storage import Record, read_first_line, read_json, read_lines, tail_lines
+from train.store.record_file import DamageLog, read_record, read_records, read_tail
+from train.store.records import ActivityNote, ResultRecord
 
 STATE_AFTER = {
     Next.NOTHING: State.STOPPED,  # without a result it died in between, and continues from its last checkpoint
@@ -30,19 +34,38 @@ STATE_AFTER = {
 }
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a run's folder holds, as far as it can be read; `damage` says what cannot."""
+
+    result: ResultRecord | None
+    lease: Lease | None
+    attempts: list[AttemptLine]
+    damage: str | None
+
+
 def track(sweep: SweepDir, runs: Iterable[RunDir] | None = None) -> list[RunStatus]:
     """The status of `runs`, by default of every run of the sweep, r8 before r16. Reads only the ends of journals."""
     listed = list(sorted(sweep.runs(), key=_natural_order) if runs is None else runs)
-    results = {run.path.name: read_json(run.result) for run in listed}
+    folders = {run.path.name: _look_into(run) for run in listed}
     jobs = newest_job_per_run(jobs_of(sweep))
-    asked = {job.pack.path: job for name, job in jobs.items() if name in results and results[name] is None}
+    asked = {job.pack.path: job for name, job in jobs.items() if name in folders and folders[name].result is None}
     seen = {job.pack.path: job for job in look_up(list(asked.values()))}
     found = {name: seen.get(job.pack.path, job) for name, job in jobs.items()}
     notes = {pack: read_activity(job.pack) for pack, job in seen.items()}
     return [
-        _status(run, results[run.path.name], job, notes.get(job.pack.path) if job else None)
+        _status(run, folders[run.path.name], job, notes.get(job.pack.path) if job else None)
         for run, job in ((run, found.get(run.path.name)) for run in listed)
     ]
+
+
+def _look_into(run: RunDir) -> _Found:
+    """The folder of a run; a damaged file hides none of the others."""
+    damage = DamageLog()
+    attempts: list[AttemptLine] = damage.read(partial(read_records, run.attempts, AttemptLine), [])
+    result = damage.read(partial(read_record, run.result, ResultRecord), None)
+    lease = damage.read(partial(read_lease, run), None)
+    return _Found(result, lease, attempts, " ".join(damage.messages) or None)
 
 
 def status_json(sweep: SweepDir, statuses: list[RunStatus]) -> dict[str, Any]:
@@ -55,20 +78,64 @@ def _natural_order(run: RunDir) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", run.name)]
 
 
-def _status(run: RunDir, result: Record | None, job: JobRecord | None, note: Record | None) -> RunStatus:
+def _status(run: RunDir, found: _Found, job: JobRecord | None, note: ActivityNote | None) -> RunStatus:
     """The status of one run; `note` is what its job last said of itself."""
-    lease, attempts = read_lease(run), read_lines(run.attempts)
-    if result is not None:
-        return _done_status(run, result, attempts)
+    if found.damage is not None:
+        return _damaged_status(run, found, job, found.damage)
+    if found.result is not None:
+        return _done_status(run, found.result, found.attempts)
+    try:
+        if job is not None and job.damage is not None and (found.lease is None or not found.lease.alive()):
+            return _damaged_status(run, found, job, job.damage)
+        return _open_status(run, found.lease, found.attempts, job, note)
+    except DamagedFile as exc:
+        return _damaged_status(run, found, job, str(exc))
+
+
+def _damaged_status(run: RunDir, found: _Found, job: JobRecord | None, damage: str) -> RunStatus:
+    """The status of a run of which a file is damaged: what the others say, and nothing that could be wrong."""
+    lease, last = found.lease, found.attempts[-1] if found.attempts else None
+    training = lease is not None and lease.alive()
+    return RunStatus(
+        id=run.id,
+        name=run.name,
+        state=State.RUNNING if training else State.UNKNOWN,
+        step=0 if found.result is None else found.result.steps,
+        max_steps=None if found.result is None else found.result.steps,
+        loss=None if found.result is None else found.result.train_loss,
+        tokens_per_second=None,
+        seconds_left=None,
+        attempts=len(found.attempts) + _unwritten_attempts(lease, found.attempts),
+        cause=None if last is None else last.cause,
+        job=lease.job if lease else job.id if job else None,
+        node=lease.host if lease else last.node if last else None,
+        reason=damage,
+        gone=not training and (found.result is not None or job is None or job.alive is False),
+        damaged=True,
+    )
+
+
+def _open_status(
+    run: RunDir,
+    lease: Lease | None,
+    attempts: list[AttemptLine],
+    job: JobRecord | None,
+    note: ActivityNote | None,
+) -> RunStatus:
+    """The status of a run without a result.
+
+    Raises:
+        DamagedFile: its journal or pace is damaged.
+    """
     state, cause = _state(lease, attempts, job)
     if (
         state in {State.PENDING, State.STOPPED} or _gone(state, job)
     ) and run.cancel_request.exists():  # no job will take it up
         state = State.CANCELLED
-    tail = tail_lines(run.journal)
-    pace = tail_lines(run.pace)
-    header = read_first_line(run.journal) or {}
-    step, max_steps = (tail[-1]["step"] if tail else 0), header.get("max_steps")
+    tail = journal_tail(run.journal)
+    pace = read_tail(run.pace, PaceLine)
+    header = read_header(run.journal)
+    step, max_steps = (tail[-1]["step"] if tail else 0), (header.max_steps if header else None)
     running = state is State.RUNNING
     return RunStatus(
         id=run.id,
@@ -77,12 +144,12 @@ def _status(run: RunDir, result: Record | None, job: JobRecord | None, note: Rec
         step=step,
         max_steps=max_steps,
         loss=next((line["loss"] for line in reversed(tail) if "loss" in line), None),
-        tokens_per_second=pace[-1]["tokens_per_second"] if pace and running else None,
+        tokens_per_second=pace[-1].tokens_per_second if pace and running else None,
         seconds_left=_seconds_left(pace, lease, step, max_steps) if running else None,
         attempts=len(attempts) + _unwritten_attempts(lease, attempts),
         cause=cause,
         job=lease.job if lease else job.id if job else None,
-        node=lease.host if lease else attempts[-1]["node"] if attempts else job.host if job else None,
+        node=lease.host if lease else attempts[-1].node if attempts else job.host if job else None,
         reason=_reason(run, state, lease, attempts, job),
         doing=doing(note, lease) if running else None,
         gone=_gone(state, job),
@@ -95,7 +162,7 @@ def _gone(state: State, job: JobRecord | None) -> bool:
 
 
 def _reason(
-    run: RunDir, state: State, lease: Lease | None, attempts: list[Record], job: JobRecord | None
+    run: RunDir, state: State, lease: Lease | None, attempts: list[AttemptLine], job: JobRecord | None
 ) -> str | None:
     """Why a run waits, is held, or is unknown."""
     view = job.slurm.view if job is not None and job.slurm is not None else None
@@ -105,33 +172,33 @@ def _reason(
         return give_up_reason(attempts)
     if state is State.UNKNOWN:
         times = [lease.heartbeat if lease else 0.0, job.submitted if job else 0.0, run.config.stat().st_mtime]
-        times += [line["ended"] for line in attempts[-1:]]
+        times += [line.ended for line in attempts[-1:]]
         return f"not heard of for {seconds(time.time() - max(times))}"
     return None
 
 
-def _done_status(run: RunDir, result: Record, attempts: list[Record]) -> RunStatus:
-    last = attempts[-1] if attempts else {}
+def _done_status(run: RunDir, result: ResultRecord, attempts: list[AttemptLine]) -> RunStatus:
+    last = attempts[-1] if attempts else None
     return RunStatus(
         id=run.id,
         name=run.name,
         state=State.DONE,
-        step=result["steps"],
-        max_steps=result["steps"],
-        loss=result["train_loss"],
-        tokens_per_second=result["tokens_per_second"],
+        step=result.steps,
+        max_steps=result.steps,
+        loss=result.train_loss,
+        tokens_per_second=result.tokens_per_second,
         seconds_left=0.0,
         attempts=max(len(attempts), 1),
         cause=Cause.DONE,
-        job=last.get("job"),
-        node=last.get("node"),
+        job=None if last is None else last.job,
+        node=None if last is None else last.node,
     )
 
 
-def _state(lease: Lease | None, attempts: list[Record], job: JobRecord | None) -> tuple[State, str | None]:
+def _state(lease: Lease | None, attempts: list[AttemptLine], job: JobRecord | None) -> tuple[State, str | None]:
     """The state of a run without a result, and the cause of its last end."""
-    cause: str | None = attempts[-1]["cause"] if attempts else None
-    ended_in_job = job is not None and bool(attempts) and attempts[-1]["ended"] >= job.submitted
+    cause: str | None = attempts[-1].cause if attempts else None
+    ended_in_job = job is not None and bool(attempts) and attempts[-1].ended >= job.submitted
     if job is not None and job.slurm is not None:
         return _slurm_state(lease, cause, ended_in_job, job)
     if lease is not None:
@@ -182,15 +249,15 @@ def _leased_state(lease: Lease, cause: str | None) -> tuple[State, str | None]:
     return (State.STOPPED, Cause.NODE_FAIL) if lease.host == socket.gethostname() else (State.UNKNOWN, cause)
 
 
-def _unwritten_attempts(lease: Lease | None, attempts: list[Record]) -> int:
+def _unwritten_attempts(lease: Lease | None, attempts: list[AttemptLine]) -> int:
     """1 if the attempt under way (or killed) has no line yet."""
-    return int(lease is not None and all(line["attempt"] != lease.attempt for line in attempts))
+    return int(lease is not None and all(line.attempt != lease.attempt for line in attempts))
 
 
-def _seconds_left(pace: list[Record], lease: Lease | None, step: int, max_steps: int | None) -> float | None:
+def _seconds_left(pace: list[PaceLine], lease: Lease | None, step: int, max_steps: int | None) -> float | None:
     """By the steps of the last half minute or so of this attempt, evaluations included; None before there are two."""
-    recent = [line for line in pace if lease is not None and line["attempt"] == lease.attempt]
-    if max_steps is None or len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
+    recent = [line for line in pace if lease is not None and line.attempt == lease.attempt]
+    if max_steps is None or len(recent) < 2 or recent[-1].step <= recent[0].step:
         return None
-    seconds_per_step = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
+    seconds_per_step = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
     return float(max(0.0, (max_steps - step) * seconds_per_step))

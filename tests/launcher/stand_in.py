@@ -28,6 +28,7 @@ import yaml
 
 from train.runtime.attempts import attempt_line, last_step
 from train.store.lease import release
+from train.store.record_file import append_records
 from train.store.storage import append_lines, make_folder, write_json
 
 
@@ -62,7 +63,7 @@ def train_as_main_process(leases, pack, cache, process, stop, activity):
 
 def end(run, lease, cause, first, last):
     detail = "the loss is nan" if cause == "diverged" else None
-    append_lines(run.attempts, [attempt_line(run, lease, cause, detail, first, last, device="cpu")])
+    append_records(run.attempts, [attempt_line(run, lease, cause, detail, first, last, device="cpu")])
     release(run, lease)
 
 

@@ -66,12 +66,19 @@ class SyntheticSweep:
     def accept(self, command: str, **forecast: float) -> SyntheticSweep:
         """What submitting leaves: the accepted plan with its command, and the pack of all runs so far with its forecast."""
         plans = make_folder(self.dir.plans)
-        write_json(plans / f"{len(list(plans.iterdir())) + 1}.json", {"sweep": self.path.name, "command": command})
+        settings = {"cluster": {"kind": "local"}, "tracking": {"mode": "off"}, "accepted": 0.0}
+        plan = {"sweep": self.path.name, "root": str(self.path.parent), "command": command, "cache": "cache"} | settings
+        runs = [self._planned(folder) for folder in self.folders]
+        write_json(plans / f"{len(list(plans.iterdir())) + 1}.json", plan | {"runs": runs, "packs": []})
         pack = self.dir.pack(PACK)
         make_folder(pack.path)
         facts = {"id": PACK, "sweep_dir": str(self.path), "cache": "cache", "runs": self.folders}
         write_json(pack.pack, facts | {"forecast": forecast})
         return self
+
+    def _planned(self, folder: str) -> dict[str, Any]:
+        name, _, run_id = folder.rpartition("-")
+        return {"id": run_id, "name": name, "verdict": "new", "reason": "never trained", "overrides": {}, "pack": PACK}
 
 
 def configured(axes: dict[str, Any]) -> RunConfig:

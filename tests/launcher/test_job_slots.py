@@ -56,7 +56,14 @@ def test_what_is_in_the_queue_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     for token, parallel in (("1a", 2), ("2b", 4), ("3c", 4)):
         make_folder(sweep.array(token).path)
         packs = [f"p{place}" for place in range(5)]
-        record = {"name": f"rank.{token}", "packs": packs, "submitted": time.time(), "job": None, "parallel": parallel}
+        record = {
+            "name": f"rank.{token}",
+            "partition": "t4",
+            "packs": packs,
+            "submitted": time.time(),
+            "job": None,
+            "parallel": parallel,
+        }
         write_json(sweep.array(token).record, record)
     rows = [f"rank.1a|12_{task}|PENDING|Priority|" for task in range(4)]  # two at once of four
     rows += ["rank.2b|13_0|COMPLETED|None|t4-1", "rank.2b|13_4|RUNNING|None|t4-1"]  # its last one

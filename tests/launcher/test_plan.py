@@ -47,12 +47,15 @@ def begin(sweep: Sweep, run: Run, name: str | None = None) -> RunDir:
 
 
 def end_attempt(folder: RunDir, cause: str, last_step: int, detail: str | None = None) -> None:
-    append_lines(folder.attempts, [{"attempt": 1, "cause": cause, "detail": detail, "last_step": last_step}])
+    line = {"attempt": 1, "cause": cause, "detail": detail, "first_step": None, "last_step": last_step, "seconds": 1.0}
+    append_lines(folder.attempts, [line | {"started": 1.0, "ended": 2.0, "node": "n1", "device": "cpu", "job": "1"}])
 
 
 def finish(folder: RunDir, **fields: object) -> None:
     result = {
         "steps": 60,
+        "train_loss": 1.4,
+        "tokens_per_second": 100.0,
         "eval_loss": 1.5,
         "seconds": 10.0,
         "gpu_hours": 0.0,
@@ -286,7 +289,7 @@ def test_finished_packs_correct_the_forecast(tmp_path: Path) -> None:
         finish(folder, peak_memory_gib=3 * before.vram_gib)
     pack = sweep.dir.pack("abc")
     make_folder(pack.path)
-    write_json(pack.pack, {"id": "abc", "runs": [folder.path.name for folder in runs]})
+    write_json(pack.pack, {"id": "abc", "sweep_dir": "s", "cache": "c", "runs": [folder.path.name for folder in runs]})
     inputs = SizingInputs(CacheDir(sweep.cache))
     forecaster = Forecaster(sweep.dir, local_partition(1), inputs)
     after = forecaster.forecast(sweep.runs[0].config, [inputs.work(run.config) for run in sweep.runs])

@@ -162,10 +162,14 @@ def test_what_was_measured_on_one_gpu_corrects_the_forecast_for_that_kind(tmp_pa
         make_folder(folder.path)
         write_text(folder.config, yaml.safe_dump(run.config.model_dump()))
         facts_of_run = {"device": "NVIDIA A100-SXM4-40GB", "attempts": 1, "seconds": 100.0, "gpu_hours": 50 / 3600}
+        facts_of_run |= {"steps": 60, "train_loss": 1.0, "tokens_per_second": 100.0}
         write_json(folder.result, facts_of_run | {"peak_memory_gib": 1.5 * before[0]})
     pack = sweep.dir.pack("abc")
     make_folder(pack.path)
-    write_json(pack.pack, {"id": "abc", "runs": [sweep.run_dir(run).path.name for run in sweep.runs]})
+    write_json(
+        pack.pack,
+        {"id": "abc", "sweep_dir": "s", "cache": "c", "runs": [sweep.run_dir(run).path.name for run in sweep.runs]},
+    )
     assert forecasts() == pytest.approx([1.5 * before[0], before[1]])
 
 

@@ -27,7 +27,8 @@ from train.runtime.attempts import attempt_line, open_attempt
 from train.runtime.slurm import killed_for_memory
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import acquire
-from train.store.storage import append_lines, make_folder, read_lines, write_json, write_text
+from train.store.record_file import append_records
+from train.store.storage import make_folder, read_lines, write_json, write_text
 
 NO_CONTACT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 
@@ -65,7 +66,7 @@ def verdict(run: RunDir) -> Verdict:
 
 def end_attempt(run: RunDir, cause: str) -> None:
     lease = acquire(run, job="12", attempt=1)
-    append_lines(run.attempts, [attempt_line(run, lease, cause, None, 0, 5, device="cpu")])
+    append_records(run.attempts, [attempt_line(run, lease, cause, None, 0, 5, device="cpu")])
     run.lease.unlink()
 
 
@@ -317,7 +318,7 @@ def test_one_squeue_and_one_sacct_for_a_thousand_jobs(tmp_path: Path, monkeypatc
         run.config.write_text("{}")
         pack = sweep.pack(f"p{place}")
         make_folder(pack.path)
-        pack.pack.write_text(json.dumps({"id": f"p{place}", "runs": [run.path.name]}))
+        pack.pack.write_text(json.dumps({"id": f"p{place}", "sweep_dir": "s", "cache": "c", "runs": [run.path.name]}))
         packs.append(str(pack.pack))
     make_folder(sweep.array("1a").path)
     record = {"name": "many.1a", "partition": "t4", "packs": packs, "submitted": time.time(), "job": "12"}

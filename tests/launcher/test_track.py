@@ -13,6 +13,7 @@ from train.errors import BadInput
 from train.runtime.attempts import attempt_line
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import acquire
+from train.store.record_file import append_records
 from train.store.storage import append_lines, make_folder, write_json, write_text
 
 HEADER = {
@@ -44,7 +45,7 @@ def kill_holder(run: RunDir, host: str = "", heartbeat_age: float = 0.0) -> None
 
 def end_attempt(run: RunDir, cause: str, last_step: int = 5) -> None:
     lease = acquire(run, job="77", attempt=1)
-    append_lines(run.attempts, [attempt_line(run, lease, cause, None, 0, last_step, device="cpu")])
+    append_records(run.attempts, [attempt_line(run, lease, cause, None, 0, last_step, device="cpu")])
     run.lease.unlink()
 
 
@@ -145,7 +146,8 @@ def test_a_thousand_runs_take_less_than_two_seconds(sweep: SweepDir) -> None:
     journal = (
         "\n".join(json.dumps(line) for line in [HEADER, *({"step": i, "loss": 1.0} for i in range(1, 200))]) + "\n"
     )
-    attempt = {"attempt": 1, "cause": "preempted", "detail": None, "last_step": 199, "ended": 1.0, "node": "n"}
+    attempt = {"attempt": 1, "cause": "preempted", "detail": None, "first_step": 0, "last_step": 199, "ended": 1.0}
+    attempt |= {"seconds": 1.0, "started": 0.0, "node": "n", "device": "cpu", "job": "1"}
     for run in runs:
         run.config.write_text("{}")
         run.journal.write_text(journal)

@@ -1,7 +1,6 @@
 """What a job says of itself besides its journals: while it loads, evaluates, answers and saves."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,10 +116,11 @@ def test_nothing_stale_is_told(pack: PackDir, lease: Lease, monkeypatch: pytest.
             time.sleep(0.01)
     assert doing(note, lease) == "importing"
     assert doing(note, None) is None
-    assert doing(note, replace(lease, pid=lease.pid + 1)) is None, "another process has the run by now"
-    elsewhere = replace(lease, host="elsewhere", heartbeat=time.time())
-    assert doing(note | {"host": "elsewhere"}, elsewhere) == "importing"
-    assert doing(note | {"host": "elsewhere"}, replace(elsewhere, heartbeat=time.time() - 1000)) is None
+    assert doing(note, lease.model_copy(update={"pid": lease.pid + 1})) is None, "another process has the run by now"
+    elsewhere = lease.model_copy(update={"host": "elsewhere", "heartbeat": time.time()})
+    note_there = note.model_copy(update={"host": "elsewhere"})
+    assert doing(note_there, elsewhere) == "importing"
+    assert doing(note_there, elsewhere.model_copy(update={"heartbeat": time.time() - 1000})) is None
     monkeypatch.setattr("train.store.lease.process_started", lambda pid: None)
     assert doing(note, lease) is None, "its process is dead"
     write_text(pack.activity, "")

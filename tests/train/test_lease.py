@@ -58,7 +58,8 @@ def test_a_dead_lease_gives_way_and_leaves_a_line(run: RunDir) -> None:
 
 def test_an_accounted_dead_lease_leaves_no_second_line(run: RunDir) -> None:
     in_another_process(run)
-    append_lines(run.attempts, [{"attempt": 1, "cause": "preempted"}])
+    line = {"attempt": 1, "cause": "preempted", "detail": None, "first_step": 0, "last_step": 0, "seconds": 1.0}
+    append_lines(run.attempts, [line | {"started": 1.0, "ended": 2.0, "node": "n1", "device": "cpu", "job": "1"}])
     assert open_attempt(run).attempt == 2
     assert len(read_lines(run.attempts)) == 1
 

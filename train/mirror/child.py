@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train.runtime.signals import STOP_SIGNALS
 from train.store.layout import PackDir
-from train.store.storage import Record
+from train.store.records import PackRecord
 
 log = logging.getLogger("lorapack.mirror")
 
@@ -46,11 +46,11 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(pack_file: Path, pack: Record) -> Iterator[Mirror]:
+def mirrored(pack_file: Path, pack: PackRecord) -> Iterator[Mirror]:
     """Have the pack mirrored to W&B meanwhile, as its `tracking` says; errors of the mirror stay in its log."""
-    mode = pack.get("tracking", {}).get("mode", "off")
+    mode = pack.tracking.get("mode", "off")
     off = mode == "off" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled")
-    mirror = Mirror(None if off else _start(pack_file), Path(pack["sweep_dir"]).name)
+    mirror = Mirror(None if off else _start(pack_file), Path(pack.sweep_dir).name)
     try:
         yield mirror
     finally:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from train.errors import BadInput, LorapackError
 from train.mirror.reach import Reach, look_for_server
-from train.mirror.request import runs_of_pack
+from train.mirror.request import mirrored_runs
 from train.mirror.rows import SAMPLES
 from train.store.layout import SweepDir
-from train.store.storage import read_json, write_json
+from train.store.record_file import read_record, write_record
+from train.store.records import DashboardRecord
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
@@ -54,7 +55,7 @@ def make_dashboard(sweep: SweepDir, axes: list[SweptAxis]) -> str:
     packs = sorted(sweep.jobs.glob("*/pack.json"), key=lambda file: file.stat().st_mtime)
     if not packs:
         raise BadInput(f"{sweep.path.name} has trained nothing yet, so there is nothing to show; start it first.")
-    run = runs_of_pack(packs[-1])[0]
+    run = mirrored_runs(packs[-1])[0]
     reach = look_for_server(run.tracking.key_file)
     if reach.trouble is not None:
         raise BadInput(
@@ -163,14 +164,14 @@ def _hand_over(reach: Reach) -> None:
 def _save(workspace: ws.Workspace, sweep: SweepDir, server: str) -> str:
     """Send the workspace, in the place of the one that this sweep has there already."""
     place = {"server": server, "entity": workspace.entity, "project": workspace.project}
-    before = read_json(sweep.dashboard) or {}
-    if all(before.get(key) == value for key, value in place.items()):
-        workspace._internal_name, workspace._internal_id = before["name"], before["id"]
+    before = read_record(sweep.dashboard, DashboardRecord)
+    if before is not None and (before.server, before.entity, before.project) == tuple(place.values()):
+        workspace._internal_name, workspace._internal_id = before.name, before.id
     with _answered(server):
         workspace.save()
     address: str = workspace.url
     names = {"name": workspace._internal_name, "id": workspace._internal_id, "address": address}
-    write_json(sweep.dashboard, place | names)
+    write_record(sweep.dashboard, DashboardRecord(**place, **names))
     return address
 
 

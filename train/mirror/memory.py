@@ -9,18 +9,17 @@ its own, so that ``launcher sync`` can send what a job writes offline at that mo
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from train.mirror.request import MirroredRun
 from train.store.layout import RunDir
-from train.store.storage import read_json, write_json, write_text
+from train.store.record_file import FileRecord, read_record, write_record
+from train.store.storage import write_text
 
 NOTHING = -1  # steps count from 0
 
 
-@dataclass(frozen=True)
-class Online:
+class Online(FileRecord):
     """How far a server has the run.
 
     Attributes:
@@ -34,8 +33,7 @@ class Online:
     told: str | None = None
 
 
-@dataclass(frozen=True)
-class Offline:
+class Offline(FileRecord):
     """How far folders have the run.
 
     Attributes:
@@ -51,25 +49,24 @@ class Offline:
 
 def recall_online(run: RunDir) -> Online | None:
     """What is remembered of the server; None if the run never was online."""
-    values = read_json(run.mirror_online)
-    return None if values is None else Online(**values)
+    return read_record(run.mirror_online, Online)
 
 
 def recall_offline(run: RunDir) -> Offline:
     """What is remembered of the offline folders."""
-    return Offline(**(read_json(run.mirror_offline) or {}))
+    return read_record(run.mirror_offline, Offline) or Offline()
 
 
 def remember(run: RunDir, memory: Online | Offline) -> None:
     """Write it down."""
-    write_json(run.mirror_online if isinstance(memory, Online) else run.mirror_offline, asdict(memory))
+    write_record(run.mirror_online if isinstance(memory, Online) else run.mirror_offline, memory)
 
 
 def went_online(run: MirroredRun, destination: str, confirmed: int) -> None:
     """The server has the run up to `confirmed`: plain ``wandb sync`` must not send its offline folders again."""
     old = recall_online(run.dir)
     told = old.told if old is not None and old.destination == destination else None
-    remember(run.dir, Online(destination, confirmed, told))
+    remember(run.dir, Online(destination=destination, confirmed=confirmed, told=told))
     for folder in offline_folders(run):
         mark_synced(run.dir, folder)
 
@@ -79,7 +76,7 @@ def discard_torn_folders(run: MirroredRun) -> Offline:
     memory = recall_offline(run.dir)
     for torn in (folder for folder in offline_folders(run) if folder.name not in memory.closed):
         if _synced_mark(run.dir, torn).exists() and recall_online(run.dir) is None:
-            memory = replace(memory, closed=(*memory.closed, torn.name), sent=True)
+            memory = memory.model_copy(update={"closed": (*memory.closed, torn.name), "sent": True})
             remember(run.dir, memory)
         else:
             shutil.rmtree(torn, ignore_errors=True)

@@ -10,9 +10,11 @@ from typing import Any
 
 from train.config import TrackingConfig, parse_section, read_run_config
 from train.store.causes import Next, consequence
+from train.store.journal import AttemptLine, JournalLine
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import read_lease
-from train.store.storage import Record, last_line, read_json, read_lines
+from train.store.record_file import read_existing, read_last, read_record, read_records
+from train.store.records import ForecastRecord, PackRecord, ResultRecord
 
 DEFAULT_PROJECT = "lorapack"
 
@@ -46,7 +48,7 @@ class MirroredRun:
 
     dir: RunDir
     axes: dict[str, Any]
-    forecast: Record
+    forecast: ForecastRecord
     tracking: TrackingConfig
 
     @property
@@ -65,15 +67,15 @@ class MirroredRun:
         return self.tracking.entity or os.environ.get("WANDB_ENTITY")
 
 
-def runs_of_pack(pack_file: Path) -> list[MirroredRun]:
-    """The runs of a pack. Packs that were written before there was tracking have none of its facts."""
-    pack = read_json(pack_file)
-    sweep, axes = Path(pack["sweep_dir"]), pack.get("axes", {})
-    tracking = parse_section(TrackingConfig, pack.get("tracking", {"mode": "off"}), "tracking")
-    return [
-        MirroredRun(RunDir(sweep / name), axes.get(name, {}), pack.get("forecast", {}), tracking)
-        for name in pack["runs"]
-    ]
+def mirrored_runs(pack_file: Path) -> list[MirroredRun]:
+    """The runs of a pack. Packs that were written before there was tracking have none of its facts.
+
+    Raises:
+        DamagedFile: the pack's file is missing or damaged.
+    """
+    pack = read_existing(pack_file, PackRecord)
+    tracking = parse_section(TrackingConfig, pack.tracking, "tracking")
+    return [MirroredRun(run, pack.axes.get(run.path.name, {}), pack.forecast, tracking) for run in pack.run_dirs()]
 
 
 def shown(run: RunDir) -> Shown:
@@ -83,10 +85,10 @@ def shown(run: RunDir) -> Shown:
     lease = read_lease(run)
     if lease is not None:
         return Shown.RUNNING if lease.alive() else Shown.PAUSED
-    attempt = last_line(run.attempts)
+    attempt = read_last(run.attempts, AttemptLine)
     if attempt is None:
         return Shown.PAUSED
-    follows = consequence(attempt["cause"])
+    follows = consequence(attempt.cause)
     if follows is None or (follows.next is Next.RETRY and not follows.by_itself):
         return Shown.FAILED
     return SHOWN_AFTER[follows.next]
@@ -97,31 +99,34 @@ def tags(run: MirroredRun) -> list[str]:
     return [f"{key.rpartition('.')[2]}={_short(value)}"[:64] for key, value in run.axes.items()]
 
 
-def config(run: MirroredRun) -> Record:
+def config(run: MirroredRun) -> dict[str, Any]:
     """The resolved configuration by section, the forecast of its pack, and the swept axes."""
-    values: Record = read_run_config(run.dir.config).model_dump()
-    return values | {"forecast": run.forecast, "axes": run.axes, "run_id": run.dir.id}
+    values = read_run_config(run.dir.config).model_dump()
+    forecast = run.forecast.model_dump(exclude_unset=True)
+    return values | {"forecast": forecast, "axes": run.axes, "run_id": run.dir.id}
 
 
-def summary(run: MirroredRun, header: Record, diverged: str | None) -> Record:
+def summary(run: MirroredRun, header: JournalLine, diverged: str | None) -> dict[str, Any]:
     """What is known of the whole run: the result's numbers where there is one."""
-    result: Record = read_json(run.dir.result) or {}
-    facts: Record = {
-        "attempts": len(read_lines(run.dir.attempts)),
+    result = read_record(run.dir.result, ResultRecord)
+    measured = {} if result is None else result.model_dump(exclude={"format"}, exclude_unset=True)
+    facts = {
+        "attempts": len(read_records(run.dir.attempts, AttemptLine)),
         "trainable_parameters": header.get("trainable_parameters"),
         "total_parameters": header.get("total_parameters"),
         "diverged": diverged,
-        **{key: value for key, value in result.items() if isinstance(value, int | float | str)},
-        "peak_vram_gib": result.get("peak_memory_gib"),
-        "cost_usd": cost_usd(run.forecast, result),
+        **{key: value for key, value in measured.items() if isinstance(value, int | float | str)},
+        "peak_vram_gib": measured.get("peak_memory_gib"),
+        "cost_usd": None if result is None else cost_usd(run.forecast, result),
     }
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def cost_usd(forecast: Record, result: Record) -> float | None:
+def cost_usd(forecast: ForecastRecord, result: ResultRecord) -> float | None:
     """GPU-hours at the price that the forecast was made with; None where the cluster names none."""
-    usd, hours = forecast.get("usd"), forecast.get("gpu_hours")
-    return result["gpu_hours"] * usd / hours if usd is not None and hours and "gpu_hours" in result else None
+    if forecast.usd is None or not forecast.gpu_hours or result.gpu_hours is None:
+        return None
+    return result.gpu_hours * forecast.usd / forecast.gpu_hours
 
 
 def _short(value: object) -> str:

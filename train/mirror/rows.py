@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from train.config import TrainConfig
-from train.errors import StorageError
+from train.errors import DamagedFile
+from train.store.journal import JournalLine, PaceLine, SampleAnswer, SamplesLine, parse_line
 from train.store.layout import RunDir
-from train.store.storage import Record, parsed
+from train.store.record_file import parse_record
 
 # The journal's names -> W&B's, where a slash makes a section. transformers' Trainer calls them so too.
 JOURNAL_NAMES = {
@@ -36,27 +39,30 @@ PACE_NAMES = {
 }
 
 
+L = TypeVar("L")
+
+
 @dataclass(frozen=True)
 class Row:
     """What W&B gets for one step. `samples` are the answers of its evaluation, with the base's answer as ``base``."""
 
     step: int
-    values: Record
-    samples: tuple[Record, ...] = ()
+    values: dict[str, Any]
+    samples: tuple[dict[str, Any], ...] = ()
 
 
-class GrowingFile:
-    """The whole lines of a JSON-lines file that grows, and that its writer may cut back or begin anew."""
+class GrowingFile(Generic[L]):
+    """The whole lines of a JSON-lines file that grows, and that its writer may cut back or begin again, each read by `parse`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, parse: Callable[[bytes, Path], L]) -> None:
+        self._path, self._parse = path, parse
         self._inode = self._read_bytes = 0
 
-    def new_lines(self) -> tuple[bool, list[Record]]:
+    def new_lines(self) -> tuple[bool, list[L]]:
         """Whether the file is read from its start again, and the lines since the last call.
 
         Raises:
-            StorageError: a line is damaged.
+            DamagedFile: a line is damaged.
         """
         try:
             with self._path.open("rb") as file:
@@ -68,8 +74,8 @@ class GrowingFile:
             return False, []
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            lines = [parsed(line, self._path) for line in whole.splitlines()]
-        except StorageError:
+            lines = [self._parse(line, self._path) for line in whole.splitlines()]
+        except DamagedFile:
             if again:
                 raise
             self._inode = 0  # cut back and grown past our place between two looks, to other bytes
@@ -89,12 +95,12 @@ class RunRows:
     def __init__(self, run: RunDir, config: TrainConfig, given: int) -> None:
         self.given = given
         self.diverged: str | None = None
-        self.header: Record = {}
+        self.header: JournalLine = {"step": 0}
         self._eval_steps = config.eval_steps
-        self._journal, self._pace = GrowingFile(run.journal), GrowingFile(run.pace)
-        self._sample_lines, self._samples = GrowingFile(run.samples), dict[int, list[Record]]()
-        self._pending: dict[int, Record] = {}
-        self._paces: list[Record] = []
+        self._journal, self._pace = GrowingFile(run.journal, parse_line), GrowingFile(run.pace, _pace)
+        self._sample_lines, self._samples = GrowingFile(run.samples, _samples), dict[int, list[SampleAnswer]]()
+        self._pending: dict[int, dict[str, Any]] = {}
+        self._paces: list[PaceLine] = []
 
     def take(self, *, ended: bool, final: bool) -> list[Row]:
         """Every row that is complete now and was not given yet.
@@ -105,7 +111,7 @@ class RunRows:
         """
         self._read_journal()
         self._read_pace()  # after the journal: what the trainer wrote before the journal's last line is there by now
-        self._samples |= {line["step"]: line["samples"] for line in self._sample_lines.new_lines()[1]}
+        self._samples |= {line.step: line.samples for line in self._sample_lines.new_lines()[1]}
         rows = []
         for step in sorted(self._pending):
             if not (final or self._evaluated(step)) or not (ended or self._pace_of(step) is not None):
@@ -130,7 +136,7 @@ class RunRows:
     def _read_pace(self) -> None:
         _, lines = self._pace.new_lines()
         for line in lines:
-            while self._paces and self._paces[-1]["step"] >= line["step"]:  # said by an attempt that was rolled back
+            while self._paces and self._paces[-1].step >= line.step:  # said by an attempt that was rolled back
                 self._paces.pop()
             self._paces.append(line)
 
@@ -139,20 +145,28 @@ class RunRows:
         due = step in (0, self.header.get("max_steps")) or (self._eval_steps > 0 and step % self._eval_steps == 0)
         return not due or "eval_loss" in self._pending[step] or max(self._pending) > step
 
-    def _pace_of(self, step: int) -> Record | None:
+    def _pace_of(self, step: int) -> dict[str, Any] | None:
         """The line that covers `step`; what comes before the first step waits for none."""
-        place = bisect_left(self._paces, step, key=lambda line: int(line["step"]))
+        place = bisect_left(self._paces, step, key=lambda line: line.step)
         if step == 0:
             first = self._paces[0] if self._paces else None
-            return {} if first is None else {"time": first["time"] - first["seconds"]}
-        return self._paces[place] if place < len(self._paces) else None
+            return {} if first is None else {"time": first.time - (first.seconds or 0.0)}
+        return self._paces[place].model_dump() if place < len(self._paces) else None
 
-    def _values(self, step: int) -> Record:
+    def _values(self, step: int) -> dict[str, Any]:
         sources = ((self._pending[step], JOURNAL_NAMES), (self._pace_of(step) or {}, PACE_NAMES))
         named = {to: record.get(name) for record, names in sources for name, to in names.items()}
         return {name: value for name, value in named.items() if value is not None}
 
-    def _samples_of(self, step: int) -> tuple[Record, ...]:
+    def _samples_of(self, step: int) -> tuple[dict[str, Any], ...]:
         """The answers given at `step`, each beside the one that the base gave."""
-        base = {sample["row"]: sample["answer"] for sample in self._samples.get(0, [])}
-        return tuple(sample | {"base": base.get(sample["row"])} for sample in self._samples.get(step, []))
+        base = {sample.row: sample.answer for sample in self._samples.get(0, [])}
+        return tuple(sample.model_dump() | {"base": base.get(sample.row)} for sample in self._samples.get(step, []))
+
+
+def _pace(line: bytes, path: Path) -> PaceLine:
+    return parse_record(line, PaceLine, path)
+
+
+def _samples(line: bytes, path: Path) -> SamplesLine:
+    return parse_record(line, SamplesLine, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import wandb
@@ -24,9 +24,10 @@ from train.mirror.memory import (
 from train.mirror.request import EXIT_CODES, MirroredRun, Shown, shown, summary
 from train.mirror.rows import SAMPLES, Row, RunRows
 from train.runtime.attempts import job_id
+from train.store.journal import AttemptLine
 from train.store.layout import RunDir
 from train.store.lease import Heartbeat, acquire, release
-from train.store.storage import read_lines
+from train.store.record_file import read_records
 
 TRIES = 3  # to see the server have every row
 
@@ -189,12 +190,12 @@ class OnlineMirror(RunMirror):
             self._finish(end)
             if not missing:
                 told = self._told(end) if end in EXIT_CODES else None
-                remember(self.run.dir, Online(self._destination, self._rows.given, told))
+                remember(self.run.dir, Online(destination=self._destination, confirmed=self._rows.given, told=told))
                 return
         raise TimeoutError(f"{self.run.dir.path.name}: W&B still lacks rows after {TRIES} tries")
 
     def _told(self, end: Shown) -> str:
-        return f"{end} after {len(read_lines(self.run.dir.attempts))} attempts"
+        return f"{end} after {len(read_records(self.run.dir.attempts, AttemptLine))} attempts"
 
 
 class OfflineMirror(RunMirror):
@@ -216,5 +217,8 @@ class OfflineMirror(RunMirror):
         folder = self._client.folder(self._opened)
         self._finish(end)
         memory = recall_offline(self.run.dir)
-        remember(self.run.dir, replace(memory, written=self._rows.given, closed=(*memory.closed, folder.name)))
+        remember(
+            self.run.dir,
+            memory.model_copy(update={"written": self._rows.given, "closed": (*memory.closed, folder.name)}),
+        )
         mark_if_sent(self.run.dir, folder)  # it may have gone online meanwhile

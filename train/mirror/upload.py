@@ -12,12 +12,11 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.errors import BadInput, LeaseHeld, LorapackError
 from train.mirror.reach import client_trouble, look_for_server
-from train.mirror.request import MirroredRun, runs_of_pack
-from train.store.storage import Record
+from train.mirror.request import MirroredRun, mirrored_runs
 
 if TYPE_CHECKING:
     from train.mirror.client import Client
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 FINISH_SECONDS = 60.0
 
 
-def upload(request: Record) -> int:
+def upload(request: dict[str, Any]) -> int:
     """Send every run of `request`; the exit code is 1 if one could not be sent.
 
     Raises:
@@ -54,14 +53,14 @@ def upload(request: Record) -> int:
 
 
 def _find(pack_file: Path, name: str) -> MirroredRun:
-    return next(run for run in runs_of_pack(pack_file) if run.dir.path.name == name)
+    return next(run for run in mirrored_runs(pack_file) if run.dir.path.name == name)
 
 
-def _send(run: MirroredRun, client: Client) -> Record:
+def _send(run: MirroredRun, client: Client) -> dict[str, Any]:
     """Bring one run up to date: ``sent``, ``current`` (nothing was missing), ``busy`` (another process is at it) or ``failed``."""
     from train.mirror.run_mirror import OnlineMirror
 
-    answer: Record = {"run": run.dir.path.name, "rows": 0, "detail": None, "url": client.address(run)}
+    answer: dict[str, Any] = {"run": run.dir.path.name, "rows": 0, "detail": None, "url": client.address(run)}
     try:
         mirror = OnlineMirror(run, client, verify=True)
         mirror.close()
@@ -72,12 +71,12 @@ def _send(run: MirroredRun, client: Client) -> Record:
     return answer | {"outcome": "sent" if mirror.opened else "current", "rows": mirror.sent}
 
 
-def _answers_only_to_us() -> Callable[[Record], None]:
+def _answers_only_to_us() -> Callable[[dict[str, Any]], None]:
     """Keep standard output for our lines: whatever W&B prints goes to standard error."""
     ours = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def say(record: Record) -> None:
+    def say(record: dict[str, Any]) -> None:
         print(json.dumps(record), file=ours, flush=True)
 
     return say

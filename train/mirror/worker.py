@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.errors import LeaseHeld
+from train.errors import DamagedFile, LeaseHeld
 from train.mirror.memory import recall_online
 from train.mirror.reach import Reach, client_trouble, look_for_server
-from train.mirror.request import MirroredRun, runs_of_pack
+from train.mirror.request import MirroredRun, mirrored_runs
 from train.store.layout import SweepDir
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def follow(pack_file: Path, trainer: int) -> None:
         ConnectionError: `tracking.mode` is online and W&B cannot be used now.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the supervisor starts another that can finish
-    runs = runs_of_pack(pack_file)
+    runs = mirrored_runs(pack_file)
     trouble = client_trouble()
     if trouble is not None:  # no restart would find it
         announce(
@@ -97,13 +97,23 @@ def announce(text: str) -> None:
 
 
 def open_mirrors(runs: list[MirroredRun], reach: Reach | None, trainer: int) -> list[RunMirror]:
-    """A mirror per run, of the kind that `reach` allows, but for runs whose folder is gone. W&B's client is imported here."""
+    """A mirror per run, of the kind that `reach` allows, but for those whose folder is gone or damaged.
+
+    W&B's client is imported here.
+    """
     from train.mirror.client import Client
     from train.mirror.run_mirror import OfflineMirror, OnlineMirror
 
     client = Client(reach, finish_seconds=FINISH_SECONDS, trainer=trainer)
     kind = OfflineMirror if reach is None else OnlineMirror
-    return [kind(run, client) for run in runs if run.dir.config.exists()]
+    mirrors: list[RunMirror] = []
+    for run in runs:
+        try:
+            if run.dir.config.exists():
+                mirrors.append(kind(run, client))
+        except DamagedFile as exc:
+            print(f"{run.dir.path.name} is not mirrored: {exc}", flush=True)
+    return mirrors
 
 
 def goes_on(mirror: RunMirror, reach: Reach | None) -> bool:

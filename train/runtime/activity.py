@@ -11,11 +11,14 @@ import logging
 import threading
 import time
 from contextlib import suppress
+from typing import TypedDict
 
-from train.errors import StorageError
+from train.errors import DamagedFile, StorageError
 from train.store.layout import PackDir
 from train.store.lease import Lease, process_age
-from train.store.storage import Record, read_json, write_note
+from train.store.record_file import read_record
+from train.store.records import ActivityNote
+from train.store.storage import write_note
 
 log = logging.getLogger("lorapack.runtime")
 
@@ -23,6 +26,13 @@ POST_SECONDS = 2.0
 TRAINING = "training"
 
 Now = tuple[str, int, int]  # what, how much of it is done, and of how much; 0 of 0 where nothing is counted
+
+
+class FirstStep(TypedDict):
+    """How long it took from the start of the process to the first step, and doing what, in seconds."""
+
+    seconds_to_first_step: float
+    start_seconds: dict[str, float]
 
 
 class Activity:
@@ -46,7 +56,7 @@ class Activity:
         what, done, total = self.now
         self.now = (what, min(total, done + pieces), total)
 
-    def first_step(self) -> Record:
+    def first_step(self) -> FirstStep:
         """Say that the first step is done, and how long that took; the same for `RunDir.pace`, in seconds."""
         self._account()
         parts = {name: round(seconds, 3) for name, seconds in self._seconds.items()}
@@ -68,7 +78,7 @@ class ActivityPublisher:
 
     def __init__(self, pack: PackDir, activity: Activity, lease: Lease) -> None:
         self._path, self._activity = pack.activity, activity
-        self._who = {"host": lease.host, "pid": lease.pid, "pid_started": lease.pid_started}
+        self._lease = lease
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._post, name="activity", daemon=True)
 
@@ -82,34 +92,37 @@ class ActivityPublisher:
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
+    def _note(self, what: str, done: int, total: int) -> ActivityNote:
+        who = self._lease
+        return ActivityNote(host=who.host, pid=who.pid, pid_started=who.pid_started, doing=what, done=done, total=total)
+
     def _post(self) -> None:
         posted: Now | None = None
         while True:
             now = self._activity.now
             if now != posted:
                 with suppress(StorageError, OSError):  # nothing depends on it; what does will say what is wrong
-                    write_note(self._path, self._who | dict(zip(("doing", "done", "total"), now, strict=True)))
+                    write_note(self._path, self._note(*now).model_dump())
                     posted = now
             if self._stop.wait(POST_SECONDS):
                 return
 
 
-def read_activity(pack: PackDir) -> Record | None:
+def read_activity(pack: PackDir) -> ActivityNote | None:
     """What a job of the pack last said, None where there is nothing."""
     try:
-        note: Record | None = read_json(pack.activity)
-    except StorageError:  # it is not flushed, so a power cut can leave an empty file
+        return read_record(pack.activity, ActivityNote)
+    except DamagedFile:  # it is not flushed, so a power cut can leave an empty file
         return None
-    return note
 
 
-def doing(note: Record | None, lease: Lease | None) -> str | None:
+def doing(note: ActivityNote | None, lease: Lease | None) -> str | None:
     """``evaluating 12/64``: what the process with this lease does besides steps.
 
     None while it makes steps, where another process wrote the note, and where the lease's process is dead.
     """
-    if note is None or lease is None or note["doing"] == TRAINING or not lease.alive():
+    if note is None or lease is None or note.doing == TRAINING or not lease.alive():
         return None
-    if (note["host"], note["pid"], note["pid_started"]) != (lease.host, lease.pid, lease.pid_started):
+    if (note.host, note.pid, note.pid_started) != (lease.host, lease.pid, lease.pid_started):
         return None
-    return f"{note['doing']} {note['done']}/{note['total']}" if note["total"] else str(note["doing"])
+    return f"{note.doing} {note.done}/{note.total}" if note.total else note.doing

@@ -18,13 +18,15 @@ import sys
 import time
 from collections.abc import Sequence
 
-from train.errors import BadInput, LorapackError, PeerLost, StorageError
+from train.errors import BadInput, DamagedFile, LorapackError, PeerLost, StorageError
 from train.runtime.signals import Stopped
 from train.runtime.slurm import killed_for_memory, this_job
 from train.store.causes import STOPPED_AND_REQUEUED, Cause, consequence
+from train.store.journal import AttemptLine, PaceLine, journal_tail
 from train.store.layout import RunDir
 from train.store.lease import Lease, acquire, read_lease
-from train.store.storage import Record, append_lines, last_line, read_json, read_lines
+from train.store.record_file import append_records, read_last, read_record, read_records
+from train.store.records import StopNote
 
 LOST_STEPS_PATIENCE = 2
 USER_STOPS = {"SIGINT", Cause.CANCELLED}  # details and causes that say that somebody wanted the run to stop
@@ -36,68 +38,79 @@ def open_attempt(run: RunDir) -> Lease:
     Raises:
         LeaseHeld: another live process trains the run.
     """
-    attempts = read_lines(run.attempts)
+    attempts = read_records(run.attempts, AttemptLine)
     before = read_lease(run)
     job = this_job()
     lease = acquire(run, job=job_id(), attempt=_next_number(attempts, before), restarts=job.restarts if job else 0)
-    if before is not None and all(line["attempt"] != before.attempt for line in attempts):
+    if before is not None and all(line.attempt != before.attempt for line in attempts):
         cause, detail = _cause_of_loss(run, before)
         line = attempt_line(run, before, cause, detail, None, last_step(run), ended=before.heartbeat, device="unknown")
-        append_lines(run.attempts, [line])
+        append_records(run.attempts, [line])
     run.stop_note.unlink(missing_ok=True)
     return lease
 
 
-def give_up_reason(attempts: Sequence[Record], job: str | None = None) -> str | None:
+def give_up_reason(attempts: Sequence[AttemptLine], job: str | None = None) -> str | None:
     """Why another attempt would be a waste, None if it would not: see the rule above.
 
     `attempts` in the order of their ends; `job` counts only that job's.
     """
-    counted = [line for line in attempts if not USER_STOPS & {line["cause"], line["detail"]}]
+    counted = [line for line in attempts if not USER_STOPS & {line.cause, line.detail}]
     fruitless = _fruitless_tail(counted, job)
     if not fruitless:
         return None
     last = fruitless[-1]
-    if sum(line.get("trained", False) for line in fruitless) >= LOST_STEPS_PATIENCE:
-        return f"two attempts in a row could save nothing beyond step {_saved_step(last)}, the last ended by {last['cause']}"
-    came_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].get("job"))
+    if sum(line.trained for line in fruitless) >= LOST_STEPS_PATIENCE:
+        return (
+            f"two attempts in a row could save nothing beyond step {_saved_step(last)}, the last ended by {last.cause}"
+        )
+    came_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].job)
     ends = len(fruitless) + came_there
-    follows = consequence(last["cause"])
+    follows = consequence(last.cause)
     if ends >= (follows.patience if follows else 2):
-        return f"{ends} attempts in a row ended at step {_saved_step(last)}, the last by {last['cause']}"
+        return f"{ends} attempts in a row ended at step {_saved_step(last)}, the last by {last.cause}"
     return None
 
 
-def _fruitless_tail(attempts: list[Record], job: str | None) -> list[Record]:
+def _fruitless_tail(attempts: list[AttemptLine], job: str | None) -> list[AttemptLine]:
     """The attempts at the end that left the run where they found it."""
-    tail: list[Record] = []
+    tail: list[AttemptLine] = []
     begun = [0, *map(_saved_step, attempts)]
     for line, before in reversed([*zip(attempts, begun, strict=False)]):
-        if _saved_step(line) > before or job not in (None, line.get("job")):
+        if _saved_step(line) > before or job not in (None, line.job):
             break
         tail.insert(0, line)
     return tail
 
 
-def _saved_step(line: Record) -> int:
+def _saved_step(line: AttemptLine) -> int:
     """Where the attempt left the run; a diverged one lost its last checkpoints, so that it may be less than before."""
-    return int(line["saved_step"] if "saved_step" in line else line["last_step"])
+    return line.last_step if line.saved_step is None else line.saved_step
 
 
-def _next_number(attempts: list[Record], before: Lease | None) -> int:
+def _next_number(attempts: list[AttemptLine], before: Lease | None) -> int:
     """One more than every attempt that has a line, or will get one."""
-    return max([line["attempt"] for line in attempts] + ([before.attempt] if before is not None else []), default=0) + 1
+    return max([line.attempt for line in attempts] + ([before.attempt] if before is not None else []), default=0) + 1
 
 
 def _left_a_pace(run: RunDir, lease: Lease) -> bool:
-    return (last_line(run.pace) or {}).get("attempt") == lease.attempt
+    pace = read_last(run.pace, PaceLine)
+    return pace is not None and pace.attempt == lease.attempt
 
 
-def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause, str]:
+def _stop_note(run: RunDir) -> StopNote | None:
+    """What the process that held the run noted when it was asked to stop; a note that it could not finish counts for nothing."""
+    try:
+        return read_record(run.stop_note, StopNote)
+    except DamagedFile:
+        return None
+
+
+def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause | str, str]:
     """Why a process left a lease behind and no line: by what it noted when it was asked to stop."""
-    note = read_json(run.stop_note)
-    if note is not None and note["token"] == dead.token:
-        return Cause(note["cause"]), f"{note['detail']}; killed before it could save"
+    note = _stop_note(run)
+    if note is not None and note.token == dead.token:
+        return note.cause, f"{note.detail}; killed before it could save"
     if this_job() is not None and killed_for_memory(dead.job):
         return (
             Cause.OUT_OF_MEMORY,
@@ -111,35 +124,35 @@ def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause, str]:
 def attempt_line(
     run: RunDir,
     lease: Lease,
-    cause: Cause,
+    cause: Cause | str,
     detail: str | None,
     first_step: int | None,
     last_step: int,
     *,
     ended: float | None = None,
     device: str,
-) -> Record:
+) -> AttemptLine:
     """The line of one ended attempt; times in Unix seconds, `first_step` None where nobody knows.
 
     `saved_step` is where the next attempt will begin; `trained` says whether this one computed any step.
     """
     ended = time.time() if ended is None else ended
-    return {
-        "attempt": lease.attempt,
-        "cause": cause,
-        "detail": detail,
-        "first_step": first_step,
-        "last_step": last_step,
-        "saved_step": max(run.checkpoint_steps(), default=0),
-        "trained": last_step > first_step if first_step is not None else _left_a_pace(run, lease),
-        "seconds": round(ended - lease.started, 3),
-        "started": lease.started,
-        "ended": ended,
-        "node": lease.host,
-        "device": device,
-        "job": lease.job,
-        "restart_count": lease.restarts,
-    }
+    return AttemptLine(
+        attempt=lease.attempt,
+        cause=cause,
+        detail=detail,
+        first_step=first_step,
+        last_step=last_step,
+        saved_step=max(run.checkpoint_steps(), default=0),
+        trained=last_step > first_step if first_step is not None else _left_a_pace(run, lease),
+        seconds=round(ended - lease.started, 3),
+        started=lease.started,
+        ended=ended,
+        node=lease.host,
+        device=device,
+        job=lease.job,
+        restart_count=lease.restarts,
+    )
 
 
 def cause_of(error: Exception) -> tuple[Cause, str]:
@@ -170,8 +183,8 @@ def device_in_use() -> str:
 
 def last_step(run: RunDir) -> int:
     """The last step that the journal speaks of."""
-    line = last_line(run.journal)
-    return 0 if line is None else int(line["step"])
+    lines = journal_tail(run.journal)
+    return lines[-1]["step"] if lines else 0
 
 
 def job_id() -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from train.errors import LorapackError
 from train.runtime.attempts import job_id
 from train.store.layout import PackDir
-from train.store.storage import read_json, write_json
+from train.store.record_file import read_record, write_record
+from train.store.records import RendezvousRecord
 
 JOIN_SECONDS = 600.0  # the longest that a process waits for the leader, which takes leases first
 POLL_SECONDS = 0.1
@@ -57,7 +58,7 @@ def publish_rendezvous(pack: PackDir, port: int | None) -> None:
     Raises:
         StorageError: the pack's folder cannot be written.
     """
-    write_json(pack.rendezvous, {"job": _this_start(), "port": port})
+    write_record(pack.rendezvous, RendezvousRecord(job=_this_start(), port=port))
 
 
 def wait_for_rendezvous(pack: PackDir, stop: Callable[[], None]) -> int:
@@ -70,11 +71,11 @@ def wait_for_rendezvous(pack: PackDir, stop: Callable[[], None]) -> int:
     give_up_at = time.monotonic() + JOIN_SECONDS
     while time.monotonic() < give_up_at:
         stop()
-        found = read_json(pack.rendezvous)
-        if found is not None and found["job"] == _this_start():
-            if found["port"] is None:
+        found = read_record(pack.rendezvous, RendezvousRecord)
+        if found is not None and found.job == _this_start():
+            if found.port is None:
                 raise NothingToDo
-            return int(found["port"])
+            return found.port
         time.sleep(POLL_SECONDS)
     raise LorapackError(f"process 0 of this job did not come within {JOIN_SECONDS:.0f} s; see its log.")
 

@@ -18,7 +18,8 @@ from train.errors import StorageError
 from train.store.causes import Cause
 from train.store.layout import RunDir
 from train.store.lease import Lease
-from train.store.storage import write_json
+from train.store.record_file import write_record
+from train.store.records import StopNote
 
 log = logging.getLogger("lorapack.runtime")
 
@@ -107,8 +108,8 @@ class StopSignalListener:
 
     def _note(self, name: str, cause: Cause, detail: str) -> None:
         for run, lease in self._leases:
-            note = {"token": lease.token, "signal": name, "cause": cause, "detail": detail, "time": time.time()}
+            note = StopNote(token=lease.token, signal=name, cause=cause, detail=detail, time=time.time())
             try:
-                write_json(run.stop_note, note)
+                write_record(run.stop_note, note)
             except StorageError as exc:
                 log.warning(exc)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.store.storage import read_json
-
 
 @dataclass(frozen=True)
 class RunDir:
@@ -313,8 +311,3 @@ class TokensDir:
     def array(self, table: str, part: str) -> Path:
         """One array (``tokens``, ``labels``, ``offsets``) of one table (``train``, ``eval``)."""
         return self.path / f"{table}-{part}.npy"
-
-
-def runs_of_pack(pack: PackDir) -> list[RunDir]:
-    """The folders of the runs that a pack trains."""
-    return [RunDir(pack.path.parent.parent / name) for name in read_json(pack.pack)["runs"]]

@@ -16,11 +16,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from train.errors import LeaseHeld
+from pydantic import Field
+
+from train.errors import DamagedFile, LeaseHeld, NewerFormat
+from train.store.record_file import FileRecord, parse_record, read_content
 from train.store.storage import storage_errors, sync_folder
 
 log = logging.getLogger("lorapack.store")
@@ -44,8 +46,7 @@ class Leased(Protocol):
         """Its lease file."""
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(FileRecord):
     """The process that owns a run folder; times are Unix seconds, `pid_started` is in the kernel's clock ticks.
 
     `restarts` counts how often Slurm had requeued the job when it took the folder.
@@ -59,7 +60,7 @@ class Lease:
     attempt: int
     started: float
     restarts: int = 0
-    heartbeat: float = 0.0
+    heartbeat: float = Field(0.0, exclude=True)  # the modification time of the file
 
     def alive(self) -> bool:
         """Whether its process still runs, as far as this host can tell."""
@@ -73,7 +74,11 @@ class Lease:
 
 
 def read_lease(run: Leased) -> Lease | None:
-    """The lease on a run folder, live or dead, or None."""
+    """The lease on a run folder, live or dead, or None; a damaged one counts as none.
+
+    Raises:
+        DamagedFile: nobody can tell whose it is: a later version wrote it, or it cannot be opened.
+    """
     return _read(run.lease)
 
 
@@ -87,7 +92,16 @@ def acquire(run: Leased, *, job: str, attempt: int, restarts: int = 0) -> Lease:
     """
     pid = os.getpid()
     token, host, pid_started = uuid.uuid4().hex, socket.gethostname(), process_started(pid) or 0
-    mine = Lease(token, host, pid, pid_started, job, attempt, started=time.time(), restarts=restarts)
+    mine = Lease(
+        token=token,
+        host=host,
+        pid=pid,
+        pid_started=pid_started,
+        job=job,
+        attempt=attempt,
+        started=time.time(),
+        restarts=restarts,
+    )
     _take(run.lease, mine, run.path.name)
     return mine
 
@@ -209,9 +223,8 @@ def _create(path: Path, lease: Lease) -> bool:
 def _write_beside(path: Path, lease: Lease) -> Path:
     """The lease's content, durable, under a name of its own in the same folder."""
     beside = path.with_name(f".{path.name}.{lease.token}.tmp")
-    values = {key: value for key, value in asdict(lease).items() if key != "heartbeat"}
     try:
-        beside.write_text(json.dumps(values))
+        beside.write_text(json.dumps(lease.model_dump()))
         sync_folder(beside)
     except OSError:
         beside.unlink(missing_ok=True)
@@ -220,11 +233,28 @@ def _write_beside(path: Path, lease: Lease) -> Path:
 
 
 def _read(path: Path) -> Lease | None:
-    """The lease in a file, None if there is none that can be read."""
+    """The lease in a file, None if there is none or it is damaged: a power cut can leave an empty file.
+
+    Raises:
+        NewerFormat: a later version wrote it, whose process may be alive.
+        DamagedFile: it cannot even be read (a folder in its place, or no permission), so nobody can take it over.
+    """
+    content = read_content(path)
+    if content is None:
+        return None
     try:
-        values = json.loads(path.read_bytes())
-        return Lease(**values | {"heartbeat": path.stat().st_mtime})
-    except (FileNotFoundError, ValueError, TypeError):  # a power cut can leave an empty file
+        return _with_heartbeat(parse_record(content, Lease, path), path)
+    except NewerFormat:
+        raise
+    except DamagedFile:
+        return None
+
+
+def _with_heartbeat(lease: Lease, path: Path) -> Lease | None:
+    """The lease with its last heartbeat; None if it was given back meanwhile."""
+    try:
+        return lease.model_copy(update={"heartbeat": path.stat().st_mtime})
+    except FileNotFoundError:
         return None
 
 

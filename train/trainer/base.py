@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from transformers import AutoConfig
@@ -14,7 +15,6 @@ from train.model.base_cache import BaseCache, BaseSpec
 from train.nn.backends import choose_kernels, fit_pack, missing_compiler, resolve_dtype
 from train.nn.packed_model import PackedModel, load_base
 from train.sizing import Fit
-from train.store.storage import Record
 
 log = logging.getLogger("lorapack.trainer")
 
@@ -50,7 +50,21 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     return base
 
 
-def environment_info(base: PackedModel) -> Record:
+class Software(TypedDict):
+    """What a result says about where it was computed."""
+
+    device: str
+    dtype: str
+    versions: dict[str, str]
+
+
+class Environment(Software):
+    """The same, with the most memory that was in use, which is known at the end."""
+
+    peak_memory_gib: float
+
+
+def environment_info(base: PackedModel) -> Software:
     """Device, dtype and the versions of what computes."""
     versions = {}
     for name in VERSIONED:

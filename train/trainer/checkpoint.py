@@ -12,15 +12,18 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
+from train.errors import DamagedFile, NewerFormat
 from train.store.layout import RunDir
+from train.store.record_file import FileRecord, parse_record, write_record
 from train.store.storage import storage_errors, write_folder, write_json
 
 log = logging.getLogger("lorapack.trainer")
@@ -29,8 +32,7 @@ KEPT = 2
 TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(FileRecord):
     """The numbers of a run after `step` optimizer steps.
 
     `journal_bytes` and `samples_bytes` are the lengths of these files then: a resume cuts them back to that. `seconds` were
@@ -52,6 +54,18 @@ class Progress:
     best_eval_loss: float | None
     best_eval_step: int | None
     samples_bytes: int = 0  # in checkpoints from before there were samples
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """A file of a checkpoint with its length in bytes and its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+_MANIFEST = TypeAdapter(list[ManifestEntry])
 
 
 class OptimizerNumbers(TypedDict):
@@ -80,35 +94,41 @@ def save_checkpoint(run: RunDir, checkpoint: Checkpoint) -> None:
     with write_folder(run.checkpoint(checkpoint.progress.step)) as folder, storage_errors(folder):
         if checkpoint.tensors:
             save_file(checkpoint.tensors, folder / TENSORS)
-        write_json(folder / NUMBERS, asdict(checkpoint.progress))
+        write_record(folder / NUMBERS, checkpoint.progress)
         files = [file for file in (folder / TENSORS, folder / NUMBERS) if file.exists()]
-        manifest = [{"name": f.name, "size": f.stat().st_size, "sha256": _sha256(f.read_bytes())} for f in files]
-        write_json(folder / MANIFEST, manifest)
+        manifest = [ManifestEntry(f.name, f.stat().st_size, _sha256(f.read_bytes())) for f in files]
+        write_json(folder / MANIFEST, _MANIFEST.dump_python(manifest))
     for old in run.checkpoint_steps()[:-KEPT]:
         shutil.rmtree(run.checkpoint(old))
 
 
 def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
-    """The checkpoint of `step`, or None if it does not match its manifest, or the journal does not reach it."""
+    """The checkpoint of `step`, or None if it does not match its manifest, or the journal does not reach it.
+
+    Raises:
+        NewerFormat: a later version wrote it.
+    """
     folder = run.checkpoint(step)
     try:
         contents = {}
-        for entry in json.loads((folder / MANIFEST).read_bytes()):
-            content = (folder / entry["name"]).read_bytes()
-            if len(content) != entry["size"] or _sha256(content) != entry["sha256"]:
+        for entry in _MANIFEST.validate_json((folder / MANIFEST).read_bytes(), strict=True):
+            content = (folder / entry.name).read_bytes()
+            if len(content) != entry.size or _sha256(content) != entry.sha256:
                 return None
-            contents[entry["name"]] = content
-        progress = Progress(**json.loads(contents[NUMBERS]))
+            contents[entry.name] = content
+        progress = parse_record(contents[NUMBERS], Progress, folder / NUMBERS)
         if run.journal.stat().st_size < progress.journal_bytes:
             return None
         return Checkpoint(progress, load(contents[TENSORS]) if TENSORS in contents else {})
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except NewerFormat:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, DamagedFile):
         return None
 
 
 def to_bytes(states: Sequence[Checkpoint | None]) -> bytes:
     """States of several runs as one message: the length of a JSON document, the document, and tensors as safetensors."""
-    numbers = json.dumps([None if state is None else asdict(state.progress) for state in states]).encode()
+    numbers = json.dumps([None if state is None else state.progress.model_dump() for state in states]).encode()
     tensors = {f"{i}/{name}": t for i, state in enumerate(states) if state for name, t in state.tensors.items()}
     return len(numbers).to_bytes(8, "little") + numbers + save(tensors)
 
@@ -121,7 +141,9 @@ def from_bytes(message: bytes) -> list[Checkpoint | None]:
         index, _, name = key.partition("/")
         tensors[index][name] = tensor
     numbers = json.loads(message[8:end])
-    return [None if n is None else Checkpoint(Progress(**n), tensors[str(i)]) for i, n in enumerate(numbers)]
+    return [
+        None if n is None else Checkpoint(Progress.model_validate(n), tensors[str(i)]) for i, n in enumerate(numbers)
+    ]
 
 
 def sound_checkpoints(run: RunDir) -> dict[int, Checkpoint]:

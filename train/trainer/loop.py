@@ -22,7 +22,7 @@ from train.nn.packed_model import PackedModel
 from train.runtime.activity import TRAINING
 from train.runtime.signals import Stopped
 from train.store.causes import Cause
-from train.trainer.base import environment_info
+from train.trainer.base import Environment, environment_info
 from train.trainer.checkpoint import Checkpoint
 from train.trainer.context import JobContext
 from train.trainer.evaluation import evaluate, evaluate_untrained
@@ -124,7 +124,8 @@ class PackLoop:
         over = self._agreed([s.finished or not somebody_learns for s in self.sessions])
         for session in over:
             if session.diverged is None and session.lost is None:
-                environment = environment_info(self.base) | {"peak_memory_gib": peak_memory_gib(self.base.device)}
+                memory = peak_memory_gib(self.base.device)
+                environment: Environment = {**environment_info(self.base), "peak_memory_gib": memory}
                 session.complete(self.adapters.tensors(session.row), environment)
             else:
                 session.end_diverged()

@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from train.config import RunConfig, read_run_config
@@ -28,9 +27,10 @@ from train.runtime.activity import Activity
 from train.runtime.attempts import cause_of
 from train.runtime.rendezvous import NothingToDo, ProcessInfo
 from train.runtime.signals import StopFlag, Stopped
+from train.store.journal import JournalHeader
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import Lease
-from train.store.storage import read_json
+from train.store.records import read_pack
 from train.trainer.base import fit_to_device, open_base
 from train.trainer.checkpoint import Checkpoint, common_step, from_bytes, sound_checkpoints, to_bytes
 from train.trainer.context import JobContext
@@ -158,14 +158,14 @@ def _start(session: RunSession, state: Checkpoint | None, base: PackedModel) -> 
         log.info(f"{session.dir.path.name}: continues after step {session.step} of {session.total_steps}")
         return
     session.begin(
-        {
-            "step": 0,
-            "max_steps": session.total_steps,
-            "train_rows": len(session.data.train),
-            "eval_rows": len(session.data.eval),
-            "trainable_parameters": trainable,
-            "total_parameters": base.parameters + trainable,
-        }
+        JournalHeader(
+            step=0,
+            max_steps=session.total_steps,
+            train_rows=len(session.data.train),
+            eval_rows=len(session.data.eval),
+            trainable_parameters=trainable,
+            total_parameters=base.parameters + trainable,
+        )
     )
 
 
@@ -187,9 +187,9 @@ def train_as_worker_process(pack: PackDir, stop: StopFlag, process: ProcessInfo)
     group = SINGLE_PROCESS
     try:
         with open_process_group(process, pack, stop) as group:
-            content = read_json(pack.pack)
-            leases = _leases_from_bytes(group.broadcast_bytes(b""), Path(content["sweep_dir"]))
-            train_pack(leases, CacheDir(Path(content["cache"])), JobContext(stop=stop, group=group))
+            record = read_pack(pack)
+            leases = _leases_from_bytes(group.broadcast_bytes(b""), Path(record.sweep_dir))
+            train_pack(leases, CacheDir(Path(record.cache)), JobContext(stop=stop, group=group))
     except NothingToDo:
         return "nothing to train"
     except Exception as exc:
@@ -202,7 +202,7 @@ def train_as_worker_process(pack: PackDir, stop: StopFlag, process: ProcessInfo)
 
 
 def _leases_to_bytes(leases: Leases) -> bytes:
-    return json.dumps([[run.path.name, asdict(lease)] for run, lease in leases]).encode()
+    return json.dumps([[run.path.name, lease.model_dump()] for run, lease in leases]).encode()
 
 
 def _leases_from_bytes(message: bytes, sweep: Path) -> Leases:

@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from train.runtime.activity import Activity
-from train.store.storage import Record
+from train.store.journal import PaceLine, StepLine
 from train.trainer.optim import StepOutcome
 from train.trainer.session import RunSession
 
@@ -72,7 +73,7 @@ class StepRecorder:
 
     def _write(self, session: RunSession, pending: list[StepRecord], numbers: list[_HostNumbers]) -> None:
         row = session.row
-        lines: list[Record] = []
+        lines: list[StepLine] = []
         for record, host in zip(pending, numbers, strict=True):
             if not host.alive[row]:
                 session.note(lines)
@@ -81,35 +82,40 @@ class StepRecorder:
             lines.append(self._line(session, record, host))
         session.note(lines)
 
-    def _line(self, session: RunSession, record: StepRecord, host: _HostNumbers) -> Record:
+    def _line(self, session: RunSession, record: StepRecord, host: _HostNumbers) -> StepLine:
         row = session.row
         steps_per_epoch = session.config.train.steps_per_epoch(len(session.data.train))
         grad_norm = host.grad_norms[row]
-        line: Record = {
-            "step": record.steps[row],
-            "epoch": round(record.steps[row] / steps_per_epoch, 6),
-            "loss": host.losses[row],
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # an overflow under the loss scale
-            "learning_rate": record.learning_rates[row],
-            "tokens": record.tokens[row],
-        }
-        return line | {"loss_scale": host.loss_scales[row]} if self._with_loss_scale else line
+        line = StepLine(
+            step=record.steps[row],
+            epoch=round(record.steps[row] / steps_per_epoch, 6),
+            loss=host.losses[row],
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,  # an overflow under the loss scale
+            learning_rate=record.learning_rates[row],
+            tokens=record.tokens[row],
+        )
+        return line.model_copy(update={"loss_scale": host.loss_scales[row]}) if self._with_loss_scale else line
 
     def _note_pace(self, sessions: Sequence[RunSession], pending: list[StepRecord]) -> None:
         now = time.monotonic()
         self._measure_speeds(now)
-        shared: Record = {
-            "time": time.time(),
-            "seconds": now - self._started,
-            "pack_tokens_per_second": sum(self._speeds.values()),
-            "peak_memory_gib": peak_memory_gib(self._device),
-        }
+        at, pack_speed, memory = time.time(), sum(self._speeds.values()), peak_memory_gib(self._device)
+        start: dict[str, Any] = {}
         if not self.began:
             self.began = True
-            shared |= self._activity.first_step()
+            start |= self._activity.first_step()
         for session in sessions:
-            speed = {"tokens_per_second": self._speeds[session.row]}
-            session.note_pace({"step": pending[-1].steps[session.row], **speed, **shared})
+            line = PaceLine(
+                step=pending[-1].steps[session.row],
+                attempt=session.lease.attempt,
+                time=at,
+                tokens_per_second=self._speeds[session.row],
+                seconds=now - self._started,
+                pack_tokens_per_second=pack_speed,
+                peak_memory_gib=memory,
+                **start,
+            )
+            session.note_pace(line)
 
     def _measure_speeds(self, now: float) -> None:
         """Tokens per second since the last time; where only the step that was held back then is written, what was measured then."""

@@ -14,7 +14,7 @@ from train.data.token_table import IGNORED_LABEL, TokenTable
 from train.nn.generation import GenerationLimits, generate
 from train.nn.packed_model import PackedModel
 from train.runtime.signals import StopFlag
-from train.store.storage import Record
+from train.store.journal import SampleAnswer
 from train.trainer.context import JobContext
 from train.trainer.session import RunSession
 
@@ -63,7 +63,7 @@ class Sampler:
         self._stop = job.stop if job.group.size == 1 else StopFlag()
         self._questions: dict[tuple[int, int], list[Question]] = {}
 
-    def ask(self, base: PackedModel, sessions: Sequence[RunSession], pack_size: int) -> dict[int, list[Record]]:
+    def ask(self, base: PackedModel, sessions: Sequence[RunSession], pack_size: int) -> dict[int, list[SampleAnswer]]:
         """Every session's questions with its answers, by row of the pack, from `base` with the adapters that it carries now.
 
         Raises:
@@ -87,7 +87,7 @@ class Sampler:
 
     def ask_untrained(
         self, base: PackedModel, sessions: Sequence[RunSession], pack_size: int
-    ) -> dict[int, list[Record]]:
+    ) -> dict[int, list[SampleAnswer]]:
         """`ask` for runs whose B is still zero: the bare base answers, once for all with the same questions."""
         first = {_same_questions(session): session for session in reversed(sessions)}
         found = self.ask(base, list(first.values()), pack_size)
@@ -112,15 +112,15 @@ class Sampler:
         texts = without_shared_lines([question.prompt for question in questions])
         return [Question(q.row, q.tokens, text, q.expected) for q, text in zip(questions, texts, strict=True)]
 
-    def _sample(self, question: Question, answer: list[int]) -> Record:
+    def _sample(self, question: Question, answer: list[int]) -> SampleAnswer:
         """A line's entry. `whole` is false where the answer was cut off."""
-        return {
-            "row": question.row,
-            "prompt": question.prompt,
-            "expected": question.expected,
-            "answer": self._decoder.decode(answer),
-            "whole": answer[-1] in self._decoder.ends,
-        }
+        return SampleAnswer(
+            row=question.row,
+            prompt=question.prompt,
+            expected=question.expected,
+            answer=self._decoder.decode(answer),
+            whole=answer[-1] in self._decoder.ends,
+        )
 
 
 def _same_questions(session: RunSession) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -24,9 +24,23 @@ from train.lora.peft_files import write_adapter
 from train.lora.targets import Target
 from train.runtime.attempts import attempt_line, device_in_use, stop_cause
 from train.store.causes import Cause
+from train.store.journal import (
+    AttemptLine,
+    DivergenceLine,
+    EvaluationLine,
+    JournalHeader,
+    PaceLine,
+    SampleAnswer,
+    SamplesLine,
+    append_journal,
+    read_journal,
+)
 from train.store.layout import RunDir
 from train.store.lease import Lease, owns, release
-from train.store.storage import Record, append_lines, read_lines, storage_errors, write_folder, write_json
+from train.store.record_file import LineRecord, append_records, read_records, write_record
+from train.store.records import ResultRecord
+from train.store.storage import storage_errors, write_folder
+from train.trainer.base import Environment
 from train.trainer.checkpoint import Checkpoint, OptimizerNumbers, Progress, save_checkpoint
 from train.trainer.evaluation import Evaluation
 from train.trainer.optim import learning_rate_schedule
@@ -109,12 +123,12 @@ class RunSession:
         return not self.finished and self.diverged is None and self.lost is None
 
     @guard_storage
-    def begin(self, header: Record) -> None:
+    def begin(self, header: JournalHeader) -> None:
         """Start the run's journal from nothing."""
         with storage_errors(self.dir.journal):
             self.dir.journal.unlink(missing_ok=True)
             self.dir.samples.unlink(missing_ok=True)
-        append_lines(self.dir.journal, [header])
+        append_journal(self.dir.journal, [header])
 
     @guard_storage
     def rewind(self, checkpoint: Checkpoint) -> None:
@@ -129,7 +143,7 @@ class RunSession:
                 os.truncate(self.dir.samples, progress.samples_bytes)
         if self.diverged is not None:
             self.diverged = next(
-                line["diverged"] for line in reversed(read_lines(self.dir.journal)) if "diverged" in line
+                line["diverged"] for line in reversed(read_journal(self.dir.journal)) if "diverged" in line
             )
 
     def take_up(self, progress: Progress) -> None:
@@ -141,12 +155,12 @@ class RunSession:
         self.diverged = None if progress.alive else "before this attempt"
 
     @guard_storage
-    def note(self, lines: list[Record]) -> None:
+    def note(self, lines: Sequence[LineRecord]) -> None:
         """Write step lines to the journal; a run that diverged has said its last."""
         if lines and self.diverged is None:
-            append_lines(self.dir.journal, lines)
+            append_journal(self.dir.journal, lines)
 
-    def note_evaluation(self, evaluation: Evaluation, samples: list[Record]) -> None:
+    def note_evaluation(self, evaluation: Evaluation, samples: list[SampleAnswer]) -> None:
         """Write an evaluation at the present step to the journal, and the answers given there, if any, to the samples."""
         self.evaluated_step = self.step
         if self.diverged is not None or self.lost is not None:
@@ -155,26 +169,26 @@ class RunSession:
             self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
             return
         if samples:  # first, so that whoever follows the journal finds them
-            self.note_samples({"step": self.step, "samples": samples})
-        self.note([{"step": self.step, "eval_loss": evaluation.loss, "eval_exact_match": evaluation.exact_match}])
+            self.note_samples(SamplesLine(step=self.step, samples=samples))
+        self.note([EvaluationLine(step=self.step, eval_loss=evaluation.loss, eval_exact_match=evaluation.exact_match)])
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
             self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
 
     @guard_storage
-    def note_samples(self, line: Record) -> None:
+    def note_samples(self, line: SamplesLine) -> None:
         """Write the answers of one evaluation."""
-        append_lines(self.dir.samples, [line])
+        append_records(self.dir.samples, [line])
 
     @guard_storage
     def note_divergence(self, step: int, reason: str) -> None:
         """Write the last line of a run that diverged."""
-        self.note([{"step": step, "diverged": reason}])
+        self.note([DivergenceLine(step=step, diverged=reason)])
         self.diverged, self.diverged_step = reason, step
 
     @guard_storage
-    def note_pace(self, line: Record) -> None:
+    def note_pace(self, line: PaceLine) -> None:
         """Write how fast it goes."""
-        append_lines(self.dir.pace, [line | {"attempt": self.lease.attempt}])
+        append_records(self.dir.pace, [line])
 
     def written_bytes(self) -> tuple[int, int]:
         """How long journal and samples are now; a lost run has none."""
@@ -208,12 +222,12 @@ class RunSession:
         self.saved_step = self.step
 
     @guard_storage
-    def complete(self, adapter: AdapterTensors, facts: Record) -> None:
+    def complete(self, adapter: AdapterTensors, facts: Environment) -> None:
         """Write the adapter and, last, the result; then the run is done and its folder free."""
         with write_folder(self.dir.adapter) as folder, storage_errors(folder):
             write_adapter(folder, self.config.lora, self.config.model, adapter)
         self._note_attempt(Cause.DONE, None, self.step)
-        write_json(self.dir.result, self._result(facts))
+        write_record(self.dir.result, self._result(facts))
         release(self.dir, self.lease)
         with storage_errors(self.dir.checkpoints):
             shutil.rmtree(self.dir.checkpoints)
@@ -245,34 +259,34 @@ class RunSession:
 
     def _note_attempt(self, cause: Cause, detail: str | None, last_step: int) -> None:
         line = attempt_line(self.dir, self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
-        append_lines(self.dir.attempts, [line])
+        append_records(self.dir.attempts, [line])
 
-    def _result(self, facts: Record) -> Record:
-        lines = read_lines(self.dir.journal)
+    def _result(self, facts: Environment) -> ResultRecord:
+        lines = read_journal(self.dir.journal)
         losses = [line["loss"] for line in lines if "loss" in line]
         evaluations = [line for line in lines if "eval_loss" in line]
         tail = losses[-max(1, math.ceil(len(losses) * RESULT_LOSS_SHARE)) :]
-        return {
-            "run_id": self.dir.id,
-            "name": self.dir.name,
-            "steps": self.step,
-            "train_loss": sum(tail) / len(tail),
-            "eval_loss": evaluations[-1]["eval_loss"],
-            "eval_exact_match": evaluations[-1]["eval_exact_match"],
-            "best_eval_loss": self.best_eval_loss,
-            "best_eval_step": self.best_eval_step,
-            "base_eval_loss": evaluations[0]["eval_loss"],
-            "base_eval_exact_match": evaluations[0]["eval_exact_match"],
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "gpu_hours": self.gpu_seconds / 3600,
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-            "trainable_parameters": lines[0]["trainable_parameters"],
-            "total_parameters": lines[0]["total_parameters"],
-            "adapter_mb": sum(file.stat().st_size for file in self.dir.adapter.iterdir()) / 1e6,
-            "attempts": len(read_lines(self.dir.attempts)),
+        return ResultRecord(
+            run_id=self.dir.id,
+            name=self.dir.name,
+            steps=self.step,
+            train_loss=sum(tail) / len(tail),
+            eval_loss=evaluations[-1]["eval_loss"],
+            eval_exact_match=evaluations[-1]["eval_exact_match"],
+            best_eval_loss=self.best_eval_loss,
+            best_eval_step=self.best_eval_step,
+            base_eval_loss=evaluations[0]["eval_loss"],
+            base_eval_exact_match=evaluations[0]["eval_exact_match"],
+            tokens=self.tokens,
+            seconds=self.seconds,
+            gpu_hours=self.gpu_seconds / 3600,
+            tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            trainable_parameters=lines[0]["trainable_parameters"],
+            total_parameters=lines[0]["total_parameters"],
+            adapter_mb=sum(file.stat().st_size for file in self.dir.adapter.iterdir()) / 1e6,
+            attempts=len(read_records(self.dir.attempts, AttemptLine)),
             **facts,
-        }
+        )
 
 
 def _size(path: Path) -> int:
@@ -283,17 +297,17 @@ def _size(path: Path) -> int:
 class FollowerSession(RunSession):
     """`RunSession` without its files. What it would read there comes from the leader (`train.trainer.process_group`)."""
 
-    def begin(self, header: Record) -> None:
+    def begin(self, header: JournalHeader) -> None:
         """Nothing to count."""
 
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Count from where the leader's checkpoint stands."""
         self.take_up(checkpoint.progress)
 
-    def note(self, lines: list[Record]) -> None:
+    def note(self, lines: Sequence[LineRecord]) -> None:
         """The leader writes the journal."""
 
-    def note_pace(self, line: Record) -> None:
+    def note_pace(self, line: PaceLine) -> None:
         """The leader writes the pace."""
 
     def written_bytes(self) -> tuple[int, int]:
@@ -304,7 +318,7 @@ class FollowerSession(RunSession):
         """The leader saves."""
         self.saved_step = self.step
 
-    def complete(self, adapter: AdapterTensors, facts: Record) -> None:
+    def complete(self, adapter: AdapterTensors, facts: Environment) -> None:
         """The leader writes adapter and result."""
 
     def end_diverged(self) -> None:
