@@ -23,14 +23,20 @@ from train.store.causes import Cause
 log = logging.getLogger("lorapack.runtime")
 
 COMMAND_TIMEOUT_SECONDS = 10.0
-MOST_WARNING_SECONDS = 120  # how long before the time limit a job is warned: time to end an evaluation step and to save
+# How long before the time limit a job is warned: time to end an evaluation step and to save.
+MOST_WARNING_SECONDS = 120
 LIVE_STATES = {"RUNNING", "SIGNALING"}
-NEAR_THE_LIMIT_SECONDS = MOST_WARNING_SECONDS + 60  # Slurm's warning comes up to half a minute early or late
-CLOCKS_APART_SECONDS = 5.0  # of controller and node
-LONGEST_PAUSE_SECONDS = 16.0  # between tries to reach a controller that is away
-END_WAIT_SECONDS = 600.0  # the longest that a job which nobody answers waits to be ended
+# Slurm's warning comes up to half a minute early or late.
+NEAR_THE_LIMIT_SECONDS = MOST_WARNING_SECONDS + 60
+# Between the clocks of controller and node.
+CLOCKS_APART_SECONDS = 5.0
+# Between tries to reach a controller that does not answer.
+LONGEST_PAUSE_SECONDS = 16.0
+# The longest that a job waits to be ended if the controller never answers.
+END_WAIT_SECONDS = 600.0
 
-NOT_CONFIGURED = "Could not establish a configuration source"  # Slurm's commands without a cluster
+# Slurm's commands on a machine without a cluster.
+NOT_CONFIGURED = "Could not establish a configuration source"
 # What Slurm's clients write where the answer got lost or the controller is away; an order may have been carried out all the same.
 NO_CONTACT = (
     "Socket timed out",
@@ -44,7 +50,8 @@ NO_CONTACT = (
     "Problem talking to the database",
     "in standby mode",
     NOT_CONFIGURED,
-    "Unexpected message received",  # scontrol requeue of a controller that is dead
+    # From scontrol requeue if the controller is dead.
+    "Unexpected message received",
 )
 
 
@@ -105,13 +112,15 @@ def parse_job(line: str) -> JobFacts | None:
 
 def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now: float) -> tuple[Cause, str]:
     """Why Slurm asks a job to stop: the cause of the attempt's end, and the detail for its line."""
-    if facts is None:  # our own warning is the only USR2 on most clusters
+    # Our own warning is the only USR2 on most clusters.
+    if facts is None:
         return (Cause.TIMEOUT if signal_name == "SIGUSR2" else Cause.PREEMPTED), signal_name
     if facts.preempted:
         return Cause.PREEMPTED, f"{signal_name}: a job of higher priority takes its place"
     if facts.restarts > job.restarts:
         return Cause.PREEMPTED, f"{signal_name}: Slurm puts it back into the queue"
-    ended = facts.state not in LIVE_STATES  # at the limit, or by scancel before it
+    # It ended at the limit, or by scancel before that.
+    ended = facts.state not in LIVE_STATES
     near = CLOCKS_APART_SECONDS if ended else NEAR_THE_LIMIT_SECONDS
     if facts.limit_at is not None and facts.limit_at - now < near:
         return Cause.TIMEOUT, f"{signal_name}: the time limit"
@@ -121,10 +130,10 @@ def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now
 
 
 def requeue(job: SlurmJob) -> None:
-    """See to it that the job is in the queue again, so that it may end now; if that is refused, say what the user can do.
+    """Put the job back into the queue, so that it may end now; if that is refused, the log says what the user can do.
 
-    While nobody can be asked the job waits to be ended: Slurm requeues what it kills for a job of higher priority, and not what
-    ended by itself.
+    While the controller does not answer, the job waits to be ended: Slurm requeues what it kills for a job of higher priority, but not
+    what ended by itself.
     """
     facts = job_facts(job)
     if facts is not None and facts.restarts > job.restarts:
@@ -133,14 +142,14 @@ def requeue(job: SlurmJob) -> None:
     answer = _ask_for_requeue(job)
     if answer is None:
         log.warning(
-            "nobody could be asked to requeue this job; 'python -m launcher resume' goes on from the checkpoint"
+            "Slurm did not answer, so this job is not requeued; 'python -m launcher resume' continues from the checkpoint"
         )
     elif answer.returncode == 0:
         log.info("put back into the queue")
     else:
         refused = " ".join(answer.stderr.split())
         log.warning(
-            f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' goes on from the checkpoint"
+            f"Slurm does not requeue this job ({refused}); 'python -m launcher resume' continues from the checkpoint"
         )
 
 
@@ -150,7 +159,8 @@ def killed_for_memory(job: str) -> bool:
     answer = _ask("sacct", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
     if answer is None or answer.returncode != 0:
         return False
-    whole, *steps = answer.stdout.splitlines() or [""]  # a step that is killed leaves a job that FAILED
+    # A step that is killed leaves a job that FAILED.
+    whole, *steps = answer.stdout.splitlines() or [""]
     return whole == "OUT_OF_MEMORY" or (whole == "FAILED" and "OUT_OF_MEMORY" in steps)
 
 
@@ -163,7 +173,7 @@ def _ask_for_requeue(job: SlurmJob) -> subprocess.CompletedProcess[str] | None:
         if answer is not None and (answer.returncode == 0 or not any(words in answer.stderr for words in NO_CONTACT)):
             return answer
         if not pause:
-            log.info("no answer from the controller yet, so this job asks on, and waits to be ended")
+            log.info("the controller does not answer yet; this job keeps asking, and waits to be ended")
     return None
 
 

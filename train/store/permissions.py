@@ -21,8 +21,12 @@ from train.store.layout import SweepDir
 from train.store.storage import readable
 
 ACL = "system.posix_acl_access"
-ACL_VERSION, ACL_ENTRY = struct.Struct("<I"), struct.Struct("<HHI")
-NAMED_USER, OWNING_GROUP, NAMED_GROUP, MASK = 0x02, 0x04, 0x08, 0x10
+ACL_VERSION = struct.Struct("<I")
+ACL_ENTRY = struct.Struct("<HHI")
+NAMED_USER = 0x02
+OWNING_GROUP = 0x04
+NAMED_GROUP = 0x08
+MASK = 0x10
 WRITE = 0x02
 
 

@@ -1,9 +1,9 @@
 """One pack on several GPUs: each process holds the base and all adapters and computes its share of every step.
 
-    deal the step's sequences -> forward and backward of the share -> add up gradients and losses -> the same optimizer step everywhere
+    deal the step's sequences -> forward and backward of the share -> sum gradients and losses -> the same optimizer step everywhere
 
-Process 0 is the main one: it alone reads and writes run folders. What the others cannot know by computing alike (signals, requests to
-cancel, the clock, checkpoints) is told or agreed on by messages between the hosts, which do not wait for the GPUs.
+Process 0 is the main one: it alone reads and writes run folders. What the others cannot compute themselves (signals, requests to
+cancel, the clock, checkpoints) they get by messages between the hosts, which do not wait for the GPUs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from train.store.causes import Cause
 from train.store.layout import PackDir
 
 HOST = "127.0.0.1"
-SILENCE = timedelta(minutes=30)  # the leader may save, or quantize a base, while the others wait
+# The main process may save, or quantize a base, while the others wait.
+SILENCE = timedelta(minutes=30)
 
 
 class SingleProcess:
-    """The only process of its job: it has every sequence, and its word counts."""
+    """The only process of its job: it computes every sequence and decides alone."""
 
     is_main = True
     size = 1
@@ -41,25 +42,25 @@ class SingleProcess:
         """This process's share of `sequences` in micro-batches of at most `max_tokens` tokens; `stop` is looked at before each.
 
         Raises:
-            Stopped: a process of the job was asked to stop; all of them learn it before the same micro-batch.
+            Stopped: a process of the job was asked to stop; all of them stop before the same micro-batch.
         """
         for chunk in split_by_tokens(list(sequences), max_tokens):
             stop.check()
             yield chunk
 
     def all_reduce(self, *partial: torch.Tensor) -> None:
-        """Turn each process's part of these sums into the whole, in place."""
+        """Turn each process's part of these sums into the whole, in process."""
 
     def broadcast_flags(self, flags: list[bool]) -> list[bool]:
-        """The leader's `flags`: for what depends on its clock, or on files that only it looks at."""
+        """The main process's `flags`: for what depends on its clock, or on files that only it reads."""
         return flags
 
     def broadcast_bytes(self, content: bytes) -> bytes:
-        """The leader's `content`; what the others bring is not looked at."""
+        """The main process's `content`; what the others pass is ignored."""
         return content
 
     def report_failure(self, cause: str, detail: str) -> None:
-        """Leave word why this process ends, for the leader to write down."""
+        """Tell the main process why this one ends, for the attempts of the runs."""
 
 
 SINGLE_PROCESS = SingleProcess()
@@ -68,8 +69,10 @@ SINGLE_PROCESS = SingleProcess()
 class ProcessGroup(SingleProcess):
     """One of several processes. All must make the same calls in the same order."""
 
-    def __init__(self, place: ProcessInfo, store: Store) -> None:
-        self.rank, self.size, self.is_main = place.rank, place.size, place.rank == 0
+    def __init__(self, process: ProcessInfo, store: Store) -> None:
+        self.rank = process.rank
+        self.size = process.size
+        self.is_main = process.rank == 0
         self._store = store
 
     def micro_batches(
@@ -85,30 +88,33 @@ class ProcessGroup(SingleProcess):
 
     def all_reduce(self, *partial: torch.Tensor) -> None:
         """See `SingleProcess`. Every process gets the same bits, so they stay in step."""
-        with self._heard():
+        with self._translated_errors():
             for tensor in partial:
                 distributed.all_reduce(tensor)
 
     def broadcast_flags(self, flags: list[bool]) -> list[bool]:
         """See `SingleProcess`."""
-        told = torch.tensor(flags, dtype=torch.uint8)
-        with self._heard():
-            distributed.broadcast(told, 0)
-        return [bool(flag) for flag in told.tolist()]
+        shared = torch.tensor(flags, dtype=torch.uint8)
+        with self._translated_errors():
+            distributed.broadcast(shared, 0)
+        return [bool(flag) for flag in shared.tolist()]
 
     def broadcast_bytes(self, content: bytes) -> bytes:
         """See `SingleProcess`."""
         length = torch.tensor([len(content)])
-        with self._heard():
+        with self._translated_errors():
             distributed.broadcast(length, 0)
-            told = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_main else _bytes(int(length))
-            if len(told):
-                distributed.broadcast(told, 0)
-        return told.numpy().tobytes()
+            shared = torch.empty(int(length), dtype=torch.uint8)
+            if self.is_main and content:
+                shared = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if len(shared):
+                distributed.broadcast(shared, 0)
+        return shared.numpy().tobytes()
 
     def report_failure(self, cause: str, detail: str) -> None:
         """See `SingleProcess`."""
-        with suppress(RuntimeError):  # the leader is gone too
+        # The main process may be gone too.
+        with suppress(RuntimeError):
             self._store.set(f"ended/{self.rank}", json.dumps([cause, detail]))
 
     def _check(self, stop: StopFlag) -> None:
@@ -117,14 +123,15 @@ class ProcessGroup(SingleProcess):
             stop.check()
         names = [None, *(number.name for number in STOP_SIGNALS)]
         asked = torch.tensor([names.index(stop.signal_name)])
-        with self._heard():
+        with self._translated_errors():
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-        if int(asked):  # a signal that came since this process was counted is for the next time
+        # A signal that came after this process was counted waits for the next call.
+        if int(asked):
             stop.signal_name = stop.signal_name or names[int(asked)]
             stop.check()
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Translate torch's errors of a connection that broke: a process of the job is gone."""
         try:
             yield
@@ -157,34 +164,31 @@ def deal(sequences: Sequence[TokenSequence], size: int) -> list[list[TokenSequen
 
 
 @contextmanager
-def open_process_group(place: ProcessInfo, pack: PackDir, stop: StopFlag) -> Iterator[SingleProcess]:
-    """The processes of this job, all come together.
+def open_process_group(process: ProcessInfo, pack: PackDir, stop: StopFlag) -> Iterator[SingleProcess]:
+    """The processes of this job, connected.
 
-    Messages go by gloo, GPU tensors by NCCL. Where this ends by an error nobody waits for the others.
+    Messages go by gloo, GPU tensors by NCCL. If this ends by an error, it does not wait for the others.
 
     Raises:
-        NothingToDo: the leader has nothing to do.
-        LorapackError: the leader does not come.
+        NothingToDo: the main process has nothing to do.
+        LorapackError: the main process does not come.
         Stopped: this process was asked to stop while it waited.
     """
-    if place.size == 1:
+    if process.size == 1:
         yield SINGLE_PROCESS
         return
-    port = 0 if place.rank == 0 else wait_for_rendezvous(pack, stop.check)
-    store = TCPStore(HOST, port, place.size, is_master=place.rank == 0, timeout=SILENCE, wait_for_workers=False)
-    if place.rank == 0:
+    port = 0 if process.rank == 0 else wait_for_rendezvous(pack, stop.check)
+    store = TCPStore(HOST, port, process.size, is_master=process.rank == 0, timeout=SILENCE, wait_for_workers=False)
+    if process.rank == 0:
         publish_rendezvous(pack, store.port)
     backend = "gloo"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may lead anywhere
+    # The host's own name may resolve to an address that is not reachable.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(process.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(
-        backend, store=PrefixStore("team", store), rank=place.rank, world_size=place.size, timeout=SILENCE
+        backend, store=PrefixStore("group", store), rank=process.rank, world_size=process.size, timeout=SILENCE
     )
-    yield ProcessGroup(place, store)
+    yield ProcessGroup(process, store)
     distributed.destroy_process_group()
-
-
-def _bytes(count: int) -> torch.Tensor:
-    return torch.empty(count, dtype=torch.uint8)
