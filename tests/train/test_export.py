@@ -105,7 +105,7 @@ def test_a_base_that_changed_since_training_is_refused(tiny_model: Tiny, tmp_pat
     model = model.model_copy(update={"fingerprint": model_fingerprint(model)})
     run = finished_run(tmp_path / "run-1", model, folder)
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(BadInput, match="not the one"):
+    with pytest.raises(BadInput, match="has changed since the adapter was trained"):
         merge_run(run, tiny_model[1])
 
 

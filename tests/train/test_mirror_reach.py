@@ -71,7 +71,7 @@ def test_what_the_probe_finds(server: WandbServer, tmp_path: Path, monkeypatch: 
     assert (found.trouble, found.entity) == (None, ENTITY)
     assert KEY not in repr(found)
     server.mode = "401"
-    assert "refuses the key" in str(look_for_server(None, 30).trouble)
+    assert "rejects the key" in str(look_for_server(None, 30).trouble)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "https://no host")
     assert "https://no host cannot be reached" in str(look_for_server(None, 30).trouble)

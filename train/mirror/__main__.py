@@ -9,11 +9,12 @@ from train.log import log_to
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the mirror's processes; its exit code."""
+    """Run one of the mirror's processes; the exit code."""
     log_to(sys.stdout)
+    # Each process imports its own part only: a supervisor stays light, and W&B's client is slow to import.
     match arguments:
         case ["follow", pack_file]:
-            from train.mirror.supervisor import supervise
+            from train.mirror.child import supervise
 
             return supervise(pack_file)
         case ["work", pack_file, trainer]:

@@ -1,7 +1,16 @@
-"""The one file that knows W&B's client. It is imported only by a process that mirrors, never by a trainer or the launcher.
+"""The only file that knows W&B's client. Only a process that mirrors imports it, never a trainer or the launcher.
 
-What W&B learns of the machine is limited to its system metrics (GPU, CPU, memory, disk, network): no command line, no environment,
-no git remote, no code, no list of packages, no console output.
+W&B gets no more of the machine than its system metrics (GPU, CPU, memory, disk, network): no command line, no environment, no git
+remote, no code, no list of packages, no console output.
+
+What is used of the client (0.31):
+
+- `wandb.init(id=…, resume="allow")` creates the run, or resumes it where the server has it already.
+- `run.starting_step` is then one more than the last step that the server has, so it says where to continue; 0 for a new run.
+- `run.log(values, step=…, commit=True)` takes each step once and in ascending order. A lower step is dropped with a warning.
+- `x_update_finish_state` says whether `finish` reports the exit code. Without it `finish` only waits until everything is sent, and the
+  run stays open on the server. Only the last session of a run reports its end.
+- `mark_preempting` tells the server that a run may be silent for a while, so that it is not shown as crashed.
 """
 
 from __future__ import annotations
@@ -20,21 +29,31 @@ from train.mirror.rows import SAMPLES, Row
 JOB_TYPE = "train"
 SAMPLE_COLUMNS = ("prompt", "expected", "base", "answer")
 INIT_SECONDS = 30.0
-# How often offline folders are flushed: ``wandb sync`` sends nothing at all if one of its folders was killed before its first.
+# How often offline folders are flushed. `wandb sync` fails as a whole if the writer of one folder was killed before its first flush.
 FLUSH_SECONDS = 1.0
-# Which run another program is, or whose client it shares: a W&B sweep's agent and a notebook leave these to their children.
+# Environment variables (WANDB_…) that say which run a process is, or whose client it shares. A W&B sweep's agent and notebooks leave
+# them to their children, and these runs would be taken for theirs.
 NOT_OURS = ("RUN_ID", "SWEEP_ID", "SWEEP_PARAM_PATH", "SERVICE", "RESUME", "RESUME_FROM", "FORK_FROM")
 
 
 class Client:
-    """Opens W&B runs. `trainer` is the process whose processor and memory are shown, None for none."""
+    """Opens W&B runs.
+
+    Args:
+        reach: the server; None writes offline folders.
+        finish_seconds: how long `finish` waits until everything is sent, before it raises.
+        trainer: the id of the process whose CPU and memory W&B shows; None shows no system metrics.
+    """
 
     def __init__(self, reach: Reach | None, *, finish_seconds: float, trainer: int | None = None) -> None:
-        self.reach, self._trainer, self._finish_seconds = reach, trainer, finish_seconds
+        self.reach = reach
+        self._trainer = trainer
+        self._finish_seconds = finish_seconds
         logging.getLogger("wandb").setLevel(logging.WARNING)
         self._scratch = tempfile.TemporaryDirectory(prefix="lorapack-wandb-", ignore_cleanup_errors=True)
+        # Not the home folder, which often has a small quota.
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
-            os.environ[name] = self._scratch.name  # not the home folder, whose quota is small
+            os.environ[name] = self._scratch.name
         for name in NOT_OURS:
             os.environ.pop(f"WANDB_{name}", None)
         os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -45,23 +64,24 @@ class Client:
 
     @property
     def online(self) -> bool:
-        """Whether rows go to a server, else to folders in the sweep."""
+        """Whether rows go to a server; otherwise they go to folders in the sweep."""
         return self.reach is not None
 
     def destination(self, run: MirroredRun) -> str:
-        """The address of the project that the run goes to."""
+        """The address of the run's project."""
         assert self.reach is not None
         return f"{self.reach.server}/{run.entity or self.reach.entity}/{run.project}"
 
     def address(self, run: MirroredRun) -> str:
-        """Where the run can be looked at."""
+        """The address of the run's page. The API of the public server is at api.wandb.ai, its pages are at wandb.ai."""
         return f"{self.destination(run).replace('//api.', '//', 1)}/runs/{run.dir.id}"
 
-    def open(self, run: MirroredRun, *, tells_end: bool) -> wandb.Run:
-        """Begin the run in W&B, or go on with it; `starting_step` is then the first step that it lacks.
+    def open(self, run: MirroredRun, *, reports_end: bool) -> wandb.Run:
+        """Create the run in W&B, or resume it. Its `starting_step` is the first step that W&B lacks.
 
         Args:
-            tells_end: whether `finish` tells the server that the run has ended, and how.
+            run: the run to open.
+            reports_end: whether `finish` reports to the server that the run has ended, and how.
         """
         return wandb.init(
             id=run.dir.id,
@@ -72,18 +92,20 @@ class Client:
             job_type=JOB_TYPE,
             tags=tags(run),
             config=config(run),
+            # Offline there is no server to ask, and each attempt writes a folder of its own.
             resume="allow" if self.online else None,
+            # Several runs are open in one process; the default would return the one that is open already.
             reinit="create_new",
             mode="online" if self.online else "offline",
             dir=self._scratch.name if self.online else str(run.sweep.path),
-            settings=self._settings(tells_end),
+            settings=self._settings(reports_end),
         )
 
     def folder(self, run: wandb.Run) -> Path:
-        """Where W&B writes the run."""
+        """The folder in which W&B writes the run."""
         return Path(run.dir).parent
 
-    def _settings(self, tells_end: bool) -> wandb.Settings:
+    def _settings(self, reports_end: bool) -> wandb.Settings:
         return wandb.Settings(
             silent=True,
             console="off",
@@ -94,14 +116,16 @@ class Client:
             save_code=False,
             host="",
             program="lorapack",
-            x_disable_meta=True,  # not x_disable_machine_info, which would turn the system metrics off, too
+            # Not x_disable_machine_info, which would turn off the system metrics too.
+            x_disable_meta=True,
             x_save_requirements=False,
             x_disable_stats=self._trainer is None,
             x_stats_pid=self._trainer or os.getpid(),
             x_stats_gpu_device_ids=_own_gpus(),
+            # Online nothing is written to disk: the journals can send everything again.
             x_skip_transaction_log=self.online,
             x_transaction_log_flush_interval=FLUSH_SECONDS,
-            x_update_finish_state=tells_end,
+            x_update_finish_state=reports_end,
             init_timeout=INIT_SECONDS,
             finish_timeout=self._finish_seconds,
             finish_timeout_raises=True,
@@ -109,9 +133,9 @@ class Client:
 
 
 def sample_table(run: wandb.Run, row: Row) -> wandb.Table:
-    """The sample answers of an evaluation, as a table of its step.
+    """The sample answers of an evaluation, as the table of its step.
 
-    It is bound to the run here: W&B would make an artifact of every other table, and ask the server about each while it logs.
+    It is bound to the run here. Otherwise W&B makes each table an artifact and asks the server about it while it logs.
     """
     table = wandb.Table(
         columns=list(SAMPLE_COLUMNS), data=[[sample[name] for name in SAMPLE_COLUMNS] for sample in row.samples]
@@ -121,6 +145,6 @@ def sample_table(run: wandb.Run, row: Row) -> wandb.Table:
 
 
 def _own_gpus() -> list[int] | None:
-    """The GPUs of this job where they are named by number; None leaves it to W&B, which sees what the cluster lets it."""
+    """The indices of this job's GPUs, if they are named by index. None leaves it to W&B, which shows those that it can see."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return [int(name) for name in names] if all(name.strip().isdigit() for name in names) else None

@@ -1,6 +1,6 @@
-"""Whether W&B can be reached from here, asked before its client is imported: the key, and one request with a deadline.
+"""Whether W&B can be used from here: looks for the key and makes one request with a deadline, before W&B's client is imported.
 
-The key is read where it is used and goes nowhere else: not into files, logs, command lines or configurations.
+The key is read where it is needed and is never written: not to files, logs, command lines or configurations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ VIEWER = "query Viewer { viewer { id entity username } }"
 
 @dataclass(frozen=True)
 class Reach:
-    """Where W&B is. `trouble` says why it cannot be used now, None if it can; `entity` is the key's own user or team."""
+    """A W&B server.
+
+    Attributes:
+        server: its address.
+        trouble: why it cannot be used now; None if it can.
+        entity: the key's own user or team.
+        key: the API key; left out of the object's text.
+    """
 
     server: str
     trouble: str | None
@@ -40,7 +47,7 @@ class Reach:
 
 
 def look_for_server(key_file: str | None, seconds: float = PROBE_SECONDS) -> Reach:
-    """Look for a key and ask the server who it belongs to, within `seconds` whatever the network does.
+    """Look for a key and ask the server who it belongs to. It takes at most `seconds`, whatever the network does.
 
     Raises:
         BadInput: the key's file is missing, or others may read it.
@@ -50,7 +57,7 @@ def look_for_server(key_file: str | None, seconds: float = PROBE_SECONDS) -> Rea
     if key is None:
         return Reach(server, "no API key found in WANDB_API_KEY, tracking.key_file or ~/.netrc")
     answers: queue.SimpleQueue[Reach] = queue.SimpleQueue()
-    # A thread, since looking up a host's name heeds no time-out.
+    # In a thread, since the lookup of a host's name ignores every time-out.
     threading.Thread(target=lambda: answers.put(_ask(server, key, seconds)), daemon=True).start()
     try:
         return answers.get(timeout=seconds)
@@ -59,7 +66,7 @@ def look_for_server(key_file: str | None, seconds: float = PROBE_SECONDS) -> Rea
 
 
 def refuse_missing_key(mode: str, key_file: str | None) -> None:
-    """Refuse before the queue what no job could do: go online without a key, or read a file that is none.
+    """Reject before submission what no job could do: go online without a key, or read a key file that is missing or unsafe.
 
     Raises:
         BadInput: see `find_key`; or `mode` is online and there is no key here.
@@ -68,8 +75,8 @@ def refuse_missing_key(mode: str, key_file: str | None) -> None:
         found = find_key(server_url(), key_file)
         if found is None:
             raise BadInput(
-                f"tracking.mode=online needs an API key for {server_url()}; 'wandb login' stores one in ~/.netrc, or name a "
-                "file with tracking.key_file, or choose tracking.mode=auto."
+                f"tracking.mode=online needs an API key for {server_url()}; run 'wandb login', which stores one in ~/.netrc, "
+                "or set tracking.key_file to a file that holds one, or set tracking.mode=auto."
             )
 
 
@@ -81,7 +88,7 @@ def client_trouble() -> str | None:
 
 
 def server_url() -> str:
-    """The server that W&B's own client would talk to."""
+    """The server that W&B's own client would use: WANDB_BASE_URL, else its settings file, else the public one."""
     if os.environ.get("WANDB_BASE_URL"):
         return os.environ["WANDB_BASE_URL"].rstrip("/")
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
@@ -91,7 +98,7 @@ def server_url() -> str:
 
 
 def find_key(server: str, key_file: str | None) -> str | None:
-    """The API key for `server`: from the environment, a file that only its owner can read, or netrc.
+    """The API key for `server`: from WANDB_API_KEY, else from a file that only its owner can read, else from netrc.
 
     Raises:
         BadInput: the file is missing, empty, or others may read it.
@@ -114,13 +121,16 @@ def _key_in(path: Path) -> str:
             raise BadInput(f"tracking.key_file={path} can be read by others; run 'chmod 600 {path}'.")
         key = path.read_text().strip()
     except OSError as exc:
-        raise BadInput(f"tracking.key_file={path} cannot be read: {exc.strerror}; name the file with the key.") from exc
+        raise BadInput(
+            f"tracking.key_file={path} cannot be read: {exc.strerror}; set it to the file that holds the key."
+        ) from exc
     if not key:
         raise BadInput(f"tracking.key_file={path} is empty; put the W&B API key there.")
     return key
 
 
 def _ask(server: str, key: str, seconds: float) -> Reach:
+    """Ask the server's GraphQL interface who the key belongs to, as W&B's client does. The user of basic authentication is "api"."""
     authorization = base64.b64encode(f"api:{key}".encode()).decode()
     request = urllib.request.Request(
         f"{server}/graphql",
@@ -131,12 +141,11 @@ def _ask(server: str, key: str, seconds: float) -> Reach:
         with urllib.request.urlopen(request, timeout=seconds) as answer:
             viewer = json.load(answer)["data"]["viewer"]
     except urllib.error.HTTPError as exc:
-        refused = exc.code in (401, 403)
-        return Reach(
-            server, f"{server} {'refuses the key' if refused else 'answers with an error'} ({exc.code})", key=key
-        )
+        problem = "rejects the key" if exc.code in (401, 403) else "answers with an error"
+        return Reach(server, f"{server} {problem} ({exc.code})", key=key)
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as exc:
         return Reach(server, f"{server} cannot be reached ({getattr(exc, 'reason', exc)})", key=key)
+    # Some servers answer 200 with a null viewer to a key that they do not know.
     if viewer is None:
         return Reach(server, f"{server} does not know the key", key=key)
     return Reach(server, None, entity=viewer["entity"], key=key)

@@ -1,4 +1,14 @@
-"""One run on its way to W&B: opened when it has something to show, fed while it grows, closed as it ended."""
+"""One run on its way to W&B: it is opened when it has a row to show, sent while it grows, and closed as it ended.
+
+Online the server is the only one that knows what it has, and a `finish` that fails on the way is silent about it. So the end of a run
+takes two or more sessions:
+
+    1  while the run grows      `starting_step` says where to continue; `finish` sends the rest, and reports no end
+    2  once it has ended        opened again: `starting_step` shows what is still missing; that is sent, and `finish` reports the end
+    3  if 2 found rows missing  the same again, until a session finds none; then it is noted on disk that the server knows the end
+
+Offline the folders on disk are the memory: see `train.mirror.memory`.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +39,13 @@ from train.store.layout import RunDir
 from train.store.lease import Heartbeat, acquire, release
 from train.store.record_file import read_records
 
-TRIES = 3  # to see the server have every row
+# Sessions in which the server may still lack a row after the run has ended.
+TRIES = 3
 
 
 @dataclass(frozen=True)
 class MirrorLease:
-    """The right to mirror a run in one of the two ways, which one process at a time has; a `train.store.lease.Leased`."""
+    """The right to mirror a run online or offline, which one process has at a time; a `train.store.lease.Leased`."""
 
     run: RunDir
     way: str
@@ -51,17 +62,19 @@ class MirrorLease:
 
 
 class RunMirror(ABC):
-    """A run that this process may come to mirror; nothing is opened before `advance` finds a row.
+    """A run that this process mirrors. Nothing is opened before `advance` finds a row.
 
     Attributes:
+        way: ``online`` or ``offline``.
         sent: how many rows this process has sent.
-        opened: whether there was anything to say to W&B.
+        opened: whether the run was opened in W&B.
     """
 
     way: str
 
     def __init__(self, run: MirroredRun, client: Client) -> None:
-        self.run, self._client = run, client
+        self.run = run
+        self._client = client
         self._train = read_run_config(run.dir.config).train
         self._rows = RunRows(run.dir, self._train, self._known_step())
         self._held = ExitStack()
@@ -71,22 +84,24 @@ class RunMirror(ABC):
         self.opened = False
 
     def advance(self) -> None:
-        """Send what is complete.
+        """Send the rows that are complete.
 
         Raises:
             LeaseHeld: another process mirrors the run.
         """
         rows = self._take()
         if rows and self._session is None:
+            # Opening may show that W&B has some of them: `_open` starts `_rows` again at the first one that is missing.
             self._begin()
             rows = self._take()
         self._log(rows)
 
     def close(self) -> None:
-        """Send the rest, tell W&B how the run stands, and let go of it.
+        """Send the rest, report the run's state to W&B, and release the lease.
 
         Raises:
-            LeaseHeld, TimeoutError: another process mirrors the run; W&B did not take everything in time.
+            LeaseHeld: another process mirrors the run.
+            TimeoutError: W&B did not accept everything in time.
         """
         with self._held:
             self.advance()
@@ -97,18 +112,18 @@ class RunMirror(ABC):
             if self._session is not None:
                 self._close(end)
 
-    # The two ways to W&B differ in these
+    # What differs between online and offline
 
     @abstractmethod
     def _known_step(self) -> int:
-        """The last step that needs no sending, as far as this disk knows."""
+        """The last step that W&B has, as far as is known on disk."""
 
     @abstractmethod
     def _open(self) -> wandb.Run:
-        """Open the run in W&B, and let `_rows` begin with the first that it lacks."""
+        """Open the run in W&B, and start `_rows` at the first row that W&B lacks."""
 
     def _lacks(self, _end: Shown) -> bool:
-        """Whether W&B has every row, but does not know that the run stands at `_end`."""
+        """Whether W&B may have every row but not know that the run is at `_end`."""
         return False
 
     @abstractmethod
@@ -140,10 +155,12 @@ class RunMirror(ABC):
         self.sent += len(rows)
 
     def _finish(self, end: Shown) -> None:
-        """Finish the session; a run that will go on is no crash."""
-        session, self._session = self._opened, None
+        """Finish the session, with the run's summary and exit code."""
+        session = self._opened
+        self._session = None
         session.summary.update(summary(self.run, self._rows.header, self._rows.diverged))
-        if end not in EXIT_CODES:  # one that is silent from now on would be shown as crashed
+        # The run will continue, but not soon. Without this mark W&B shows a silent run as crashed.
+        if end not in EXIT_CODES:
             session.mark_preempting()
         session.finish(exit_code=EXIT_CODES.get(end, 1))
 
@@ -154,20 +171,22 @@ class RunMirror(ABC):
 
 
 class OnlineMirror(RunMirror):
-    """To a server, which says itself how far it has the run. `verify` looks again at the end also where the run will go on."""
+    """To a server, which knows itself how far it has the run. With `verify`, `close` checks that also if the run has not ended."""
 
     way = "online"
 
     def __init__(self, run: MirroredRun, client: Client, *, verify: bool = False) -> None:
-        self._destination, self._verify = client.destination(run), verify
+        self._destination = client.destination(run)
+        self._verify = verify
         super().__init__(run, client)
 
     def _known_step(self) -> int:
         memory = recall_online(self.run.dir)
         return memory.confirmed if memory is not None and memory.destination == self._destination else NOTHING
 
-    def _open(self, *, tells_end: bool = False) -> wandb.Run:
-        session = self._client.open(self.run, tells_end=tells_end)
+    def _open(self, *, reports_end: bool = False) -> wandb.Run:
+        session = self._client.open(self.run, reports_end=reports_end)
+        # A server that has the steps 0 to 20 says 21; one that has none says 0, and -1 is `NOTHING`.
         confirmed = session.starting_step - 1
         went_online(self.run, self._destination, confirmed)
         self._rows = RunRows(self.run.dir, self._train, confirmed)
@@ -179,12 +198,12 @@ class OnlineMirror(RunMirror):
         return end in EXIT_CODES and self._told(end) != told and self.run.dir.journal.exists()
 
     def _close(self, end: Shown) -> None:
-        """Finish, then look at what the server has: a finish that fails on the way says nothing."""
+        """Finish, then open the run again until the server has everything; see the sessions in the module's docstring."""
         self._finish(end)
         if end not in EXIT_CODES and not self._verify:
             return
         for _ in range(TRIES):
-            self._session = self._open(tells_end=end in EXIT_CODES)
+            self._session = self._open(reports_end=end in EXIT_CODES)
             missing = self._take()
             self._log(missing)
             self._finish(end)
@@ -192,14 +211,16 @@ class OnlineMirror(RunMirror):
                 told = self._told(end) if end in EXIT_CODES else None
                 remember(self.run.dir, Online(destination=self._destination, confirmed=self._rows.given, told=told))
                 return
-        raise TimeoutError(f"{self.run.dir.path.name}: W&B still lacks rows after {TRIES} tries")
+        raise TimeoutError(
+            f"{self.run.dir.path.name}: W&B still lacks rows after {TRIES} tries; 'python -m launcher sync' can send them later"
+        )
 
     def _told(self, end: Shown) -> str:
         return f"{end} after {len(read_records(self.run.dir.attempts, AttemptLine))} attempts"
 
 
 class OfflineMirror(RunMirror):
-    """To a folder of W&B's own format per attempt, for ``wandb leet`` and ``wandb sync``."""
+    """To a folder per attempt in W&B's own format, for ``wandb leet`` and ``wandb sync``."""
 
     way = "offline"
 
@@ -209,7 +230,7 @@ class OfflineMirror(RunMirror):
     def _open(self) -> wandb.Run:
         memory = discard_torn_folders(self.run)
         self._rows = RunRows(self.run.dir, self._train, memory.written)
-        session = self._client.open(self.run, tells_end=True)
+        session = self._client.open(self.run, reports_end=True)
         mark_if_sent(self.run.dir, self._client.folder(session))
         return session
 
@@ -217,8 +238,7 @@ class OfflineMirror(RunMirror):
         folder = self._client.folder(self._opened)
         self._finish(end)
         memory = recall_offline(self.run.dir)
-        remember(
-            self.run.dir,
-            memory.model_copy(update={"written": self._rows.given, "closed": (*memory.closed, folder.name)}),
-        )
-        mark_if_sent(self.run.dir, folder)  # it may have gone online meanwhile
+        closed = (*memory.closed, folder.name)
+        remember(self.run.dir, memory.model_copy(update={"written": self._rows.given, "closed": closed}))
+        # `launcher sync` may have sent the run in the meantime.
+        mark_if_sent(self.run.dir, folder)
