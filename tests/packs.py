@@ -24,7 +24,7 @@ from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
 from train.trainer.pack import build_loop
 from train.trainer.samples import AnswerDecoder
-from train.trainer.session import FollowerSession, RunSession
+from train.trainer.session import RunSession, WorkerSession
 
 VOCABULARY = 97
 # A tokenizer's part for models without one: a token is its number, and a quarter of them close an answer.
@@ -152,7 +152,7 @@ def make_loop(
             if job.group.is_main:
                 sessions.append(Recording(run, config, data, targets, open_attempt(run)))
             else:
-                sessions.append(FollowerSession(run, config, data, targets, NO_LEASE))
+                sessions.append(WorkerSession(run, config, data, targets, NO_LEASE))
     return build_loop(base, sessions, micro_batch_tokens, decoder, job)
 
 

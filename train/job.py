@@ -24,7 +24,6 @@ from train.runtime.activity import Activity, ActivityPublisher
 from train.runtime.attempts import (
     attempt_line,
     cause_of,
-    device_in_use,
     give_up_reason,
     job_id,
     last_step,
@@ -228,7 +227,7 @@ def _write_end(run: RunDir, lease: Lease, cause: Cause, detail: str) -> None:
         return
     try:
         step, why = last_step(run), stop_cause(run, cause, detail)
-        append_records(run.attempts, [attempt_line(run, lease, *why, step, step, device=device_in_use())])
+        append_records(run.attempts, [attempt_line(run, lease, why, step, step)])
     except StorageError as exc:
         log.warning(exc)
     release(run, lease)

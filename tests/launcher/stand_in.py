@@ -63,7 +63,7 @@ def train_as_main_process(leases, pack, cache, process, stop, activity):
 
 def end(run, lease, cause, first, last):
     detail = "the loss is nan" if cause == "diverged" else None
-    append_records(run.attempts, [attempt_line(run, lease, cause, detail, first, last, device="cpu")])
+    append_records(run.attempts, [attempt_line(run, lease, (cause, detail), first, last)])
     release(run, lease)
 
 

@@ -66,7 +66,7 @@ def verdict(run: RunDir) -> Verdict:
 
 def end_attempt(run: RunDir, cause: str) -> None:
     lease = acquire(run, job="12", attempt=1)
-    append_records(run.attempts, [attempt_line(run, lease, cause, None, 0, 5, device="cpu")])
+    append_records(run.attempts, [attempt_line(run, lease, (cause, None), 0, 5)])
     run.lease.unlink()
 
 

@@ -45,7 +45,7 @@ def kill_holder(run: RunDir, host: str = "", heartbeat_age: float = 0.0) -> None
 
 def end_attempt(run: RunDir, cause: str, last_step: int = 5) -> None:
     lease = acquire(run, job="77", attempt=1)
-    append_records(run.attempts, [attempt_line(run, lease, cause, None, 0, last_step, device="cpu")])
+    append_records(run.attempts, [attempt_line(run, lease, (cause, None), 0, last_step)])
     run.lease.unlink()
 
 

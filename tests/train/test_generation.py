@@ -53,7 +53,7 @@ def test_every_run_answers_as_transformers_with_its_adapter(
     pack = packs.make_loop(tmp_path, base, packs.DIVERSE)
     for session, run in zip(pack.sessions, trained, strict=True):
         loaded = peft.load_peft_weights(str(run.adapter))
-        for name, (a, b) in pack.adapters.tensors(session.row).items():
+        for name, (a, b) in pack.adapters.tensors(session.run_index).items():
             a.copy_(loaded[f"base_model.model.{name}.lora_A.weight"])
             b.copy_(loaded[f"base_model.model.{name}.lora_B.weight"])
     prompts = {row: PROMPTS[: 1 + row % 4] for row in range(8)}  # not all runs ask the same

@@ -8,7 +8,6 @@ every `POST_SECONDS`, and only if something has changed, so it writes nothing du
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from contextlib import suppress
 from typing import TypedDict
@@ -16,6 +15,7 @@ from typing import TypedDict
 from train.errors import DamagedFile, StorageError
 from train.store.layout import PackDir
 from train.store.lease import Lease, process_age
+from train.store.periodic import PeriodicThread
 from train.store.record_file import read_record
 from train.store.records import ActivityNote
 from train.store.storage import write_note
@@ -25,7 +25,8 @@ log = logging.getLogger("lorapack.runtime")
 POST_SECONDS = 2.0
 TRAINING = "training"
 
-Now = tuple[str, int, int]  # what, how much of it is done, and of how much; 0 of 0 where nothing is counted
+# What, how much of it is done, and of how much; 0 of 0 where nothing is counted.
+Now = tuple[str, int, int]
 
 
 class FirstStep(TypedDict):
@@ -73,22 +74,28 @@ class Activity:
         self._since = now
 
 
-class ActivityPublisher:
+class ActivityPublisher(PeriodicThread):
     """A thread that keeps `PackDir.activity` up to date for the process that holds `lease`, and removes it at the end."""
 
     def __init__(self, pack: PackDir, activity: Activity, lease: Lease) -> None:
-        self._path, self._activity = pack.activity, activity
+        super().__init__("activity", POST_SECONDS)
+        self._path = pack.activity
+        self._activity = activity
         self._lease = lease
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._post, name="activity", daemon=True)
+        self._published: Now | None = None
 
-    def __enter__(self) -> ActivityPublisher:
-        self._thread.start()
-        return self
+    def act(self) -> None:
+        """Write what the process does, if that changed."""
+        now = self._activity.now
+        if now == self._published:
+            return
+        # Nothing depends on it; what does will say what is wrong.
+        with suppress(StorageError, OSError):
+            write_note(self._path, self._note(*now).model_dump())
+            self._published = now
 
-    def __exit__(self, *_exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
@@ -96,23 +103,13 @@ class ActivityPublisher:
         who = self._lease
         return ActivityNote(host=who.host, pid=who.pid, pid_started=who.pid_started, doing=what, done=done, total=total)
 
-    def _post(self) -> None:
-        posted: Now | None = None
-        while True:
-            now = self._activity.now
-            if now != posted:
-                with suppress(StorageError, OSError):  # nothing depends on it; what does will say what is wrong
-                    write_note(self._path, self._note(*now).model_dump())
-                    posted = now
-            if self._stop.wait(POST_SECONDS):
-                return
-
 
 def read_activity(pack: PackDir) -> ActivityNote | None:
     """What a job of the pack last said, None where there is nothing."""
     try:
         return read_record(pack.activity, ActivityNote)
-    except DamagedFile:  # it is not flushed, so a power cut can leave an empty file
+    # It is not flushed, so a power cut can leave an empty file.
+    except DamagedFile:
         return None
 
 

@@ -29,7 +29,8 @@ from train.store.record_file import append_records, read_last, read_record, read
 from train.store.records import StopNote
 
 LOST_STEPS_PATIENCE = 2
-USER_STOPS = {"SIGINT", Cause.CANCELLED}  # details and causes that say that somebody wanted the run to stop
+# Details and causes that say that somebody wanted the run to stop.
+USER_STOPS = {"SIGINT", Cause.CANCELLED}
 
 
 def open_attempt(run: RunDir) -> Lease:
@@ -43,8 +44,8 @@ def open_attempt(run: RunDir) -> Lease:
     job = this_job()
     lease = acquire(run, job=job_id(), attempt=_next_number(attempts, before), restarts=job.restarts if job else 0)
     if before is not None and all(line.attempt != before.attempt for line in attempts):
-        cause, detail = _cause_of_loss(run, before)
-        line = attempt_line(run, before, cause, detail, None, last_step(run), ended=before.heartbeat, device="unknown")
+        why = _cause_of_loss(run, before)
+        line = attempt_line(run, before, why, None, last_step(run), ended=before.heartbeat)
         append_records(run.attempts, [line])
     run.stop_note.unlink(missing_ok=True)
     return lease
@@ -124,23 +125,22 @@ def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause | str, str]:
 def attempt_line(
     run: RunDir,
     lease: Lease,
-    cause: Cause | str,
-    detail: str | None,
+    why: tuple[Cause | str, str | None],
     first_step: int | None,
     last_step: int,
-    *,
     ended: float | None = None,
-    device: str,
 ) -> AttemptLine:
-    """The line of one ended attempt; times in Unix seconds, `first_step` None where nobody knows.
+    """The line of one ended attempt; `why` is its cause and the detail, `first_step` None where nobody knows.
 
+    The attempt is this process's own and ends now, or that of a process that is gone, which `ended` at that Unix time.
     `saved_step` is where the next attempt will begin; `trained` says whether this one computed any step.
     """
+    device = device_in_use() if ended is None else "unknown"
     ended = time.time() if ended is None else ended
     return AttemptLine(
         attempt=lease.attempt,
-        cause=cause,
-        detail=detail,
+        cause=why[0],
+        detail=why[1],
         first_step=first_step,
         last_step=last_step,
         saved_step=max(run.checkpoint_steps(), default=0),

@@ -16,27 +16,26 @@ from train.store.layout import PackDir
 from train.store.record_file import read_record, write_record
 from train.store.records import RendezvousRecord
 
-JOIN_SECONDS = 600.0  # the longest that a process waits for the leader, which takes leases first
+# The longest that a process waits for the main one, which takes leases first.
+JOIN_SECONDS = 600.0
 POLL_SECONDS = 0.1
 
-STARTERS = (  # environment variables of rank, number of processes and rank on the machine; the first that is set counts
+# Environment variables of rank, number of processes and rank on the machine; the first that is set counts.
+STARTERS = (
     ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID"),
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
 )
-SLURM_STARTER = (
-    "SLURM_PROCID",
-    "SLURM_NTASKS",
-    "SLURM_LOCALID",
-)  # also set where one process was started in an allocation
+# Also set if a single process was started in an allocation.
+SLURM_STARTER = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
 class NothingToDo(Exception):
-    """The leader of this job has nothing to do."""
+    """The main process of this job has nothing to do."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A process among the `size` processes of its job; process 0 leads."""
+    """A process among the `size` processes of its job; process 0 is the main one."""
 
     rank: int = 0
     size: int = 1
@@ -44,7 +43,7 @@ class ProcessInfo:
 
 
 def detect_process() -> ProcessInfo:
-    """This process's place, by the variables of whoever started it."""
+    """Which process this one is, by the variables that its starter set."""
     starters = (*STARTERS, SLURM_STARTER) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else STARTERS
     for names in starters:
         if names[0] in os.environ:
@@ -53,7 +52,7 @@ def detect_process() -> ProcessInfo:
 
 
 def publish_rendezvous(pack: PackDir, port: int | None) -> None:
-    """Tell the other processes of this job where the leader listens; None tells that there is nothing to do.
+    """Tell the other processes of this job where the main one listens; None means that there is nothing to do.
 
     Raises:
         StorageError: the pack's folder cannot be written.
@@ -62,11 +61,11 @@ def publish_rendezvous(pack: PackDir, port: int | None) -> None:
 
 
 def wait_for_rendezvous(pack: PackDir, stop: Callable[[], None]) -> int:
-    """Where the leader of this job listens.
+    """Where the main process of this job listens.
 
     Raises:
         NothingToDo: there is nothing to do.
-        LorapackError: the leader does not come.
+        LorapackError: the main process does not come.
     """
     give_up_at = time.monotonic() + JOIN_SECONDS
     while time.monotonic() < give_up_at:

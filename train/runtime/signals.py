@@ -63,17 +63,20 @@ class StopFlag:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
 
-ANSWER_SECONDS = 12.0  # the longest that the end of an attempt waits to learn its cause
+# The longest that the end of an attempt waits to learn its cause.
+ANSWER_SECONDS = 12.0
 
 
 class StopSignalListener:
     """Notes the first stop signal in every leased run, with its cause by `explain`. Use it in the main thread, handlers set."""
 
     def __init__(self, leases: Sequence[tuple[RunDir, Lease]], explain: Explain) -> None:
-        self._leases, self._explain = leases, explain
+        self._leases = leases
+        self._explain = explain
         self._cause: tuple[Cause, str] | None = None
-        self._heard, self._known = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="witness", daemon=True)
+        self._heard = threading.Event()
+        self._known = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
 
     def __enter__(self) -> StopSignalListener:
         self._read_end, self._write_end = os.pipe()
@@ -92,7 +95,8 @@ class StopSignalListener:
         """Why the job was asked to stop by that signal: the cause of the attempt's end, and its detail."""
         if self._heard.is_set() and self._known.wait(ANSWER_SECONDS) and self._cause is not None:
             return self._cause
-        return self._explain(signal_name)  # it came before this object listened
+        # It came before this object listened.
+        return self._explain(signal_name)
 
     def _listen(self) -> None:
         """Wait for the first stop signal, or for the end of the job, which closes the pipe."""
@@ -100,7 +104,8 @@ class StopSignalListener:
             stops = [signal.Signals(number) for number in numbers if number in STOP_SIGNALS]
             if stops:
                 self._heard.set()
-                self._note(stops[0].name, Cause.PREEMPTED, stops[0].name)  # asking may take longer than we have
+                # Asking for the cause may take longer than the process has left.
+                self._note(stops[0].name, Cause.PREEMPTED, stops[0].name)
                 self._cause = self._explain(stops[0].name)
                 self._note(stops[0].name, *self._cause)
                 self._known.set()

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Protocol
 from pydantic import Field
 
 from train.errors import DamagedFile, LeaseHeld, NewerFormat
+from train.store.periodic import PeriodicThread
 from train.store.record_file import FileRecord, parse_record, read_content
 from train.store.storage import storage_errors, sync_folder
 
@@ -29,9 +29,11 @@ log = logging.getLogger("lorapack.store")
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
-FENCE_SECONDS = 2 * HEARTBEAT_SECONDS + 5  # until a copy that lost its lease has surely noticed
+# Until a copy of the job that lost its lease has surely noticed.
+FENCE_SECONDS = 2 * HEARTBEAT_SECONDS + 5
 
-_released: set[str] = set()  # tokens of leases that this process gave back while it went on with others
+# Tokens of leases that this process gave back while it continued with others.
+_released: set[str] = set()
 
 
 class Leased(Protocol):
@@ -119,37 +121,30 @@ def release(run: Leased, lease: Lease) -> None:
         run.lease.unlink(missing_ok=True)
 
 
-class Heartbeat:
+class Heartbeat(PeriodicThread):
     """A thread that keeps leases fresh, also while the main thread loads a model or saves for minutes.
 
-    A process that finds its lease in other hands was taken for dead (its node lost the network for long, say). It must not write
-    another byte, so it ends at once; the new owner goes on from the last checkpoint.
+    A process that finds its lease with another owner was taken for dead, for example because its node lost the network for long. It
+    must not write another byte, so it ends at once; the new owner continues from the last checkpoint.
     """
 
     def __init__(self, held: Sequence[tuple[Leased, Lease]]) -> None:
+        super().__init__("heartbeat", HEARTBEAT_SECONDS)
         self._held = [(folder.lease, lease.token) for folder, lease in held]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            for path, token in self._held:
-                if token in _released:  # the next owner may be there already
-                    continue
-                owner = _token(path)
-                if owner not in (None, token):
-                    log.error(f"{path}: another process owns this folder now; ending without another write")
-                    os._exit(1)
-                with suppress(OSError):  # released, or a passing fault of the file system: the next beat may reach it
-                    os.utime(path)
+    def act(self) -> None:
+        """Renew every lease that was not released."""
+        for path, token in self._held:
+            # The next owner of a released folder may be there already.
+            if token in _released:
+                continue
+            owner = _token(path)
+            if owner not in (None, token):
+                log.error(f"{path}: another process owns this folder now; ending without another write")
+                os._exit(1)
+            # Released meanwhile, or a passing fault of the file system: the next beat may reach it.
+            with suppress(OSError):
+                os.utime(path)
 
 
 def process_started(pid: int) -> int | None:

@@ -29,7 +29,9 @@ from train.store.storage import storage_errors, write_folder, write_json
 log = logging.getLogger("lorapack.trainer")
 
 KEPT = 2
-TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
+TENSORS = "state.safetensors"
+NUMBERS = "state.json"
+MANIFEST = "MANIFEST.json"
 
 
 class Progress(FileRecord):

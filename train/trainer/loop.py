@@ -32,7 +32,8 @@ from train.trainer.samples import Sampler
 from train.trainer.session import RunSession
 
 FLUSH_SECONDS = 1.0
-POLL_SECONDS = 1.0  # between looks for requests to cancel, which cost a network file system a call per run
+# Between looks for requests to cancel, which cost a network file system a call per run.
+POLL_SECONDS = 1.0
 
 
 class PackLoop:
@@ -78,8 +79,8 @@ class PackLoop:
             while self.sessions:
                 self._evaluate_due()
                 self._save_due()
-                self._end_what_is_over()
-                self._let_go_of_cancelled()
+                self._end_over()
+                self._end_cancelled()
                 if self.sessions:
                     self._train_step()
         except Stopped:
@@ -103,11 +104,12 @@ class PackLoop:
         found |= evaluate(self.base, _tables(trained), *common)
         answers |= self.sampler.ask(self.base, trained, self.pack_size) if self.sampler else {}
         for session in self.sessions:
-            if session.row in found:
-                session.note_evaluation(found[session.row], answers.get(session.row, []))
+            if session.run_index in found:
+                session.note_evaluation(found[session.run_index], answers.get(session.run_index, []))
             if session.diverged is not None:
-                self.optimizer.alive[session.row] = False
-        self.recorder.flush(self.sessions)  # nothing is pending: the next pace counts from here
+                self.optimizer.alive[session.run_index] = False
+        # Nothing is pending: the next pace counts from here.
+        self.recorder.flush(self.sessions)
         self._tick()
 
     def _save_due(self) -> None:
@@ -115,18 +117,18 @@ class PackLoop:
             self.recorder.flush(self.sessions)
             self._save_all()
 
-    def _end_what_is_over(self) -> None:
-        """Finish runs that are done, and let go of those that diverged or were lost once nobody learns beside them.
+    def _end_over(self) -> None:
+        """Finish runs that are done, and end those that diverged or were lost once no other run learns any more.
 
-        Until then they keep their seats: the shapes of the pack, and so the last bits of the others' numbers, stay what they were.
+        Until then they keep their rows: the shapes of the pack, and so the last bits of the others' numbers, stay what they were.
         """
-        somebody_learns = any(s.learning for s in self.sessions)
-        over = self._agreed([s.finished or not somebody_learns for s in self.sessions])
+        any_learns = any(s.learning for s in self.sessions)
+        over = self._agreed([s.finished or not any_learns for s in self.sessions])
         for session in over:
-            if session.diverged is None and session.lost is None:
+            if session.diverged is None and session.storage_error is None:
                 memory = peak_memory_gib(self.base.device)
                 environment: Environment = {**environment_info(self.base), "peak_memory_gib": memory}
-                session.complete(self.adapters.tensors(session.row), environment)
+                session.complete(self.adapters.tensors(session.run_index), environment)
             else:
                 session.end_diverged()
         self._repack(over)
@@ -134,13 +136,13 @@ class PackLoop:
     def _train_step(self) -> None:
         """One optimizer step of every run in training, in as many micro-batches as memory asks for."""
         self.activity.begin(TRAINING)
-        batches = {s.row: self._sequences(s) for s in self.sessions}
+        batches = {s.run_index: self._sequences(s) for s in self.sessions}
         try:
             losses = self._accumulate(batches)
         except Stopped:
             self.adapters.gradient.zero_()
             raise
-        self._apply(losses, {row: sum(len(s.tokens) for s in batch) for row, batch in batches.items()})
+        self._apply(losses, {run: sum(len(s.tokens) for s in batch) for run, batch in batches.items()})
         if not self.recorder.began:
             self.recorder.flush(self.sessions)
         elif self.recorder.seconds_since_flush > FLUSH_SECONDS:
@@ -150,13 +152,14 @@ class PackLoop:
 
     def _sequences(self, session: RunSession) -> list[TokenSequence]:
         examples = examples_of_step(session.config.train, len(session.data.train), session.step)
-        return sequences_of(session.row, session.data.train, examples)
+        return sequences_of(session.run_index, session.data.train, examples)
 
     def _accumulate(self, batches: dict[int, list[TokenSequence]]) -> torch.Tensor:
         """Forward and backward of every run's mean loss; the losses [runs]."""
-        share = torch.zeros(self.pack_size + 1, dtype=torch.float64)  # the last is the fillers'
-        for row, sequences in batches.items():
-            share[row] = 1 / sum(sequence.num_targets for sequence in sequences)
+        # The last entry belongs to the filler tokens.
+        share = torch.zeros(self.pack_size + 1, dtype=torch.float64)
+        for run, sequences in batches.items():
+            share[run] = 1 / sum(sequence.num_targets for sequence in sequences)
         share = to_device(share, self.base.device)
         weights = share.to(self.adapters.theta.dtype)
         weights[:-1] *= self.optimizer.loss_scale
@@ -182,12 +185,12 @@ class PackLoop:
         outcome = self.optimizer.step(rates, losses)
         for session in self.sessions:
             session.step += 1
-            session.tokens += tokens[session.row]
-        steps = {session.row: session.step for session in self.sessions}
+            session.tokens += tokens[session.run_index]
+        steps = {session.run_index: session.step for session in self.sessions}
         self.recorder.add(StepRecord(steps, rates, tokens, losses, outcome))
         self._tick()
 
-    # PackState and states
+    # The runs of the pack and their states
 
     def _install(self, state: PackState) -> None:
         self.adapters = state.adapters
@@ -197,7 +200,7 @@ class PackLoop:
         self.gradients = choose_gradients(self.base, self.pack_size)
 
     def _repack(self, leaving: list[RunSession]) -> None:
-        """Close the ranks: the runs that stay sit as they would in a pack of their own."""
+        """Build a new pack of the runs that stay, as if they had always been alone in it."""
         if not leaving:
             return
         staying = [s for s in self.sessions if s not in leaving]
@@ -206,7 +209,7 @@ class PackLoop:
         if staying:
             self._install(build_pack_state(self.base, staying, states))
 
-    def _let_go_of_cancelled(self) -> None:
+    def _end_cancelled(self) -> None:
         cancelled = self._agreed(self._asked_to_cancel())
         if cancelled:
             self.recorder.flush(self.sessions)
@@ -233,9 +236,9 @@ class PackLoop:
             self.activity.advance()
 
     def _state(self, session: RunSession) -> Checkpoint:
-        """A copy of everything that the run needs to go on."""
-        progress = session.progress(optimizer_numbers(session.row, self.optimizer))
-        tensors = run_tensors(session.row, self.adapters, self.optimizer) if session.step else {}
+        """A copy of everything that the run needs to continue."""
+        progress = session.progress(optimizer_numbers(session.run_index, self.optimizer))
+        tensors = run_tensors(session.run_index, self.adapters, self.optimizer) if session.step else {}
         return Checkpoint(progress, tensors)
 
     def _tick(self) -> None:
@@ -249,5 +252,5 @@ class PackLoop:
 
 
 def _tables(sessions: list[RunSession]) -> dict[int, TokenTable]:
-    """The held-out rows of each session, by row of the pack."""
-    return {session.row: session.data.eval for session in sessions}
+    """The held-out rows of each session, by run index."""
+    return {session.run_index: session.data.eval for session in sessions}

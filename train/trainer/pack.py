@@ -38,7 +38,7 @@ from train.trainer.loop import PackLoop
 from train.trainer.pack_state import build_pack_state
 from train.trainer.process_group import SINGLE_PROCESS, open_process_group
 from train.trainer.samples import AnswerDecoder, Sampler, load_answer_decoder
-from train.trainer.session import FollowerSession, RunSession
+from train.trainer.session import RunSession, WorkerSession
 
 log = logging.getLogger("lorapack.trainer")
 
@@ -66,7 +66,7 @@ def train_pack(leases: Leases, cache: CacheDir, job: JobContext) -> None:
     job.stop.check()
     log.info(f"ready after {time.monotonic() - started:.1f} s")
     sessions = [
-        (RunSession if job.group.is_main else FollowerSession)(
+        (RunSession if job.group.is_main else WorkerSession)(
             run, config, table, adapted_modules(config.lora, list(base.shapes)), lease
         )
         for (run, lease), config, table in zip(leases, configs, data, strict=True)

@@ -25,9 +25,9 @@ class PackState:
 def build_pack_state(
     base: PackedModel, sessions: Sequence[RunSession], states: Sequence[Checkpoint | None]
 ) -> PackState:
-    """Give each session the row of its place in the list, and its state; None is the beginning.
+    """Give each session its place in the list as run index, and its state; None is the beginning.
 
-    What a pack of runs computes depends on these runs and their states alone: whether others sat here before leaves no trace.
+    What a pack computes depends on these runs and their states alone: runs that were in the pack before leave no trace.
     """
     configs = [session.config for session in sessions]
     adapters = PackedAdapters(
@@ -39,17 +39,17 @@ def build_pack_state(
         base.dtype == torch.float16,
         base.context.kernels.fused_elementwise,
     )
-    for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
-        session.row = row
+    for run, (session, state) in enumerate(zip(sessions, states, strict=True)):
+        session.run_index = run
         if state is None or not state.tensors:
-            adapters.initialize(row, session.config.train.seed)
+            adapters.initialize(run, session.config.train.seed)
         if state is not None:
-            restore_run(row, state, adapters, optimizer)
+            restore_run(run, state, adapters, optimizer)
     return PackState(adapters, optimizer)
 
 
 def run_tensors(run: int, adapters: PackedAdapters, optimizer: PackedAdamW) -> dict[str, torch.Tensor]:
-    """Copies of everything that a run needs to go on: its weights and AdamW's averages, unpadded."""
+    """Copies of everything that a run needs to continue: its weights and AdamW's averages, unpadded."""
     matrices = {"theta": adapters.theta, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
     return {
         f"{kind}/{name}/{part}": tensor.cpu().clone(memory_format=torch.contiguous_format)

@@ -24,7 +24,7 @@ from train.trainer.session import RunSession
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step of a pack, by row; `losses` [runs] and `outcome` are still on the device."""
+    """One optimizer step of a pack, by run index; `losses` [runs] and `outcome` are still on the device."""
 
     steps: dict[int, int]
     learning_rates: Sequence[float]
@@ -41,12 +41,16 @@ class StepRecorder:
     """
 
     def __init__(self, device: torch.device, with_loss_scale: bool, activity: Activity) -> None:
-        self._device, self._with_loss_scale, self._activity = device, with_loss_scale, activity
+        self._device = device
+        self._with_loss_scale = with_loss_scale
+        self._activity = activity
         self.began = False
         self._pending: list[tuple[StepRecord, _Fetched]] = []
         self._started = self._flushed = self._paced = time.monotonic()
-        self._computed: Counter[int] = Counter()  # tokens since the last pace, by row
-        self._speeds: dict[int, float] = {}  # tokens per second at the last pace, by row
+        # Tokens since the last pace, by run index.
+        self._computed: Counter[int] = Counter()
+        # Tokens per second at the last pace, by run index.
+        self._speeds: dict[int, float] = {}
 
     def add(self, record: StepRecord) -> None:
         """Remember a step."""
@@ -68,33 +72,35 @@ class StepRecorder:
                 self._write(session, pending, numbers)
             self._note_pace(sessions, pending)
         self._flushed = time.monotonic()
-        if not self._computed:  # nothing waits to be measured: the next pace counts from here
+        # Nothing waits to be measured: the next pace counts from here.
+        if not self._computed:
             self._paced = self._flushed
 
     def _write(self, session: RunSession, pending: list[StepRecord], numbers: list[_HostNumbers]) -> None:
-        row = session.row
+        run = session.run_index
         lines: list[StepLine] = []
         for record, host in zip(pending, numbers, strict=True):
-            if not host.alive[row]:
+            if not host.alive[run]:
                 session.note(lines)
-                session.note_divergence(record.steps[row], _why_diverged(host.losses[row], host.grad_norms[row]))
+                session.note_divergence(record.steps[run], _why_diverged(host.losses[run], host.grad_norms[run]))
                 return
             lines.append(self._line(session, record, host))
         session.note(lines)
 
     def _line(self, session: RunSession, record: StepRecord, host: _HostNumbers) -> StepLine:
-        row = session.row
+        run = session.run_index
         steps_per_epoch = session.config.train.steps_per_epoch(len(session.data.train))
-        grad_norm = host.grad_norms[row]
+        grad_norm = host.grad_norms[run]
         line = StepLine(
-            step=record.steps[row],
-            epoch=round(record.steps[row] / steps_per_epoch, 6),
-            loss=host.losses[row],
-            grad_norm=grad_norm if math.isfinite(grad_norm) else None,  # an overflow under the loss scale
-            learning_rate=record.learning_rates[row],
-            tokens=record.tokens[row],
+            step=record.steps[run],
+            epoch=round(record.steps[run] / steps_per_epoch, 6),
+            loss=host.losses[run],
+            # It is not finite after an overflow under the loss scale.
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+            learning_rate=record.learning_rates[run],
+            tokens=record.tokens[run],
         )
-        return line.model_copy(update={"loss_scale": host.loss_scales[row]}) if self._with_loss_scale else line
+        return line.model_copy(update={"loss_scale": host.loss_scales[run]}) if self._with_loss_scale else line
 
     def _note_pace(self, sessions: Sequence[RunSession], pending: list[StepRecord]) -> None:
         now = time.monotonic()
@@ -106,10 +112,10 @@ class StepRecorder:
             start |= self._activity.first_step()
         for session in sessions:
             line = PaceLine(
-                step=pending[-1].steps[session.row],
+                step=pending[-1].steps[session.run_index],
                 attempt=session.lease.attempt,
                 time=at,
-                tokens_per_second=self._speeds[session.row],
+                tokens_per_second=self._speeds[session.run_index],
                 seconds=now - self._started,
                 pack_tokens_per_second=pack_speed,
                 peak_memory_gib=memory,
@@ -121,13 +127,13 @@ class StepRecorder:
         """Tokens per second since the last time; where only the step that was held back then is written, what was measured then."""
         if self._computed:
             elapsed = max(now - self._paced, 1e-9)
-            self._speeds = {row: tokens / elapsed for row, tokens in self._computed.items()}
+            self._speeds = {run: tokens / elapsed for run, tokens in self._computed.items()}
             self._computed.clear()
 
 
 @dataclass(frozen=True)
 class _HostNumbers:
-    """A step's device values, by row."""
+    """A step's device values, by run index."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -142,7 +148,8 @@ class _Fetched:
         outcome = record.outcome
         values = (record.losses, outcome.grad_norm, outcome.alive, outcome.loss_scale)
         there = torch.stack([value.to(record.losses.dtype) for value in values])
-        self._here, self._arrived = there, None
+        self._here = there
+        self._arrived: torch.cuda.Event | None = None
         if there.device.type == "cuda":
             self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -160,7 +167,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory in use so far: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    # Linux counts KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _why_diverged(loss: float, grad_norm: float) -> str:

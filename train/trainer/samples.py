@@ -69,7 +69,7 @@ class Sampler:
         Raises:
             Stopped: the job was asked to stop; nothing has changed.
         """
-        asked = {session.row: self.questions(session) for session in sessions}
+        asked = {session.run_index: self.questions(session) for session in sessions}
         prompts = {row: [question.tokens for question in own] for row, own in asked.items() if own}
         if not prompts:
             return {}
@@ -77,7 +77,7 @@ class Sampler:
         self._activity.begin("answering", sum(map(len, prompts.values())))
         bounds = GenerationLimits(most, self._decoder.ends, self._micro_batch_tokens)
         answers = generate(base, prompts, pack_size, bounds, self._stop, self._activity.advance)
-        limits = {session.row: session.config.train.sample_tokens for session in sessions}
+        limits = {session.run_index: session.config.train.sample_tokens for session in sessions}
         return {
             row: [
                 self._sample(question, answer[: limits[row]]) for question, answer in zip(asked[row], own, strict=True)
@@ -91,7 +91,7 @@ class Sampler:
         """`ask` for runs whose B is still zero: the bare base answers, once for all with the same questions."""
         first = {_same_questions(session): session for session in reversed(sessions)}
         found = self.ask(base, list(first.values()), pack_size)
-        rows = {session.row: first[_same_questions(session)].row for session in sessions}
+        rows = {session.run_index: first[_same_questions(session)].run_index for session in sessions}
         return {row: found[other] for row, other in rows.items() if other in found}
 
     def questions(self, session: RunSession) -> list[Question]:

@@ -22,7 +22,7 @@ from train.errors import StorageError
 from train.lora.parameters import AdapterTensors
 from train.lora.peft_files import write_adapter
 from train.lora.targets import Target
-from train.runtime.attempts import attempt_line, device_in_use, stop_cause
+from train.runtime.attempts import attempt_line, stop_cause
 from train.store.causes import Cause
 from train.store.journal import (
     AttemptLine,
@@ -49,43 +49,47 @@ log = logging.getLogger("lorapack.trainer")
 
 P = ParamSpec("P")
 
-RESULT_LOSS_SHARE = 0.1  # `train_loss` of the result is the mean over this share of the last steps
+# `train_loss` of the result is the mean over this share of the last steps.
+RESULT_LOSS_SHARE = 0.1
 
 
 def guard_storage(write: Callable[Concatenate[RunSession, P], None]) -> Callable[Concatenate[RunSession, P], None]:
-    """A write to the run's folder that never raises: a run whose folder refuses one is lost, and writes nothing more."""
+    """A write to the run's folder that never raises: a run whose folder refuses one is lost and writes nothing more."""
 
     @wraps(write)
     def guarded(session: RunSession, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        if session.lost is not None:
+        if session.storage_error is not None:
             return
         try:
             write(session, *args, **kwargs)
         except (StorageError, OSError) as exc:
-            session.lose(exc)
+            session.mark_lost(exc)
 
     return guarded
 
 
 class RunSession:
-    """A run in the hands of one attempt.
+    """A run during one attempt.
 
     Attributes:
-        row: the run's row in the pack.
+        run_index: the run's row in the tensors of the pack.
         learning_rate: of each optimizer step, from 0.
         step, tokens: optimizer steps done and real tokens seen.
         seconds, gpu_seconds: spent training by all attempts; the latter is this run's share of its packs.
         evaluated_step, saved_step: where the run was last evaluated and saved.
         diverged: why, once its loss or gradient was not finite.
-        lost: the error of its folder, once one could not be written there (full, deleted, out of reach).
+        storage_error: of its folder, once that could not be written (full, deleted, out of reach).
     """
 
     def __init__(
         self, run: RunDir, config: RunConfig, data: TokenizedData, targets: dict[str, Target], lease: Lease
     ) -> None:
-        self.dir, self.config, self.data, self.targets = run, config, data, targets
+        self.dir = run
+        self.config = config
+        self.data = data
+        self.targets = targets
         self.lease = lease
-        self.row = -1
+        self.run_index = -1
         self.total_steps = config.train.total_steps(len(data.train))
         self.learning_rate = learning_rate_schedule(config.train, self.total_steps)
         self.step = self.tokens = 0
@@ -95,7 +99,7 @@ class RunSession:
         self.best_eval_loss: float | None = None
         self.best_eval_step: int | None = None
         self.diverged: str | None = None
-        self.lost: Exception | None = None
+        self.storage_error: Exception | None = None
         self.diverged_step = 0
         self.first_step = 0
 
@@ -115,12 +119,12 @@ class RunSession:
     def save_due(self) -> bool:
         """At the start (a disk that refuses is found before training), every `train.save_steps`, and after the last step."""
         due = self.step == 0 or self.finished or self.step % self.config.train.save_steps == 0
-        return due and self.saved_step != self.step and self.lost is None
+        return due and self.saved_step != self.step and self.storage_error is None
 
     @property
     def learning(self) -> bool:
         """Whether there is anything left for it to do."""
-        return not self.finished and self.diverged is None and self.lost is None
+        return not self.finished and self.diverged is None and self.storage_error is None
 
     @guard_storage
     def begin(self, header: JournalHeader) -> None:
@@ -132,12 +136,13 @@ class RunSession:
 
     @guard_storage
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: what journal and samples say of later steps will be said again, so it is cut off."""
+        """Continue from a checkpoint: journal and samples of later steps will be written again, so they are cut off."""
         progress = checkpoint.progress
-        self.take_up(progress)
+        self.restore_counters(progress)
         with storage_errors(self.dir.journal):
             for newer in [step for step in self.dir.checkpoint_steps() if step > progress.step]:
-                shutil.rmtree(self.dir.checkpoint(newer))  # its journal is about to be cut off
+                # Its part of the journal is cut off next.
+                shutil.rmtree(self.dir.checkpoint(newer))
             os.truncate(self.dir.journal, progress.journal_bytes)
             if _size(self.dir.samples) > progress.samples_bytes:
                 os.truncate(self.dir.samples, progress.samples_bytes)
@@ -146,33 +151,38 @@ class RunSession:
                 line["diverged"] for line in reversed(read_journal(self.dir.journal)) if "diverged" in line
             )
 
-    def take_up(self, progress: Progress) -> None:
-        """Count from where a checkpoint stands."""
+    def restore_counters(self, progress: Progress) -> None:
+        """Count on from a checkpoint."""
         self.step = self.saved_step = self.first_step = progress.step
-        self.tokens, self.seconds, self.gpu_seconds = progress.tokens, progress.seconds, progress.gpu_seconds
+        self.tokens = progress.tokens
+        self.seconds = progress.seconds
+        self.gpu_seconds = progress.gpu_seconds
         self.evaluated_step = progress.evaluated_step
-        self.best_eval_loss, self.best_eval_step = progress.best_eval_loss, progress.best_eval_step
+        self.best_eval_loss = progress.best_eval_loss
+        self.best_eval_step = progress.best_eval_step
         self.diverged = None if progress.alive else "before this attempt"
 
     @guard_storage
     def note(self, lines: Sequence[LineRecord]) -> None:
-        """Write step lines to the journal; a run that diverged has said its last."""
+        """Write step lines to the journal; a run that diverged writes no more."""
         if lines and self.diverged is None:
             append_journal(self.dir.journal, lines)
 
     def note_evaluation(self, evaluation: Evaluation, samples: list[SampleAnswer]) -> None:
         """Write an evaluation at the present step to the journal, and the answers given there, if any, to the samples."""
         self.evaluated_step = self.step
-        if self.diverged is not None or self.lost is not None:
+        if self.diverged is not None or self.storage_error is not None:
             return
         if not math.isfinite(evaluation.loss):
             self.note_divergence(self.step, f"the evaluation loss is {evaluation.loss}")
             return
-        if samples:  # first, so that whoever follows the journal finds them
+        # Samples first, so that whoever follows the journal finds them.
+        if samples:
             self.note_samples(SamplesLine(step=self.step, samples=samples))
         self.note([EvaluationLine(step=self.step, eval_loss=evaluation.loss, eval_exact_match=evaluation.exact_match)])
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
-            self.best_eval_loss, self.best_eval_step = evaluation.loss, self.step
+            self.best_eval_loss = evaluation.loss
+            self.best_eval_step = self.step
 
     @guard_storage
     def note_samples(self, line: SamplesLine) -> None:
@@ -183,7 +193,8 @@ class RunSession:
     def note_divergence(self, step: int, reason: str) -> None:
         """Write the last line of a run that diverged."""
         self.note([DivergenceLine(step=step, diverged=reason)])
-        self.diverged, self.diverged_step = reason, step
+        self.diverged = reason
+        self.diverged_step = step
 
     @guard_storage
     def note_pace(self, line: PaceLine) -> None:
@@ -193,10 +204,10 @@ class RunSession:
     def written_bytes(self) -> tuple[int, int]:
         """How long journal and samples are now; a lost run has none."""
         try:
-            if self.lost is None:
+            if self.storage_error is None:
                 return self.dir.journal.stat().st_size, _size(self.dir.samples)
         except OSError as exc:
-            self.lose(exc)
+            self.mark_lost(exc)
         return 0, 0
 
     def progress(self, optimizer_numbers: OptimizerNumbers) -> Progress:
@@ -222,19 +233,19 @@ class RunSession:
         self.saved_step = self.step
 
     @guard_storage
-    def complete(self, adapter: AdapterTensors, facts: Environment) -> None:
+    def complete(self, adapter: AdapterTensors, environment: Environment) -> None:
         """Write the adapter and, last, the result; then the run is done and its folder free."""
         with write_folder(self.dir.adapter) as folder, storage_errors(folder):
             write_adapter(folder, self.config.lora, self.config.model, adapter)
         self._note_attempt(Cause.DONE, None, self.step)
-        write_record(self.dir.result, self._result(facts))
+        write_record(self.dir.result, self._result(environment))
         release(self.dir, self.lease)
         with storage_errors(self.dir.checkpoints):
             shutil.rmtree(self.dir.checkpoints)
 
     @guard_storage
     def end_diverged(self) -> None:
-        """End a run that diverged; a `resume` shall begin before the divergence, so later checkpoints go."""
+        """End a run that diverged; `resume` has to start before the divergence, so later checkpoints are removed."""
         with storage_errors(self.dir.checkpoints):
             for step in [step for step in self.dir.checkpoint_steps() if step >= self.diverged_step]:
                 shutil.rmtree(self.dir.checkpoint(step))
@@ -243,25 +254,26 @@ class RunSession:
 
     @guard_storage
     def end(self, cause: Cause, detail: str | None) -> None:
-        """Write the attempt's line and give the run folder back, unless it is somebody else's by now."""
+        """Write the attempt's line and give the run folder back, unless another process owns it by now."""
         if owns(self.dir, self.lease):
             self._note_attempt(*stop_cause(self.dir, cause, detail), self.step)
             release(self.dir, self.lease)
 
-    def lose(self, error: Exception) -> None:
-        """Let go of a folder that cannot be written. The run keeps its seat: the others' numbers stay what they were, to the bit."""
-        self.lost = error
+    def mark_lost(self, error: Exception) -> None:
+        """Give up a folder that cannot be written. The run keeps its row in the pack, so that the others' numbers stay bit for bit."""
+        self.storage_error = error
         log.error(f"{self.dir.path.name} ends: storage: {error}")
-        with suppress(StorageError, OSError):  # what refused the last write may refuse this one
+        # What refused the last write may refuse this one.
+        with suppress(StorageError, OSError):
             self._note_attempt(Cause.STORAGE, str(error), self.step)
         with suppress(OSError):
             release(self.dir, self.lease)
 
     def _note_attempt(self, cause: Cause, detail: str | None, last_step: int) -> None:
-        line = attempt_line(self.dir, self.lease, cause, detail, self.first_step, last_step, device=device_in_use())
+        line = attempt_line(self.dir, self.lease, (cause, detail), self.first_step, last_step)
         append_records(self.dir.attempts, [line])
 
-    def _result(self, facts: Environment) -> ResultRecord:
+    def _result(self, environment: Environment) -> ResultRecord:
         lines = read_journal(self.dir.journal)
         losses = [line["loss"] for line in lines if "loss" in line]
         evaluations = [line for line in lines if "eval_loss" in line]
@@ -285,7 +297,7 @@ class RunSession:
             total_parameters=lines[0]["total_parameters"],
             adapter_mb=sum(file.stat().st_size for file in self.dir.adapter.iterdir()) / 1e6,
             attempts=len(read_records(self.dir.attempts, AttemptLine)),
-            **facts,
+            **environment,
         )
 
 
@@ -294,35 +306,35 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-class FollowerSession(RunSession):
-    """`RunSession` without its files. What it would read there comes from the leader (`train.trainer.process_group`)."""
+class WorkerSession(RunSession):
+    """`RunSession` of a process that does not write. What it would read comes from the main process (`train.trainer.process_group`)."""
 
     def begin(self, header: JournalHeader) -> None:
         """Nothing to count."""
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Count from where the leader's checkpoint stands."""
-        self.take_up(checkpoint.progress)
+        """Count from where the main process's checkpoint stands."""
+        self.restore_counters(checkpoint.progress)
 
     def note(self, lines: Sequence[LineRecord]) -> None:
-        """The leader writes the journal."""
+        """The main process writes the journal."""
 
     def note_pace(self, line: PaceLine) -> None:
-        """The leader writes the pace."""
+        """The main process writes the pace."""
 
     def written_bytes(self) -> tuple[int, int]:
         """Numbers for checkpoints that are never saved."""
         return 0, 0
 
     def save(self, state: Checkpoint) -> None:  # noqa: ARG002
-        """The leader saves."""
+        """The main process saves."""
         self.saved_step = self.step
 
-    def complete(self, adapter: AdapterTensors, facts: Environment) -> None:
-        """The leader writes adapter and result."""
+    def complete(self, adapter: AdapterTensors, environment: Environment) -> None:
+        """The main process writes adapter and result."""
 
     def end_diverged(self) -> None:
-        """The leader ends the run."""
+        """The main process ends the run."""
 
     def end(self, cause: Cause, detail: str | None) -> None:
-        """The leader ends the run."""
+        """The main process ends the run."""
