@@ -19,7 +19,7 @@ from launcher.track.tracker import track
 from real_cluster import Cluster
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import read_lease
-from train.store.storage import Record, last_line, read_json, read_lines
+from train.store.storage import Record, read_json, read_lines
 
 STEPS = 120
 EVAL_STEPS = 5
@@ -132,7 +132,7 @@ class Sweep:
 
     def step(self, run: RunDir | None = None) -> int:
         """The last step in the journal of a run, by default the first."""
-        line = last_line((run or self.first).journal)
+        line = next(reversed(read_lines((run or self.first).journal)), None)
         return int(line["step"]) if line else 0
 
     def wait(self, what: str, ready: Callable[[], object], seconds: float = STEP_DEADLINE_SECONDS) -> None:
@@ -222,7 +222,7 @@ def evaluating(sweep: Sweep) -> bool:
 
     For sweeps with `train.eval_steps=EVAL_STEPS` and no sample answers.
     """
-    line = last_line(sweep.first.journal)
+    line = next(reversed(read_lines(sweep.first.journal)), None)
     return line is not None and line["step"] % EVAL_STEPS == 0 < line["step"] and "eval_loss" not in line
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import BadInput, LorapackError
+from train.errors import BadInput, DamagedFile, LorapackError
 from train.mirror.reach import Reach, look_for_server
-from train.mirror.request import mirrored_runs
+from train.mirror.request import MirroredRun, mirrored_runs
 from train.mirror.rows import SAMPLES
 from train.store.layout import SweepDir
 from train.store.record_file import read_record, write_record
@@ -55,7 +55,7 @@ def make_dashboard(sweep: SweepDir, axes: list[SweptAxis]) -> str:
     packs = sorted(sweep.jobs.glob("*/pack.json"), key=lambda file: file.stat().st_mtime)
     if not packs:
         raise BadInput(f"{sweep.path.name} has trained nothing yet, so there is nothing to show; start it first.")
-    run = mirrored_runs(packs[-1])[0]
+    run = _newest_run(packs)
     reach = look_for_server(run.tracking.key_file)
     if reach.trouble is not None:
         raise BadInput(
@@ -65,6 +65,21 @@ def make_dashboard(sweep: SweepDir, axes: list[SweptAxis]) -> str:
     entity = run.entity or reach.entity
     assert entity is not None, "a key that a server knows belongs to somebody"
     return _save(build(sweep.path.name, axes, entity, run.project), sweep, reach.server)
+
+
+def _newest_run(packs: list[Path]) -> MirroredRun:
+    """A run of the newest pack whose file can be read.
+
+    Raises:
+        DamagedFile: none can.
+    """
+    *earlier, newest = packs
+    try:
+        return mirrored_runs(newest)[0]
+    except DamagedFile:
+        if not earlier:
+            raise
+        return _newest_run(earlier)
 
 
 def build(sweep: str, axes: list[SweptAxis], entity: str, project: str) -> ws.Workspace:

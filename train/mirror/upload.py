@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import BadInput, LeaseHeld, LorapackError
+from train.errors import BadInput, DamagedFile, LeaseHeld, LorapackError
 from train.mirror.reach import client_trouble, look_for_server
 from train.mirror.request import MirroredRun, mirrored_runs
 
@@ -33,8 +33,8 @@ def upload(request: dict[str, Any]) -> int:
     trouble = client_trouble()
     if trouble is not None:
         raise BadInput(f"W&B cannot be used from here: {trouble}; journals keep everything, so sync once it is there.")
-    runs = [_find(Path(item["pack"]), item["run"]) for item in request["runs"]]
-    reach = look_for_server(runs[0].tracking.key_file)
+    runs, lost = _find_all(request["runs"])
+    reach = look_for_server(runs[0].tracking.key_file if runs else None)
     if reach.trouble is not None:
         advice = "W&B cannot be used now: {}; journals keep everything, so try again later."
         raise (BadInput if reach.key is None else LorapackError)(advice.format(reach.trouble))
@@ -44,7 +44,9 @@ def upload(request: dict[str, Any]) -> int:
     from train.mirror.client import Client
 
     client = Client(reach, finish_seconds=FINISH_SECONDS)
-    failed = False
+    for answer in lost:
+        say(answer)
+    failed = bool(lost)
     with ThreadPoolExecutor(request["parallel"]) as pool:
         for done in as_completed([pool.submit(_send, run, client) for run in runs]):
             failed |= done.result()["outcome"] == "failed"
@@ -52,8 +54,16 @@ def upload(request: dict[str, Any]) -> int:
     return int(failed)
 
 
-def _find(pack_file: Path, name: str) -> MirroredRun:
-    return next(run for run in mirrored_runs(pack_file) if run.dir.path.name == name)
+def _find_all(wanted: list[dict[str, str]]) -> tuple[list[MirroredRun], list[dict[str, Any]]]:
+    """The runs that were asked for, and the answers for those whose pack's file is damaged."""
+    found: list[MirroredRun] = []
+    lost: list[dict[str, Any]] = []
+    for item in wanted:
+        try:
+            found += [run for run in mirrored_runs(Path(item["pack"])) if run.dir.path.name == item["run"]]
+        except DamagedFile as exc:
+            lost.append({"run": item["run"], "rows": 0, "url": None, "outcome": "failed", "detail": str(exc)})
+    return found, lost
 
 
 def _send(run: MirroredRun, client: Client) -> dict[str, Any]:

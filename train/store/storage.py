@@ -167,37 +167,6 @@ def parsed(content: bytes, path: Path) -> Any:
         ) from exc
 
 
-def read_first_line(path: Path) -> Record | None:
-    """The first whole line of a growing JSON-lines file; None where there is none."""
-    try:
-        with path.open("rb") as file:
-            line = file.readline()
-    except FileNotFoundError:
-        return None
-    record: Record | None = parsed(line, path) if line.endswith(b"\n") else None
-    return record
-
-
-def tail_lines(path: Path, tail_bytes: int = 4096) -> list[Record]:
-    """The whole lines in the last `tail_bytes` of a growing JSON-lines file, without reading the rest."""
-    try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - tail_bytes)
-            file.seek(start)
-            whole = file.read().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        return []
-    if start > 0:
-        whole = whole.partition(b"\n")[2] if b"\n" in whole else b""
-    return [parsed(line, path) for line in whole.splitlines()]
-
-
-def last_line(path: Path) -> Record | None:
-    """The last whole line of a growing JSON-lines file, without reading the rest; None where there is none."""
-    lines = tail_lines(path)
-    return lines[-1] if lines else None
-
-
 def make_folder(path: Path) -> Path:
     """Make `path` and what lacks above it, private to the user.
 
