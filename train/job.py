@@ -135,7 +135,9 @@ def _is_left_alone(run: RunDir) -> bool:
     """Whether this job has ended with the run, tried it often enough, or cannot read its files; the log says why."""
     try:
         attempts = read_records(run.attempts, AttemptLine)
-        read_run_config(run.config)
+        # A folder that is gone is for whoever takes its lease to name.
+        if run.path.exists():
+            read_run_config(run.config)
     except DamagedFile as exc:
         log.warning(f"{run.path.name} is left alone: {exc}")
         return True

@@ -283,3 +283,15 @@ def test_a_job_that_slurm_stops_while_it_waits_for_a_run_is_queued_again(
     job.send_signal(signal.SIGTERM)
     assert "put back into the queue" in job.communicate(timeout=60)[0]
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 13"
+
+
+@pytest.mark.parametrize("name", ["attempts.jsonl", "config.yaml"])
+def test_a_run_with_a_damaged_file_is_left_alone(make_pack: MakePack, name: str) -> None:
+    pack = make_pack()
+    first, second = runs_of(pack)
+    (first.path / name).write_text("[]\n")
+    out, _ = run_job(pack)
+    assert f"{first.path.name} is left alone: {first.path / name} is damaged" in out
+    assert second.result.exists()
+    assert not first.result.exists()
+    assert not first.lease.exists()
