@@ -176,10 +176,10 @@ def lose_a_weight(folder: Path) -> None:
     ("change", "said"),
     [
         (damage("model.safetensors", None), ["no weights", "model.safetensors"]),
-        (damage("model.safetensors", "version https://git-lfs"), ["no safetensors file", "Git LFS"]),
+        (damage("model.safetensors", "version https://git-lfs"), ["not a safetensors file", "Git LFS"]),
         (damage("config.json", None), ["no config.json"]),
         (damage("config.json", "{"), ["config.json is not valid JSON"]),
-        (damage("config.json", "[]"), ["has to hold a JSON object"]),
+        (damage("config.json", "[]"), ["must be a JSON object"]),
         (configure(hidden_size=None), ["no proper hidden_size"]),
         (damage("tokenizer.json", None), ["no tokenizer"]),
         (damage("tokenizer.json", "{"), ["the tokenizer in", "cannot be loaded"]),

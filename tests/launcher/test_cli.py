@@ -208,7 +208,7 @@ def test_a_second_launcher_is_told_and_a_dead_one_is_replaced(program: Program) 
     assert lease is not None
     assert lease.alive()  # the job outlives its launcher
     again = program("lora.r=4", *slow)
-    assert "in training" in again.stdout
+    assert "runs are training" in again.stdout
     os.kill(lease.pid, signal.SIGTERM)
     wait_for(lambda: read_lease(run) is None)
     assert program("lora.r=8", "model=tiny", "train.max_steps=5", "sweep.name=mine").returncode == 0
