@@ -32,11 +32,9 @@ class Inventory:
 
     def open_partitions(self) -> list[LivePartition]:
         """The partitions that take jobs of this user."""
-        groups, accounts = _groups(), self._accounts()
+        groups = _groups()
+        accounts = {association.account for association in self.associations} if self.associations else None
         return [partition for partition in self.partitions if partition.up and _may_use(partition, groups, accounts)]
-
-    def _accounts(self) -> set[str] | None:
-        return {association.account for association in self.associations} if self.associations else None
 
 
 def take_inventory() -> Inventory | None:

@@ -58,7 +58,7 @@ class LocalJob:
 
 
 class LocalQueue:
-    """Packs that train on this machine in order, `slots` at a time, each on GPUs of its own where there are any."""
+    """Packs that train on this machine in order, `slots` at a time. If there are GPUs, each job has its own."""
 
     def __init__(self, packs: list[PackDir], code: Path, slots: int, gpus: list[str], gpus_per_job: int = 1) -> None:
         self.waiting = deque(packs)

@@ -123,9 +123,16 @@ def parse_sinfo(text: str) -> list[LivePartition]:
             per_node[kind] = max(count, per_node.get(kind, 0))
         # The nodes of one partition may differ, so features of all rows are collected.
         named = frozenset() if features == "(null)" else frozenset(features.split(","))
-        up, default, minutes = available == "up", name.endswith("*"), parse_minutes(limit)
         both = named if known is None else known.features | named
-        partitions[plain] = LivePartition(plain, up, default, minutes, dict(gpus), both, per_node=per_node)
+        partitions[plain] = LivePartition(
+            name=plain,
+            up=available == "up",
+            default=name.endswith("*"),
+            max_minutes=parse_minutes(limit),
+            gpus=dict(gpus),
+            features=both,
+            per_node=per_node,
+        )
     return list(partitions.values())
 
 

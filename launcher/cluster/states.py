@@ -25,8 +25,11 @@ class SlurmState:
         return self.state not in {State.PENDING, State.RUNNING, State.UNKNOWN}
 
 
-PENDING, RUNNING, UNKNOWN = SlurmState(State.PENDING), SlurmState(State.RUNNING), SlurmState(State.UNKNOWN)
-FAILED, OUT_OF_MEMORY = SlurmState(State.FAILED, Cause.CRASH), SlurmState(State.FAILED, Cause.OUT_OF_MEMORY)
+PENDING = SlurmState(State.PENDING)
+RUNNING = SlurmState(State.RUNNING)
+UNKNOWN = SlurmState(State.UNKNOWN)
+FAILED = SlurmState(State.FAILED, Cause.CRASH)
+OUT_OF_MEMORY = SlurmState(State.FAILED, Cause.OUT_OF_MEMORY)
 
 SLURM_STATES = {
     "PENDING": PENDING,

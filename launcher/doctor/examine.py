@@ -36,7 +36,9 @@ class Examination:
 
 def examine(root: Path, cache: Path) -> Examination:
     """Look at everything; every question to the cluster has a time-out."""
-    inventory, machine, wandb = take_inventory(), look_at_machine(root, cache), look_for_server(None)
+    inventory = take_inventory()
+    machine = look_at_machine(root, cache)
+    wandb = look_for_server(None)
     about_cluster = _about_silence() if inventory is None else cluster_advice(inventory)
     about_machine = machine_advice(machine, slurm=inventory is not None)
     return Examination(inventory, machine, wandb, [*about_cluster, *about_machine, _about_wandb(wandb)])

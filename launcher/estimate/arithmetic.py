@@ -1,7 +1,7 @@
 """What a pack will take, by arithmetic alone: bytes from the model's shape, seconds from FLOPs over the device's rate.
 
 Right to about a factor of 1.5 before anything was measured; finished packs of the sweep folder correct it (`forecaster`). What the
-trainer will choose (residency, recomputation, micro-batch) is asked of `train.sizing`, as the trainer does.
+trainer will choose (residency, recomputation, micro-batch) comes from `train.sizing`, which the trainer uses too.
 
 A worked example: Llama-2-7B, 8 runs of LoRA rank 16 on q_proj and v_proj (8,388,608 parameters each), batches of 4 rows of 131.4 tokens
 on average and 512 at most, 100 steps, on an A100 with 40 GiB. `train.sizing` chooses a resident 16-bit base, recomputed
@@ -113,7 +113,8 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
     with recomputation, 4 without and 2 in an evaluation, instead of the usual 6 N of full training (arXiv 2001.08361, section 2.1).
     """
     fit, tokens = _micro_batch(config, work, shape, device)
-    train_tokens, eval_tokens = sum(w.train_tokens for w in work), sum(w.eval_tokens for w in work)
+    train_tokens = sum(w.train_tokens for w in work)
+    eval_tokens = sum(w.eval_tokens for w in work)
     flop = shape.flop_parameters * ((6 if fit.checkpoint_activations else 4) * train_tokens + 2 * eval_tokens)
     if device.kind == "cpu":
         return flop / device.flops

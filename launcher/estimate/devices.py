@@ -60,7 +60,7 @@ def gpu_device(name: str, memory_gib: float) -> DeviceSpec:
 
 
 def _first_gpu() -> DeviceSpec | None:
-    """The first visible GPU by nvidia-smi, None where there is none or the driver hangs."""
+    """The first visible GPU by nvidia-smi, None without a GPU or if the driver hangs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in {"", "-1"} or shutil.which("nvidia-smi") is None:
         return None

@@ -41,7 +41,7 @@ class ModelShape:
         return self.size.linear_parameters + self.vocabulary * self.hidden
 
 
-# billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json
+# Billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json.
 TYPICAL = {
     0.0001: (4, 64, 128, 32, 300, False),  # builtin:tiny
     0.135: (30, 576, 1536, 192, 49_152, True),  # SmolLM2-135M

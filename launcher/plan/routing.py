@@ -122,7 +122,9 @@ class Router:
             fits=lambda runs: forecaster.fits(runs, self._work_of(runs)),
             seconds=lambda runs: forecast(runs).seconds,
             # So many packs that each step still has the tokens that fill the device.
-            full_packs=lambda runs: max(1, int(self._step_tokens(runs) / partition.full_tokens)),
+            full_packs=lambda runs: max(
+                1, int(sum(work.step_tokens for work in self._work_of(runs)) / partition.full_tokens)
+            ),
             slots=slots,
         )
         largest = self._cluster.max_runs_per_pack or MOST_RUNS_PER_PACK
@@ -139,6 +141,3 @@ class Router:
 
     def _tokens(self, runs: list[Run]) -> float:
         return sum(work.train_tokens for work in self._work_of(runs))
-
-    def _step_tokens(self, runs: list[Run]) -> float:
-        return sum(work.step_tokens for work in self._work_of(runs))

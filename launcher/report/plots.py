@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from launcher.report.axes import SEED, AxisChart, axes_label, axis_charts
-from launcher.report.comparison import Axis, Curve, FinishedRun, Report
+from launcher.report.comparison import Curve, FinishedRun, Report
 
 PIXELS_PER_INCH = 160
 LEGEND_ROWS = 12
@@ -82,15 +82,14 @@ def _eval_loss(report: Report, chart: AxisChart) -> bytes:
 
 def _color(report: Report, axes: dict[str, Any], index: int) -> Any:
     """By the value of the first axis: a ramp for numbers, a palette for categories; by rank if nothing is swept."""
-    swept = [axis for axis in report.axes if axis.key != SEED]
-    if not swept or swept[0].scale == "category":
-        return PALETTE[(swept[0].index(axes[swept[0].key]) if swept else index) % len(PALETTE)]
+    first = next((axis for axis in report.axes if axis.key != SEED), None)
+    if first is None:
+        return PALETTE[index % len(PALETTE)]
+    place = first.index(axes[first.key])
+    if first.scale == "category":
+        return PALETTE[place % len(PALETTE)]
     # The last part of viridis is too bright on white.
-    return matplotlib.colormaps["viridis"](0.85 * _position(swept[0], axes))
-
-
-def _position(axis: Axis, axes: dict[str, Any]) -> float:
-    return axis.positions[axis.index(axes[axis.key])]
+    return matplotlib.colormaps["viridis"](0.85 * first.positions[place])
 
 
 def _training_title(curves: tuple[Curve, ...], drawn: int) -> str:

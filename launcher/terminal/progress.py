@@ -108,7 +108,8 @@ def progress_line(status: RunStatus) -> str:
 
 def _cells(status: RunStatus) -> list[RenderableType]:
     bar = ProgressBar(total=status.max_steps or 1, completed=status.step, width=None)
-    loss, speed = f"loss {number(status.loss, 4)}", f"{number(status.tokens_per_second, 0)} tok/s"
+    loss = f"loss {number(status.loss, 4)}"
+    speed = f"{number(status.tokens_per_second, 0)} tok/s"
     # A narrow window cuts off the last columns.
     state = Text(status.doing or str(status.state), style=STATE_STYLE[status.state])
     return [Text(status.name), bar, steps(status), loss, state, left(status), speed]

@@ -54,7 +54,8 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def at_once(slots: JobSlots, jobs: int) -> str:
     """How many of a plan's jobs run at once, and why."""
-    limit, taken = "cluster.max_parallel", sum(count for _, count in slots.taken)
+    limit = "cluster.max_parallel"
+    taken = sum(count for _, count in slots.taken)
     if slots.waits:
         earlier = f"job{'s' * (len(slots.after) > 1)} {', '.join(slots.after)} of this sweep"
         return f"{limit}={slots.count}, and {earlier} may use {taken} of these: the new jobs wait until the earlier ones have ended."
