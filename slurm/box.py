@@ -1,4 +1,4 @@
-"""The cluster's life: up, other settings, down."""
+"""Start the cluster, change its settings, end it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from slurm.daemons import DaemonFailed, alive, client, end, processes_of, start, wait_until
+from slurm.daemons import (
+    DaemonFailed,
+    alive,
+    client,
+    daemon_commands,
+    end,
+    processes_of,
+    program_path,
+    start,
+    wait_until,
+)
 from slurm.files import cgroup_conf, database_users, gres_conf, slurm_conf, slurmdbd_conf
 from slurm.nodes import GPUS_PER_NODE, NODES, PARTITIONS, URGENT
-from slurm.packages import SYSTEM_FOLDERS, install, make_user
+from slurm.packages import install, make_user
 from slurm.settings import Folder, Ports, Record, Settings, read_record
 
 LOCK = Path("/run/lorapack-slurm.lock")
 FREEZER = Path("/sys/fs/cgroup/freezer")
-PORT_BLOCKS = range(20_000, 32_000, 10)  # below the ports that the kernel lends to clients
+# Below the ports that the kernel gives to clients.
+PORT_BLOCKS = range(20_000, 32_000, 10)
 CANCEL_MARGIN_SECONDS = 5.0
-# What slurmctld takes up without a restart.
+# Settings that slurmctld takes up without a restart.
 LIVE = {"grace", "kill_wait", "requeue", "preempt_mode", "max_time", "default_time", "submit_limit", "epilog", "user"}
 
 
@@ -66,16 +77,16 @@ def restart(folder: Folder, name: str) -> Record:
     """End a daemon, if it still runs, and start it again; returns when it answers.
 
     Raises:
-        KeyError: there is no such daemon.
+        KeyError: the cluster has no such daemon.
         DaemonFailed: it did not come up.
     """
     record = read_record(folder)
     if record is None:
-        raise DaemonFailed(f"there is no cluster in {folder.path}")
+        raise DaemonFailed(f"{folder.path} holds no running cluster; start one with slurm/cluster up")
     pid, started = record.pids[name]
     if alive(pid, started):
         end([pid])
-    record = record.with_pids({name: start(name, _commands(folder, record)[name], folder)})
+    record = record.with_pids({name: start(name, daemon_commands(folder, record)[name], folder)})
     record.write(folder)
     _wait_for_nodes(folder)
     return record
@@ -103,7 +114,7 @@ def _make_munge_key(folder: Folder) -> None:
 
 
 def _start_accounting(folder: Folder, record: Record) -> Record:
-    """Database, slurmdbd, and the user's association, without which slurmctld takes no job of his."""
+    """Start database and slurmdbd, and add the user's association, without which slurmctld takes no jobs."""
     _install_database(folder)
     record = _started(folder, record, "mariadbd")
     wait_until("mariadbd", lambda: _listens(record.ports.mariadb), folder.log("mariadbd"))
@@ -121,7 +132,8 @@ def _make_accounts(folder: Folder, record: Record) -> None:
     client(folder, *manage, "add", "cluster", f"box{record.ports.first}", check=False)
     client(folder, *manage, "add", "account", "lab", check=False)
     client(folder, *manage, "add", "user", f"{record.settings.user},root", "account=lab", check=False)
-    limit = record.settings.submit_limit or -1  # -1 clears
+    # -1 removes the limit.
+    limit = record.settings.submit_limit or -1
     client(folder, *manage, "modify", "user", record.settings.user, "set", f"MaxSubmitJobs={limit}", check=False)
 
 
@@ -129,14 +141,14 @@ def _install_database(folder: Folder) -> None:
     options = ["--no-defaults", "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"]
     with folder.log("mariadbd").open("a") as log:
         subprocess.run(
-            [_program("mariadb-install-db"), *options, f"--datadir={folder.database}"],
+            [program_path("mariadb-install-db"), *options, f"--datadir={folder.database}"],
             stdout=log, stderr=log, check=True,
         )  # fmt: skip
     (folder.database / "users.sql").write_text(database_users())
 
 
 def _change(folder: Folder, running: Record, settings: Settings) -> Record:
-    """Bring a running cluster to `settings`: what can be changed live is, else slurmctld, or all, starts again."""
+    """Bring a running cluster to `settings`: live if possible, else by restarting slurmctld, or everything."""
     before = running.settings
     if before == settings:
         return running
@@ -179,40 +191,10 @@ def _make_folder(folder: Folder) -> None:
 
 
 def _started(folder: Folder, record: Record, *names: str) -> Record:
-    commands = _commands(folder, record)
+    commands = daemon_commands(folder, record)
     record = record.with_pids({name: start(name, commands[name], folder) for name in names})
     record.write(folder)
     return record
-
-
-def _commands(folder: Folder, record: Record) -> dict[str, list[str]]:
-    """How each daemon is started, to stay in the foreground."""
-    munge = folder.munge_key.parent
-    commands = {
-        "munged": [
-            _program("munged"), "--foreground", f"--socket={folder.munge_socket}", f"--key-file={folder.munge_key}",
-            f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={munge}/log",
-        ],
-        "mariadbd": [
-            _program("mariadbd"), "--no-defaults", "--user=root", f"--datadir={folder.database}",
-            f"--socket={folder.database}/socket", f"--pid-file={folder.database}/pid", "--bind-address=127.0.0.1",
-            f"--port={record.ports.mariadb}", f"--init-file={folder.database}/users.sql",
-            "--innodb-flush-log-at-trx-commit=0", "--skip-name-resolve",
-        ],
-        "slurmdbd": [_program("slurmdbd"), "-D"],
-        "slurmctld": [_program("slurmctld"), "-D"],
-    }  # fmt: skip
-    for node in NODES:
-        commands[f"slurmd-{node.name}"] = [*_own_hostname(node.name), _program("slurmd"), "-D", "-N", node.name]
-    return commands
-
-
-def _own_hostname(name: str) -> list[str]:
-    """What gives a node its own name, so that jobs see several hosts; nothing where namespaces are forbidden."""
-    unshare = [_program("unshare"), "--uts"]
-    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode != 0:
-        return []
-    return [*unshare, "sh", "-c", 'hostname "$0" && exec "$@"', name]
 
 
 def _wait_for_nodes(folder: Folder) -> None:
@@ -225,7 +207,7 @@ def _wait_for_nodes(folder: Folder) -> None:
 
 
 def _cancel_jobs(folder: Folder, kill_wait: int) -> None:
-    """Let Slurm end the jobs, which knows their processes best."""
+    """Let Slurm end the jobs, because it knows their processes best."""
 
     def empty() -> bool:
         return client(folder, "squeue", "--noheader", check=False).stdout.strip() == ""
@@ -235,12 +217,13 @@ def _cancel_jobs(folder: Folder, kill_wait: int) -> None:
     try:
         wait_until("the queue", empty, folder.log("slurmctld"), kill_wait + CANCEL_MARGIN_SECONDS)
     except DaemonFailed:
-        return  # their processes are ended one by one
+        # The caller ends their processes one by one.
+        return
 
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Two clusters that start at once would fight over packages and ports."""
+    """Hold a lock: two clusters that start at once would compete for packages and ports."""
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -251,7 +234,7 @@ def _is_up(record: Record, name: str) -> bool:
 
 
 def _free_ports() -> Ports:
-    """A block in which nobody listens."""
+    """The first block of ports on which nothing listens."""
     for first in PORT_BLOCKS:
         ports = Ports(first)
         if not any(map(_listens, ports.all)):
@@ -265,7 +248,7 @@ def _listens(port: int) -> bool:
 
 
 def _freezer_works() -> bool:
-    """Whether the host has the cgroup controller that Slurm 22 follows processes with, and lets us use it."""
+    """Whether the cgroup controller with which Slurm 22 tracks processes exists here and may be used."""
     probe = FREEZER / "lorapack-probe"
     try:
         probe.mkdir(exist_ok=True)
@@ -273,7 +256,3 @@ def _freezer_works() -> bool:
     except OSError:
         return False
     return True
-
-
-def _program(name: str) -> str:
-    return shutil.which(name, path=SYSTEM_FOLDERS) or name

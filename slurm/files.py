@@ -5,13 +5,16 @@ from __future__ import annotations
 from slurm.nodes import CPUS_PER_NODE, GPUS_PER_NODE, MEMORY_PER_NODE_MIB, NODES, PARTITIONS, URGENT, nodes_of
 from slurm.settings import Folder, Ports, Settings
 
-DATABASE_PASSWORD = "box"  # of a database that listens on 127.0.0.1 alone and holds nothing but test jobs
-CRED_EXPIRE_SECONDS = 5  # a requeued job waits for its old credential to expire, 120 s by default
+# The database listens only on 127.0.0.1 and holds only test jobs.
+DATABASE_PASSWORD = "box"
+# A requeued job waits for its old credential to expire, 120 s by default.
+CRED_EXPIRE_SECONDS = 5
 
 
 def slurm_conf(settings: Settings, folder: Folder, ports: Ports, host: str, *, freezer: bool) -> str:
     """slurm.conf; `freezer` says whether the host lets Slurm keep a job's processes in a cgroup."""
-    first_job = 100 * (ports.first - 20_000) + 1  # clusters on one host share the names of cgroups: no job id twice
+    # Clusters on one host share the names of cgroups, so no job id may occur twice.
+    first_job = 100 * (ports.first - 20_000) + 1
     lines = [
         f"ClusterName=box{ports.first}",
         f"SlurmctldHost={host}(127.0.0.1)",
@@ -29,8 +32,10 @@ def slurm_conf(settings: Settings, folder: Folder, ports: Ports, host: str, *, f
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_CPU_Memory",
         "PriorityType=priority/basic",
-        "SlurmdParameters=config_overrides",  # believe the invented CPUs and memory
-        f"DefMemPerCPU={MEMORY_PER_NODE_MIB // CPUS_PER_NODE}",  # else a job that names no memory takes a whole node's
+        # Believe the invented CPUs and memory.
+        "SlurmdParameters=config_overrides",
+        # Without a default, a job that asks for no memory gets that of a whole node.
+        f"DefMemPerCPU={MEMORY_PER_NODE_MIB // CPUS_PER_NODE}",
         f"FirstJobId={first_job}",
         *_behaviour(settings),
         *_quick(),
@@ -51,12 +56,12 @@ def gres_conf(folder: Folder) -> str:
 
 
 def cgroup_conf() -> str:
-    """cgroup.conf: the freezer follows the processes of a job, nothing is limited."""
+    """cgroup.conf: the freezer tracks the processes of a job; nothing is limited."""
     return "CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n"
 
 
 def slurmdbd_conf(folder: Folder, ports: Ports) -> str:
-    """slurmdbd.conf; the file has to be readable by SlurmUser alone."""
+    """slurmdbd.conf. Only SlurmUser may be able to read the file."""
     lines = [
         "AuthType=auth/munge",
         f"AuthInfo=socket={folder.munge_socket}",
@@ -84,7 +89,7 @@ def database_users() -> str:
 
 
 def _behaviour(settings: Settings) -> list[str]:
-    """What decides over a job's life."""
+    """What decides how long a job lives."""
     signal = ["SlurmctldParameters=preempt_send_user_signal"] if settings.send_user_signal else []
     epilog = [f"Epilog={settings.epilog}"] if settings.epilog else []
     return [
@@ -99,7 +104,7 @@ def _behaviour(settings: Settings) -> list[str]:
 
 
 def _quick() -> list[str]:
-    """What lets a test see within seconds what takes minutes elsewhere."""
+    """Short times, so that a test sees within seconds what takes minutes elsewhere."""
     return [
         "SlurmctldTimeout=10",
         "SlurmdTimeout=10",
@@ -137,7 +142,7 @@ def _nodes(ports: Ports) -> list[str]:
 
 
 def _partitions(settings: Settings) -> list[str]:
-    """A partition per type of GPU, and one over all nodes whose jobs push the others out."""
+    """A partition per type of GPU, and one over all nodes whose jobs preempt the others."""
     limits = f"MaxTime={settings.max_time} DefaultTime={settings.default_time}"
     ordinary = [
         f"PartitionName={name} Nodes={nodes_of(name)} Default={'YES' if place == 0 else 'NO'} PriorityTier=1 "

@@ -19,7 +19,8 @@ class Node:
 
 NODES = tuple(Node(f"{gpu}-{number}", gpu) for gpu in ("t4", "a100") for number in (1, 2))
 PARTITIONS = tuple(dict.fromkeys(node.gpu for node in NODES))
-URGENT = "urgent"  # a partition over all nodes, whose jobs push the others out
+# A partition over all nodes, whose jobs preempt the others.
+URGENT = "urgent"
 
 
 def nodes_of(partition: str) -> str:

@@ -1,4 +1,4 @@
-"""What the machine has to have: Debian's packages, names for the nodes, a user to submit as."""
+"""What the machine needs: Debian's packages, host names for the nodes, and a user to submit as."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from slurm.nodes import NODES
 
 PACKAGES = ("slurmctld", "slurmd", "slurmdbd", "slurm-client", "munge", "mariadb-server")
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db", "unshare")
-SYSTEM_FOLDERS = os.pathsep.join(["/usr/sbin", "/usr/bin", "/sbin", "/bin"])  # sbin is not on everybody's PATH
+# sbin is not on every user's PATH.
+SYSTEM_FOLDERS = os.pathsep.join(["/usr/sbin", "/usr/bin", "/sbin", "/bin"])
 POLICY = Path("/usr/sbin/policy-rc.d")
 HOSTS = Path("/etc/hosts")
 
 
 class CannotInstall(Exception):
-    """This machine cannot have the cluster; the text says why."""
+    """The cluster cannot be installed here; the text says why."""
 
 
 def install() -> None:
-    """Install what is missing, add the nodes to /etc/hosts.
+    """Install what is missing, and add the nodes to /etc/hosts.
 
     Raises:
-        CannotInstall: not root, no apt-get, or the packages are out of reach.
+        CannotInstall: not root, no apt-get, or the packages cannot be downloaded.
     """
     if os.geteuid() != 0:
         raise CannotInstall("slurm/cluster starts daemons and changes users, so it has to be run as root.")
@@ -41,7 +42,7 @@ def install() -> None:
 
 
 def make_user(name: str) -> None:
-    """The ordinary user that jobs are submitted as. He stays when the cluster goes: files may belong to him."""
+    """Add the ordinary user that submits jobs. The account stays after `down`, because files may belong to it."""
     try:
         pwd.getpwnam(name)
     except KeyError:
@@ -55,7 +56,7 @@ def missing_programs() -> list[str]:
 
 def _install_packages() -> None:
     if shutil.which("apt-get") is None:
-        raise CannotInstall(f"there is no apt-get here to install {' '.join(PACKAGES)} with.")
+        raise CannotInstall(f"apt-get is missing here, so these packages cannot be installed: {' '.join(PACKAGES)}.")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     options = ["--yes", "--quiet", "--no-install-recommends"]
     with _services_stay_down():
@@ -69,7 +70,7 @@ def _install_packages() -> None:
 
 @contextmanager
 def _services_stay_down() -> Iterator[None]:
-    """Debian starts the services of a package that it installs, unless this file says no; we want our own alone."""
+    """Keep Debian from starting the services of the packages that it installs; the cluster starts its own."""
     if POLICY.exists():
         yield
         return

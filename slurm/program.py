@@ -21,7 +21,8 @@ CANNOT_INSTALL = 3
 def main(words: list[str]) -> int:
     """Run one command; 0 if it worked, 3 if this machine cannot have a cluster, 1 if anything else failed."""
     options = vars(arguments_of(words))
-    verb, folder = options.pop("verb"), Folder(Path(options.pop("folder")).absolute())
+    verb = options.pop("verb")
+    folder = Folder(Path(options.pop("folder")).absolute())
     try:
         if verb == "up":
             _print_record(folder, up(folder, Settings(**options)))
@@ -47,7 +48,8 @@ def arguments_of(words: list[str]) -> argparse.Namespace:
     verbs.add_parser("status", help="say what runs; exit code 1 if something is missing")
     verbs.add_parser("restart", help="start one daemon again").add_argument("daemon")
     for verb in verbs.choices.values():
-        _add_folder(verb, argparse.SUPPRESS)  # where it is not given, what stands before the verb holds
+        # Without a default here, a --folder before the verb stays in effect.
+        _add_folder(verb, argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
@@ -56,23 +58,24 @@ def _add_folder(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_settings(up_parser: argparse.ArgumentParser) -> None:
-    usual, flag = Settings(), argparse.BooleanOptionalAction
-    seconds = {
+    usual = Settings()
+    flag = argparse.BooleanOptionalAction
+    numbers = {
         "grace": "seconds between a preemption's first SIGTERM and its end",
         "kill-wait": "seconds between SIGTERM and SIGKILL",
         "max-array-size": "an array's indices stay below it",
         "max-time": "the longest job of a partition, in minutes",
-        "default-time": "a job's limit where it names none, in minutes",
+        "default-time": "the limit of a job that asks for none, in minutes",
         "submit-limit": "jobs that the user may have in the queue, 0 for any number",
     }
-    for name, text in seconds.items():
+    for name, text in numbers.items():
         default = getattr(usual, name.replace("-", "_"))
         up_parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
     up_parser.add_argument(
         "--preempt-mode",
         choices=["REQUEUE", "CANCEL"],
         default=usual.preempt_mode,
-        help="what becomes of a preempted job",
+        help="what happens to a preempted job",
     )
     up_parser.add_argument("--requeue", action=flag, default=usual.requeue, help="JobRequeue")
     up_parser.add_argument("--accounting", action=flag, default=usual.accounting, help="slurmdbd and sacct")
@@ -80,11 +83,11 @@ def _add_settings(up_parser: argparse.ArgumentParser) -> None:
         "--send-user-signal", action=flag, default=usual.send_user_signal, help="a preemption sends the job's --signal"
     )
     up_parser.add_argument("--epilog", default=usual.epilog, metavar="PROGRAM", help="what nodes run after each job")
-    up_parser.add_argument("--user", default=usual.user, help=f"whom jobs are submitted as ({usual.user})")
+    up_parser.add_argument("--user", default=usual.user, help=f"the user that submits jobs ({usual.user})")
 
 
 def _print_record(folder: Folder, record: Record) -> None:
-    """A line for ``eval``; what it is about goes where eval does not read."""
+    """Print a line for ``eval``. The hint goes to stderr, which eval does not read."""
     print(f"export SLURM_CONF={shlex.quote(str(folder.conf))}")
     print(f"# submit as: runuser -u {record.settings.user} -- sbatch ...", file=sys.stderr)
 

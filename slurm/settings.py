@@ -1,4 +1,7 @@
-"""What a cluster is made with: its place, the settings that decide what happens to a job, and where its daemons listen."""
+"""What a cluster consists of: its folder, the settings that decide what happens to a job, and the ports of its daemons.
+
+A new option of ``slurm/cluster up`` is a field of `Settings`, an argument in `program`, and a line in `files`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class Settings:
 
     grace: between the first SIGTERM of a preemption and its end (GraceTime); kill_wait: between SIGTERM and SIGKILL.
     send_user_signal: a preemption sends the job's own ``--signal`` instead of SIGTERM.
-    preempt_mode: what becomes of a preempted job, REQUEUE or CANCEL.
+    preempt_mode: what happens to a preempted job, REQUEUE or CANCEL.
     submit_limit: jobs and array tasks that the ordinary user may have in the queue (MaxSubmitJobs), 0 for any number.
     epilog: a program that nodes run after each job, which is COMPLETING until it ends; empty for none.
     """
@@ -36,13 +39,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ports:
-    """A block of ten ports that one cluster has for itself; several clusters share a machine."""
+    """A block of ten ports for one cluster, so that several clusters can share a machine."""
 
     first: int
 
     @property
     def all(self) -> list[int]:
-        """Every port that some daemon listens on."""
+        """Every port that a daemon listens on."""
         return [self.slurmctld, self.slurmdbd, self.mariadb, *(self.slurmd(place) for place in range(len(NODES)))]
 
     @property
@@ -73,27 +76,27 @@ class Folder:
 
     @property
     def conf(self) -> Path:
-        """What SLURM_CONF names."""
+        """Slurm's configuration; SLURM_CONF is its path."""
         return self.path / "slurm.conf"
 
     @property
     def dbd_conf(self) -> Path:
-        """slurmdbd's configuration; slurmdbd looks for it beside slurm.conf."""
+        """slurmdbd's configuration; slurmdbd looks for it in the folder of slurm.conf."""
         return self.path / "slurmdbd.conf"
 
     @property
     def gres_conf(self) -> Path:
-        """Which files stand for GPUs."""
+        """Which files represent GPUs."""
         return self.path / "gres.conf"
 
     @property
     def cgroup_conf(self) -> Path:
-        """How processes of a job are kept together."""
+        """How the processes of a job are tracked."""
         return self.path / "cgroup.conf"
 
     @property
     def munge_key(self) -> Path:
-        """The secret with which the daemons know each other."""
+        """The secret with which the daemons authenticate each other."""
         return self.path / "munge" / "key"
 
     @property
@@ -108,12 +111,12 @@ class Folder:
 
     @property
     def state(self) -> Path:
-        """What slurmctld remembers of jobs."""
+        """What slurmctld remembers about jobs."""
         return self.path / "state"
 
     @property
     def gpus(self) -> Path:
-        """Character devices that stand for GPUs."""
+        """Character devices that represent GPUs."""
         return self.path / "gpus"
 
     @property
@@ -122,7 +125,7 @@ class Folder:
         return self.path / "log"
 
     def log(self, daemon: str) -> Path:
-        """What that daemon said."""
+        """The output of that daemon."""
         return self.logs / f"{daemon}.log"
 
     def spool(self, node: str) -> Path:
@@ -137,31 +140,31 @@ class Folder:
 
 @dataclass(frozen=True)
 class Record:
-    """What is written down of a running cluster. `pids` maps a daemon's name to its process id and start time."""
+    """A running cluster, as its folder records it. `pids` maps a daemon's name to its process id and start time."""
 
     settings: Settings
     ports: Ports
     pids: dict[str, tuple[int, int]]
 
     def write(self, folder: Folder) -> None:
-        """Write beside, then rename."""
-        facts = {"settings": asdict(self.settings), "first_port": self.ports.first, "pids": self.pids}
-        beside = folder.record.with_suffix(".new")
-        beside.write_text(json.dumps(facts, indent=1))
-        beside.rename(folder.record)
+        """Write a new file and rename it, so that a reader never sees half of one."""
+        values = {"settings": asdict(self.settings), "first_port": self.ports.first, "pids": self.pids}
+        new = folder.record.with_suffix(".new")
+        new.write_text(json.dumps(values, indent=1))
+        new.rename(folder.record)
 
     def with_pids(self, pids: dict[str, tuple[int, int]]) -> Record:
-        """The same cluster with more daemons, or with others."""
+        """The same cluster with these daemons added or replaced."""
         return replace(self, pids=self.pids | pids)
 
 
 def read_record(folder: Folder) -> Record | None:
     """The cluster that was started in `folder`, None if none was."""
     try:
-        facts = json.loads(folder.record.read_text())
+        values = json.loads(folder.record.read_text())
     except FileNotFoundError:
         return None
     known = {field.name for field in fields(Settings)}
-    settings = Settings(**{name: value for name, value in facts["settings"].items() if name in known})
-    pids = {name: (pid, started) for name, (pid, started) in facts["pids"].items()}
-    return Record(settings, Ports(facts["first_port"]), pids)
+    settings = Settings(**{name: value for name, value in values["settings"].items() if name in known})
+    pids = {name: (pid, started) for name, (pid, started) in values["pids"].items()}
+    return Record(settings, Ports(values["first_port"]), pids)
