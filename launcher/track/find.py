@@ -1,4 +1,4 @@
-"""From what the user types to a folder: a name, a unique part of one, or nothing for the newest."""
+"""Find the sweeps and runs below a root, by what the user types: a name, a unique part of one, or nothing for the newest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def submitted_at(sweep: SweepDir) -> float:
 
 
 def find_sweep(root: Path, part: str) -> SweepDir:
-    """The sweep that `part` means; the newest if it is empty.
+    """The sweep that `part` means, the newest if it is empty.
 
     Raises:
         BadInput: there is none, or more than one.
@@ -42,7 +42,9 @@ def find_sweep(root: Path, part: str) -> SweepDir:
 
 
 def find_run(root: Path, part: str, *, finished: bool = False) -> RunDir:
-    """The run that `part` (also ``sweep/run``, or a run id) means; the newest if it is empty. `finished` leaves out others.
+    """The run that `part` means, the newest if it is empty. `part` may be ``sweep/run`` or a run id.
+
+    finished: look only at finished runs.
 
     Raises:
         BadInput: there is none, or more than one.
@@ -52,7 +54,7 @@ def find_run(root: Path, part: str, *, finished: bool = False) -> RunDir:
 
 
 def find_runs(root: Path, part: str) -> list[RunDir]:
-    """The runs of the sweep, or the one run, that `part` means; those of the newest sweep if it is empty.
+    """The runs of the sweep that `part` means, or the one run; those of the newest sweep if it is empty.
 
     Raises:
         BadInput: there is none, or more than one.
@@ -62,17 +64,29 @@ def find_runs(root: Path, part: str) -> list[RunDir]:
     return folder.runs() if isinstance(folder, SweepDir) else [folder]
 
 
+def sweep_summary(sweep: SweepDir) -> dict[str, Any]:
+    """A sweep in one row: runs, finished runs, when it was last submitted (Unix time), and how much disk it takes."""
+    runs = sweep.runs()
+    return {
+        "name": sweep.path.name,
+        "runs": len(runs),
+        "done": sum(run.result.exists() for run in runs),
+        "submitted": submitted_at(sweep),
+        "bytes": sum(path.lstat().st_size for path in sweep.path.rglob("*") if path.is_file()),
+    }
+
+
 def _all_runs(root: Path) -> list[RunDir]:
     """Every run below `root`, those of the newest sweep first."""
-    return [run for sweep in sweeps(root) for run in sorted(sweep.runs(), key=_run_age, reverse=True)]
 
+    def submitted(run: RunDir) -> float:
+        return run.config.stat().st_mtime
 
-def _run_age(run: RunDir) -> float:
-    return run.config.stat().st_mtime
+    return [run for sweep in sweeps(root) for run in sorted(sweep.runs(), key=submitted, reverse=True)]
 
 
 def _pick(kind: str, root: Path, part: str, folders: Sequence[Folder]) -> Folder:
-    """The only folder with that name, or else the only one with that part in its name."""
+    """The only folder of that name, or else the only one whose name contains `part`."""
     if not folders:
         raise BadInput(
             f"There is no {kind} below {root}; start one with 'python -m launcher sweep=rank', or give root=."
@@ -89,7 +103,7 @@ def _pick(kind: str, root: Path, part: str, folders: Sequence[Folder]) -> Folder
 
 
 def _has_part(folder: SweepDir | RunDir, part: str) -> bool:
-    """A part with a slash is looked for in ``sweep/run``, others in the folder's own name."""
+    """Whether `part` is in ``sweep/run`` if it has a slash, else in the folder's own name."""
     return part in (_label(folder) if "/" in part else folder.path.name)
 
 
@@ -99,22 +113,10 @@ def _own_names(folder: SweepDir | RunDir) -> list[str]:
 
 
 def _label(folder: SweepDir | RunDir) -> str:
-    """A name that means this folder alone."""
+    """A name that is unique below a root."""
     return folder.path.name if isinstance(folder, SweepDir) else f"{folder.path.parent.name}/{folder.path.name}"
 
 
 def _listing(folders: Sequence[Folder]) -> str:
     more = len(folders) - MOST_LISTED
     return ", ".join(map(_label, folders[:MOST_LISTED])) + (f" and {more} more" if more > 0 else "")
-
-
-def sweep_summary(sweep: SweepDir) -> dict[str, Any]:
-    """Runs, finished runs, when it was last submitted (Unix time) and how much disk it takes."""
-    runs = sweep.runs()
-    return {
-        "name": sweep.path.name,
-        "runs": len(runs),
-        "done": sum(run.result.exists() for run in runs),
-        "submitted": submitted_at(sweep),
-        "bytes": sum(path.lstat().st_size for path in sweep.path.rglob("*") if path.is_file()),
-    }

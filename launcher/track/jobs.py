@@ -1,4 +1,4 @@
-"""What the sweep folder says of its jobs, and Slurm: which pack trains a run, under which id, and whether it can still start."""
+"""The jobs of a sweep, by its folder and by Slurm: which pack trains a run, under which id, and whether it can still start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.store.records import ArrayRecord, LocalJobRecord, read_pack
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """A pack's place on Slurm: task `task` of the array called `name`. `view` is what Slurm says of it, None if nothing."""
+    """A pack's place on Slurm: task `task` of the array called `name`. `view` is how Slurm sees it, None if it does not."""
 
     array: ArrayDir
     name: str
@@ -32,10 +32,11 @@ class SlurmTask:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """One pack as submitted. `id` and `host` are None while it waits for its turn; `submitted` is Unix time.
+    """One pack as submitted.
 
-    `alive` says whether the job trains or can still start; None where only Slurm can tell and was not asked, or did not answer.
-    `damage` says which of the job's files is damaged, so that nobody can tell what became of it.
+    id, host: None while it waits for its turn. submitted: Unix time.
+    alive: whether the job trains or can still start; None if only Slurm can tell and was not asked, or did not answer.
+    damage: which of the job's files is damaged, so that its fate is unknown.
     """
 
     pack: PackDir
@@ -71,7 +72,7 @@ def jobs_of(sweep: SweepDir) -> list[JobRecord]:
 
 
 def damaged_files(sweep: SweepDir) -> list[str]:
-    """What is wrong with plans, and with the files of jobs, also of those whose runs are done."""
+    """What is wrong with plans and with the files of jobs, including jobs whose runs are done."""
     damage = DamageLog()
     read_plans(sweep, damage)
     return list(dict.fromkeys([*damage.messages, *(job.damage for job in jobs_of(sweep) if job.damage is not None)]))
@@ -83,9 +84,9 @@ def newest_job_per_run(jobs: Iterable[JobRecord]) -> dict[str, JobRecord]:
 
 
 def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
-    """The same jobs with what Slurm says of them: one squeue for all, and one sacct if some are no longer in the queue, or failed.
+    """The same jobs as Slurm sees them: one squeue for all, and one sacct if some have left the queue, or failed.
 
-    What the queue calls failed, the books may know to have been killed for its memory.
+    squeue says FAILED also of a job that was killed for its memory; only accounting knows that from the job's steps.
     """
     tasks = [job.slurm for job in jobs if job.slurm is not None]
     if not tasks:
@@ -96,16 +97,17 @@ def look_up(jobs: Sequence[JobRecord]) -> list[JobRecord]:
         job.slurm.name: job.submitted for job in jobs if job.slurm is not None and _is_unclear(_view_of(job, views))
     }
     if queue.answered and unclear:
-        books = read_accounting(unclear, min(unclear.values()))
+        recorded = read_accounting(unclear, min(unclear.values()))
         killed = {
-            key: view for key, view in books.items() if view.state == OUT_OF_MEMORY and _is_unclear(views.get(key))
+            key: view for key, view in recorded.items() if view.state == OUT_OF_MEMORY and _is_unclear(views.get(key))
         }
-        views = books | views | killed
+        # The queue is more current than accounting, except about jobs that were killed for their memory.
+        views = recorded | views | killed
     return [_seen(job, views, queue.answered) for job in jobs]
 
 
 def array_records(sweep: SweepDir) -> list[ArrayRecord]:
-    """What was submitted to Slurm; a damaged record is left out, whose runs `jobs_of` keeps from being trained again."""
+    """What was submitted to Slurm, without damaged records. Their runs are not trained again, because `jobs_of` reports the damage."""
     damage = DamageLog()
     files = sweep.arrays.glob("*/array.json")
     records = [damage.read(partial(read_record, path, ArrayRecord), None) for path in files]
@@ -113,7 +115,9 @@ def array_records(sweep: SweepDir) -> list[ArrayRecord]:
 
 
 def arrays_in_queue(sweep: SweepDir) -> dict[str, int]:
-    """How many jobs of each array that the sweep has in Slurm's queue may run at once, by the array's number.
+    """The slots that the sweep's arrays in Slurm's queue hold, by the number of each array.
+
+    An array with ``%4`` of which 10 tasks are left holds 4 slots; with 2 tasks left, 2.
 
     Raises:
         NoAnswer: squeue does not answer.
@@ -121,7 +125,7 @@ def arrays_in_queue(sweep: SweepDir) -> dict[str, int]:
     parallel = {record.name: record.at_once for record in array_records(sweep)}
     queue = read_queue(parallel)
     if not queue.answered:
-        raise NoAnswer("squeue does not answer, so nobody can tell which jobs of this sweep are in the queue.")
+        raise NoAnswer("squeue does not answer, so it is unknown which jobs of this sweep are in the queue.")
     waiting = Counter((name, view.number) for (name, _), view in queue.views.items() if not view.state.over)
     return {str(number): min(jobs, parallel[name]) for (name, number), jobs in sorted(waiting.items())}
 
@@ -131,18 +135,18 @@ def _is_unclear(view: JobView | None) -> bool:
 
 
 def _view_of(job: JobRecord, views: dict[JobKey, JobView]) -> JobView | None:
-    """What Slurm says of a job: by its id, and while sbatch's answer is lost by its name, of which the oldest counts."""
+    """How Slurm sees a job: by its id, or by its name if sbatch's answer was lost. Of several with that name the oldest counts."""
     if job.slurm is None:
         return None
     if job.id is not None:
         return views.get((job.slurm.name, job.id))
-    name, place = job.slurm.name, job.slurm.task
-    named = (view for (other, _), view in views.items() if other == name and view.place == place)
+    task = job.slurm
+    named = (view for (name, _), view in views.items() if name == task.name and view.place == task.task)
     return min(named, key=lambda view: view.number, default=None)
 
 
 def _seen(job: JobRecord, views: dict[JobKey, JobView], answered: bool) -> JobRecord:
-    """A job with its view. What is neither in the queue nor in the books of a Slurm that answers is gone."""
+    """A job with its view. If Slurm answers and neither squeue nor sacct knows the job, it is gone."""
     if job.slurm is None:
         return job
     view = _view_of(job, views)
@@ -175,14 +179,15 @@ def _local(pack: PackDir, launcher_alive: bool) -> JobRecord:
         job = read_record(pack.job, LocalJobRecord)
     except DamagedFile as exc:
         return JobRecord(pack, (), None, None, submitted, None, damage=str(exc))
-    if job is None:  # in the queue of a launcher, and lost if that is gone
+    if job is None:
+        # It waits in a launcher's own queue, and is lost if that launcher is gone.
         return JobRecord(pack, (), None, None, submitted, launcher_alive)
     gone = job.host == socket.gethostname() and process_started(job.pid) != job.pid_started
     return JobRecord(pack, (), job.job, job.host, job.submitted, not gone)
 
 
 def _launcher_alive(sweep: SweepDir) -> bool:
-    """Whether a launcher works on the sweep, as far as anybody can tell."""
+    """Whether a launcher works on the sweep; False if its lease is damaged."""
     try:
         launcher = read_lease(sweep)
     except DamagedFile:
@@ -191,12 +196,12 @@ def _launcher_alive(sweep: SweepDir) -> bool:
 
 
 def _runs_of_packs(sweep: SweepDir, packs: list[PackDir]) -> dict[str, tuple[tuple[str, ...], str | None]]:
-    """The names of the run folders of each pack, by the pack's id; of a damaged one as the plans have it, and what is wrong."""
-    found: dict[str, tuple[tuple[str, ...], str | None]] = {}
+    """The names of the run folders of each pack, by the pack's id. For a damaged pack they come from the plans, with what is wrong."""
+    runs: dict[str, tuple[tuple[str, ...], str | None]] = {}
     for pack in packs:
         try:
-            found[pack.path.name] = tuple(read_pack(pack).runs), None
+            runs[pack.path.name] = tuple(read_pack(pack).runs), None
         except DamagedFile as exc:
             planned = (run for plan in read_plans(sweep, DamageLog()) for run in plan.runs)
-            found[pack.path.name] = tuple(run.folder for run in planned if run.pack == pack.path.name), str(exc)
-    return found
+            runs[pack.path.name] = tuple(run.folder for run in planned if run.pack == pack.path.name), str(exc)
+    return runs
