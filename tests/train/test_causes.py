@@ -6,7 +6,7 @@ import pytest
 
 import train
 from launcher.records import State
-from launcher.track.tracker import STATE_AFTER
+from launcher.track.run_state import STATE_AFTER
 from train.mirror.request import SHOWN_AFTER
 from train.store.causes import CONSEQUENCES, NON_RETRYABLE, TERMINAL, Cause, Consequence, Next
 
