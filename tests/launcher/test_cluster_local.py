@@ -22,6 +22,15 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("code"))
 
 
+CONFIG = {
+    "model": {"name": "tiny", "source": "builtin:tiny"},
+    "data": {"name": "tasks", "source": "builtin:tasks"},
+    "lora": {"r": 8, "lora_alpha": 16.0, "target_modules": "all-linear"},
+    "quant": {"load_in_4bit": False},
+}
+TRAIN = {"learning_rate": 1e-3, "batch_size": 4, "seed": 0, "max_steps": 5}
+
+
 @pytest.fixture
 def sweep(tmp_path: Path) -> SweepDir:
     return SweepDir(make_folder(tmp_path / "runs" / "sweep"))
@@ -30,7 +39,7 @@ def sweep(tmp_path: Path) -> SweepDir:
 def make_pack(sweep: SweepDir, name: str, seconds_per_step: float = 0.0) -> PackDir:
     """A pack of one run with five steps of the stand-in."""
     run = RunDir(make_folder(sweep.path / f"{name}-0123456789"))
-    write_text(run.config, yaml.safe_dump({"train": {"seed": 0, "max_steps": 5, "weight_decay": seconds_per_step}}))
+    write_text(run.config, yaml.safe_dump(CONFIG | {"train": TRAIN | {"weight_decay": seconds_per_step}}))
     pack = sweep.pack(name)
     make_folder(pack.path)
     write_json(pack.pack, {"id": name, "sweep_dir": str(sweep.path), "cache": "cache", "runs": [run.path.name]})
