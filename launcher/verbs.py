@@ -54,10 +54,10 @@ def stage(request: Request) -> int:
     from launcher.submit.prepare import prepare
 
     sweep = compose(request.words)
-    facts = prepare((run.config for run in sweep.runs), sweep.cache)
+    staged = prepare((run.config for run in sweep.runs), sweep.cache)
     if request.json:
-        return _print_json({"cache": str(sweep.cache), "staged": facts})
-    for item in facts:
+        return _print_json({"cache": str(sweep.cache), "staged": staged})
+    for item in staged:
         print(f"staged {item['model_dir']}: {item['train_rows']:,} rows to train on, {item['eval_rows']:,} held out")
     return 0
 

@@ -4,10 +4,10 @@ The launcher runs this as a process of its own, so that it never imports torch i
 and writes one to stdout. Everything else (progress, what libraries print) goes to stderr.
 
     stdin     {"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig, "loras": [LoraConfig, …]}, …]}
-    stdout    {"ok": true, "facts": [{…, "model_dir": …}, …]}
+    stdout    {"ok": true, "prepared": [{…, "model_dir": …}, …]}
               {"ok": false, "error": …, "exit_code": …, "message": …}
 
-A request's ``facts`` are the stats of its tokenized data and where its model is.
+What is ``prepared`` for a request: the stats of its tokenized data and its model's folder.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def answer_document(document: str) -> Json:
     try:
         request = json.loads(document)
         cache = CacheDir(Path(request["cache"]))
-        return {"ok": True, "facts": [prepare(item, cache) for item in request["requests"]]}
+        return {"ok": True, "prepared": [prepare(item, cache) for item in request["requests"]]}
     except LorapackError as exc:
         return _failure(exc, exc.exit_code)
     except Exception as exc:

@@ -61,10 +61,10 @@ def dataset_stats(config: RunConfig, cache: CacheDir) -> DatasetStats:
     Raises:
         BadInput: a local file has a malformed row, or fewer rows than asked for.
     """
-    facts = read_dataset_stats(config.data, config.model, cache)
-    if facts is not None:
-        mean = facts["train_tokens"] / facts["train_rows"]
-        return DatasetStats(facts["train_rows"], facts["eval_rows"], mean, facts["longest"])
+    stats = read_dataset_stats(config.data, config.model, cache)
+    if stats is not None:
+        mean = stats["train_tokens"] / stats["train_rows"]
+        return DatasetStats(stats["train_rows"], stats["eval_rows"], mean, stats["longest"])
     return _guessed_stats(config.data)
 
 
@@ -127,9 +127,9 @@ def _guessed_stats(data: DataConfig) -> DatasetStats:
     if any(data_path(source) is None for source in (data.source, data.eval_source or data.source)):
         rows = min(HUB_ROWS, data.train_rows or HUB_ROWS)
         return DatasetStats(rows, data.eval_rows, min(HUB_TOKENS_PER_ROW, data.max_length), data.max_length)
-    learnt, held_out, _ = read_split(data)
-    tokens = TEMPLATE_TOKENS + sum(map(_characters, learnt)) / CHARACTERS_PER_TOKEN / len(learnt)
-    return DatasetStats(len(learnt), len(held_out), min(tokens, data.max_length), data.max_length)
+    train_rows, held_out, _ = read_split(data)
+    tokens = TEMPLATE_TOKENS + sum(map(_characters, train_rows)) / CHARACTERS_PER_TOKEN / len(train_rows)
+    return DatasetStats(len(train_rows), len(held_out), min(tokens, data.max_length), data.max_length)
 
 
 def _characters(row: Row) -> int:

@@ -19,16 +19,14 @@ from train.store.layout import CacheDir
 # The keys of `LoraConfig` that decide which modules get an adapter.
 TARGETING = {"target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"}
 
-Facts = dict[str, Any]
 
-
-def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
+def prepare(configs: Iterable[RunConfig], cache: Path) -> list[dict[str, Any]]:
     """Fetch each distinct model, check that it has what adapters target, and tokenize each distinct data set.
 
     Progress goes to stderr.
 
     Returns:
-        The facts of each distinct pair of model and data, in the order of their first appearance.
+        For each distinct pair of model and data, in the order of their first appearance: the stats of the data, and ``model_dir``.
 
     Raises:
         BadInput: a model or a data set that cannot be trained on, or a target that the model does not have.
@@ -42,8 +40,8 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[Facts]:
         # Nothing has started yet, so a full disk is for the user to fix, like any other input.
         is_input = answer["exit_code"] == BadInput.exit_code or answer["error"] == StorageError.__name__
         raise (BadInput if is_input else LorapackError)(answer["message"])
-    facts: list[Facts] = answer["facts"]
-    return facts
+    prepared: list[dict[str, Any]] = answer["prepared"]
+    return prepared
 
 
 def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:

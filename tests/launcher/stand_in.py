@@ -87,8 +87,8 @@ print("preparing", len(requests), file=sys.stderr)
 if any(request["data"]["split"] == "bad" for request in requests):
     print(json.dumps({"ok": False, "error": "BadInput", "exit_code": 2, "message": "row 3 of the data is malformed"}))
     sys.exit(2)
-facts = [{"model_dir": "/model", "train_rows": 4000, "eval_rows": 100} for _ in requests]
-print(json.dumps({"ok": True, "facts": facts}))
+prepared = [{"model_dir": "/model", "train_rows": 4000, "eval_rows": 100} for _ in requests]
+print(json.dumps({"ok": True, "prepared": prepared}))
 '''
 
 EXPORT = '''

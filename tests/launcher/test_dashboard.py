@@ -13,7 +13,7 @@ import pytest
 
 from synthetic_sweeps import SyntheticSweep
 from train.errors import LorapackError
-from train.mirror.dashboard import SweptAxis, _answered, build
+from train.mirror.dashboard import SweptAxis, _deadline, build
 from train.store.storage import read_json
 from wandb_server import ENTITY, KEY, WandbServer
 
@@ -158,7 +158,7 @@ def test_a_server_that_refuses_it_is_quoted_in_one_paragraph(
 
 def test_silence_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.mirror.dashboard.SAVE_SECONDS", 1)
-    with pytest.raises(LorapackError, match="no answer within 1 s"), _answered("https://wandb.example"):
+    with pytest.raises(LorapackError, match="no answer within 1 s"), _deadline("https://wandb.example"):
         time.sleep(30)
 
 

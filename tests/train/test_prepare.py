@@ -52,11 +52,11 @@ def test_models_and_tokens_are_there_afterwards_and_the_stats_are_returned(tmp_p
     answer, process = ask(document(tmp_path / "cache", *several))
     assert answer["ok"], answer
     assert process.returncode == 0
-    assert [facts["train_rows"] for facts in answer["facts"]] == [20, 25]
-    for data, facts in zip(several, answer["facts"], strict=True):
-        model_dir = facts.pop("model_dir")
+    assert [stats["train_rows"] for stats in answer["prepared"]] == [20, 25]
+    for data, stats in zip(several, answer["prepared"], strict=True):
+        model_dir = stats.pop("model_dir")
         assert (Path(model_dir) / "config.json").is_file()
-        assert read_dataset_stats(data, MODEL, CacheDir(tmp_path / "cache")) == facts
+        assert read_dataset_stats(data, MODEL, CacheDir(tmp_path / "cache")) == stats
     assert "20 rows to train on, 10 held out; 0 truncated to 512 tokens, 0 dropped" in process.stderr
 
 

@@ -1,8 +1,8 @@
-"""A W&B workspace for one sweep: its runs alone, with the plots that comparing them asks for.
+"""A W&B workspace for one sweep: only its runs, with the plots for comparing them.
 
     python -m train.mirror.dashboard < REQUEST.json        what ``launcher dashboard`` runs
 
-A process of its own, since W&B's client is slow to import and reads its server from the environment; the key stays in it.
+A process of its own, since W&B's client is slow to import and takes server and key from the environment. So the key stays in here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ SEED = "train.seed"
 LOGARITHMIC = ("log2", "log10")
 MOST_CURVES = 100
 SAVE_SECONDS = 60
-NEEDED = "the dashboard needs one package more; run pip install 'lorapack[dashboard]' (that is wandb-workspaces), then again."
+NEEDED = (
+    "the dashboard needs the package wandb-workspaces; run pip install 'lorapack[dashboard]', then this command again."
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,13 @@ class SweptAxis:
 
 
 def make_dashboard(sweep: SweepDir, axes: list[SweptAxis]) -> str:
-    """Build the sweep's workspace in the project that its runs are mirrored to; its address. Again, it replaces the one before.
+    """Build the sweep's workspace in the project that its runs are mirrored to; the workspace's address.
+
+    A second call replaces the workspace.
 
     Raises:
-        BadInput: wandb-workspaces is missing, or W&B cannot be used from here.
+        BadInput: wandb-workspaces is missing, nothing was trained yet, or W&B cannot be used from here.
+        LorapackError: the server rejects the workspace, or does not answer.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise BadInput(NEEDED)
@@ -83,7 +88,7 @@ def _newest_run(packs: list[Path]) -> MirroredRun:
 
 
 def build(sweep: str, axes: list[SweptAxis], entity: str, project: str) -> ws.Workspace:
-    """The workspace of the runs of `sweep` in `entity`/`project`; nothing is sent."""
+    """The workspace of the runs of `sweep` in `entity`/`project`. Nothing is sent."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -108,7 +113,7 @@ def build(sweep: str, axes: list[SweptAxis], entity: str, project: str) -> ws.Wo
 
 
 def _curves(axes: list[SweptAxis]) -> list[Any]:
-    """The losses over the steps: of every run, and per axis the mean of the runs at each value with what they span."""
+    """The losses over the steps: one curve per run, and for each axis the mean and the range of the runs with the same value."""
     import wandb_workspaces.reports.v2 as wr
 
     losses = {"train/loss": "training loss", "eval/loss": "eval loss"}
@@ -130,7 +135,7 @@ def _curves(axes: list[SweptAxis]) -> list[Any]:
 
 
 def _results(axes: list[SweptAxis]) -> list[Any]:
-    """Where the runs ended: against each axis, and all axes at once."""
+    """The final losses: against each axis, and against all axes at once."""
     import wandb_workspaces.reports.v2 as wr
 
     loss = wr.SummaryMetric("eval_loss")
@@ -157,7 +162,7 @@ def _results(axes: list[SweptAxis]) -> list[Any]:
 
 
 def _costs() -> list[Any]:
-    """What the runs took."""
+    """What the runs cost: speed, memory, GPU-hours, dollars, adapter size."""
     import wandb_workspaces.reports.v2 as wr
 
     over_time = {"tokens per second": "perf/tokens_per_second", "peak memory (GiB)": "perf/peak_vram_gib"}
@@ -169,50 +174,54 @@ def _costs() -> list[Any]:
 
 
 def _hand_over(reach: Reach) -> None:
-    """Let W&B's client, which reads the environment, talk to the server that answered."""
-    os.environ.pop("WANDB_SERVICE", None)  # another program's client, of which we may be a child
+    """Make W&B's client, which reads the environment, use the server that answered."""
+    # The client of the program that started this process, if that uses W&B itself.
+    os.environ.pop("WANDB_SERVICE", None)
     os.environ |= {"WANDB_BASE_URL": reach.server, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
     if reach.key is not None:
         os.environ["WANDB_API_KEY"] = reach.key
 
 
 def _save(workspace: ws.Workspace, sweep: SweepDir, server: str) -> str:
-    """Send the workspace, in the place of the one that this sweep has there already."""
-    place = {"server": server, "entity": workspace.entity, "project": workspace.project}
-    before = read_record(sweep.dashboard, DashboardRecord)
-    if before is not None and (before.server, before.entity, before.project) == tuple(place.values()):
-        workspace._internal_name, workspace._internal_id = before.name, before.id
-    with _answered(server):
+    """Send the workspace. It replaces the one that this sweep already has in the same project."""
+    project = {"server": server, "entity": workspace.entity, "project": workspace.project}
+    saved = read_record(sweep.dashboard, DashboardRecord)
+    # A workspace with a known id is overwritten; without one W&B creates another of the same name.
+    if saved is not None and (saved.server, saved.entity, saved.project) == tuple(project.values()):
+        workspace._internal_name = saved.name
+        workspace._internal_id = saved.id
+    with _deadline(server):
         workspace.save()
     address: str = workspace.url
     names = {"name": workspace._internal_name, "id": workspace._internal_id, "address": address}
-    write_record(sweep.dashboard, DashboardRecord(**place, **names))
+    write_record(sweep.dashboard, DashboardRecord(**project, **names))
     return address
 
 
 @contextmanager
-def _answered(server: str) -> Iterator[None]:
-    """Give up after `SAVE_SECONDS`, which W&B's client by itself never does, and say what it says in one paragraph.
+def _deadline(server: str) -> Iterator[None]:
+    """Give up after `SAVE_SECONDS`, since W&B's client never does, and turn its errors into one of this project's.
 
     Raises:
-        LorapackError: the server refuses, or does not answer.
+        LorapackError: the server rejects the request, or does not answer.
     """
 
     def give_up(*_: object) -> None:
         raise TimeoutError(f"no answer within {SAVE_SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, give_up)
+    previous = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(SAVE_SECONDS)
     try:
         yield
-    except Exception as exc:  # the client raises of all kinds
+    except Exception as exc:
+        # The client raises all kinds of errors.
         why = " ".join(f"{type(exc).__name__}: {exc}".split())
         raise LorapackError(
             f"The dashboard could not be saved at {server} ({why}); try again, or look at report.html."
         ) from exc
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the mirror is asked to show: which runs, in which W&B project, with which facts beside their numbers."""
+"""What the mirror shows: which runs, in which W&B project, with which configuration, tags, state and summary."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ SHOWN_AFTER = {
     Next.HOLD: Shown.CANCELLED,
     Next.GIVE_UP: Shown.FAILED,
 }
+# Of the states in which a run has ended; W&B shows 255 as killed.
 EXIT_CODES = {
     Shown.DONE: 0,
     Shown.FAILED: 1,
     Shown.CANCELLED: 255,
-}  # W&B shows 255 as killed; the others have not ended
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class MirroredRun:
 
 
 def mirrored_runs(pack_file: Path) -> list[MirroredRun]:
-    """The runs of a pack. Packs that were written before there was tracking have none of its facts.
+    """The runs of a pack. A pack that was written before there was tracking has no axes, no forecast, and tracking off.
 
     Raises:
         DamagedFile: the pack's file is missing or damaged.
@@ -79,7 +80,7 @@ def mirrored_runs(pack_file: Path) -> list[MirroredRun]:
 
 
 def shown(run: RunDir) -> Shown:
-    """How the run stands. One that waits for its user to free a disk is shown as failed, since nothing continues by itself."""
+    """The run's state. A run that waits for its user to free a disk is shown as failed, since it does not continue by itself."""
     if run.result.exists():
         return Shown.DONE
     lease = read_lease(run)
@@ -107,10 +108,10 @@ def config(run: MirroredRun) -> dict[str, Any]:
 
 
 def summary(run: MirroredRun, header: JournalLine, diverged: str | None) -> dict[str, Any]:
-    """What is known of the whole run: the result's numbers where there is one."""
+    """What is known of the whole run, with the result's numbers if it has one."""
     result = read_record(run.dir.result, ResultRecord)
     measured = {} if result is None else result.model_dump(exclude={"format"}, exclude_unset=True)
-    facts = {
+    known = {
         "attempts": len(read_records(run.dir.attempts, AttemptLine)),
         "trainable_parameters": header.get("trainable_parameters"),
         "total_parameters": header.get("total_parameters"),
@@ -119,11 +120,11 @@ def summary(run: MirroredRun, header: JournalLine, diverged: str | None) -> dict
         "peak_vram_gib": measured.get("peak_memory_gib"),
         "cost_usd": None if result is None else cost_usd(run.forecast, result),
     }
-    return {key: value for key, value in facts.items() if value is not None}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def cost_usd(forecast: ForecastRecord, result: ResultRecord) -> float | None:
-    """GPU-hours at the price that the forecast was made with; None where the cluster names none."""
+    """The price of the run's GPU-hours, at the forecast's price per hour; None if the cluster has no price."""
     if forecast.usd is None or not forecast.gpu_hours or result.gpu_hours is None:
         return None
     return result.gpu_hours * forecast.usd / forecast.gpu_hours

@@ -1,7 +1,15 @@
-"""Journal and pace -> the rows of W&B: one per step, complete, each given once and in order.
+"""Turns a run's journal and pace into rows of W&B's history: one per step, complete, each given once and in order.
 
-A job that was preempted cuts its journal back to a checkpoint and says the same lines again, to the bit. So a row that was given
-stays right, and reading anew only skips it.
+A preempted job's next attempt truncates the journal to a checkpoint and writes the same lines again, bit for bit. So a row that was
+given stays right. When the file is read again from its start, steps up to `RunRows.given` are skipped.
+
+A step's row needs lines of up to three files, which are written one after the other:
+
+    journal   {"step": 20, "loss": …}, then {"step": 20, "eval_loss": …} if an evaluation is due
+    pace      {"step": 25, "tokens_per_second": …}: one line covers the steps since the one before, here 21 to 25
+    samples   {"step": 20, "samples": […]}, before the evaluation's line in the journal
+
+So step 20 is given once its evaluation is there, or a later step is, and once a pace line with step 20 or more is there.
 """
 
 from __future__ import annotations
@@ -30,12 +38,14 @@ JOURNAL_NAMES = {
     "eval_loss": "eval/loss",
     "eval_exact_match": "eval/exact_match",
 }
-SAMPLES = "eval/samples"  # the table of sample answers
+# The table of sample answers.
+SAMPLES = "eval/samples"
 PACE_NAMES = {
     "tokens_per_second": "perf/tokens_per_second",
     "pack_tokens_per_second": "perf/pack_tokens_per_second",
     "peak_memory_gib": "perf/peak_vram_gib",
-    "time": "_timestamp",  # W&B's name for when a row was measured; it would take the time of its arrival
+    # W&B's name for when a row was measured. Without it W&B takes the time at which the row arrives.
+    "time": "_timestamp",
 }
 
 
@@ -44,7 +54,7 @@ L = TypeVar("L")
 
 @dataclass(frozen=True)
 class Row:
-    """What W&B gets for one step. `samples` are the answers of its evaluation, with the base's answer as ``base``."""
+    """A row of W&B's history: one step. `samples` are the answers of its evaluation, with the base's answer as ``base``."""
 
     step: int
     values: dict[str, Any]
@@ -52,14 +62,17 @@ class Row:
 
 
 class GrowingFile(Generic[L]):
-    """The whole lines of a JSON-lines file that grows, and that its writer may cut back or begin again, each read by `parse`."""
+    """The complete lines of a growing JSON-lines file, each read by `parse`. Its writer may truncate or replace the file."""
 
     def __init__(self, path: Path, parse: Callable[[bytes, Path], L]) -> None:
-        self._path, self._parse = path, parse
-        self._inode = self._read_bytes = 0
+        self._path = path
+        self._parse = parse
+        # Which file was read last, and how many bytes of it; no file has inode 0.
+        self._inode = 0
+        self._read_bytes = 0
 
     def new_lines(self) -> tuple[bool, list[L]]:
-        """Whether the file is read from its start again, and the lines since the last call.
+        """Whether the file was read from its start again, and the lines since the last call (or since the start).
 
         Raises:
             DamagedFile: a line is damaged.
@@ -67,20 +80,24 @@ class GrowingFile(Generic[L]):
         try:
             with self._path.open("rb") as file:
                 known = os.fstat(file.fileno())
+                # Another file under this name, or one that is shorter than what was read of it.
                 again = known.st_ino != self._inode or known.st_size < self._read_bytes
                 file.seek(0 if again else self._read_bytes)
                 content = file.read()
         except FileNotFoundError:
             return False, []
+        # The last line may be written only in part; it is read next time.
         whole = content[: content.rfind(b"\n") + 1]
         try:
             lines = [self._parse(line, self._path) for line in whole.splitlines()]
         except DamagedFile:
             if again:
                 raise
-            self._inode = 0  # cut back and grown past our place between two looks, to other bytes
+            # Between two calls the file was truncated and grew past where it was read: reading began inside a line. So read it again.
+            self._inode = 0
             return self.new_lines()
-        self._inode, self._read_bytes = known.st_ino, (0 if again else self._read_bytes) + len(whole)
+        self._inode = known.st_ino
+        self._read_bytes = (0 if again else self._read_bytes) + len(whole)
         return again, lines
 
 
@@ -89,7 +106,8 @@ class RunRows:
 
     Attributes:
         given: the last step that was given.
-        diverged: the run's last word, if it diverged.
+        diverged: why the run diverged, None if it did not.
+        header: the journal's first line.
     """
 
     def __init__(self, run: RunDir, config: TrainConfig, given: int) -> None:
@@ -97,20 +115,23 @@ class RunRows:
         self.diverged: str | None = None
         self.header: JournalLine = {"step": 0}
         self._eval_steps = config.eval_steps
-        self._journal, self._pace = GrowingFile(run.journal, parse_line), GrowingFile(run.pace, _pace)
-        self._sample_lines, self._samples = GrowingFile(run.samples, _samples), dict[int, list[SampleAnswer]]()
+        self._journal = GrowingFile(run.journal, parse_line)
+        self._pace = GrowingFile(run.pace, _pace)
+        self._sample_lines = GrowingFile(run.samples, _samples)
+        self._samples = dict[int, list[SampleAnswer]]()
         self._pending: dict[int, dict[str, Any]] = {}
         self._paces: list[PaceLine] = []
 
     def take(self, *, ended: bool, final: bool) -> list[Row]:
-        """Every row that is complete now and was not given yet.
+        """Every row that is complete and was not given yet, in order.
 
         Args:
-            ended: nobody trains the run, so no pace will come for its last steps.
-            final: the journal is complete: nobody will evaluate its last step.
+            ended: nobody trains the run, so its last steps get no pace.
+            final: the journal is complete, so its last step gets no evaluation.
         """
+        # The journal first. What the trainer wrote to the other files before the journal's last line is there by then.
         self._read_journal()
-        self._read_pace()  # after the journal: what the trainer wrote before the journal's last line is there by now
+        self._read_pace()
         self._samples |= {line.step: line.samples for line in self._sample_lines.new_lines()[1]}
         rows = []
         for step in sorted(self._pending):
@@ -125,7 +146,8 @@ class RunRows:
     def _read_journal(self) -> None:
         again, lines = self._journal.new_lines()
         if again:
-            self._pending, self.diverged = {}, None
+            self._pending = {}
+            self.diverged = None
         for line in lines:
             self.diverged = line.get("diverged", self.diverged)
             if "max_steps" in line:
@@ -136,22 +158,24 @@ class RunRows:
     def _read_pace(self) -> None:
         _, lines = self._pace.new_lines()
         for line in lines:
-            while self._paces and self._paces[-1].step >= line.step:  # said by an attempt that was rolled back
+            # Those lines are from an attempt that was rolled back to a checkpoint before `line.step`.
+            while self._paces and self._paces[-1].step >= line.step:
                 self._paces.pop()
             self._paces.append(line)
 
     def _evaluated(self, step: int) -> bool:
-        """Whether nothing more will be said of `step`: evaluations follow their step's line."""
+        """Whether the journal has everything of `step`. An evaluation's line follows that of its step, before any later step's."""
         due = step in (0, self.header.get("max_steps")) or (self._eval_steps > 0 and step % self._eval_steps == 0)
         return not due or "eval_loss" in self._pending[step] or max(self._pending) > step
 
     def _pace_of(self, step: int) -> dict[str, Any] | None:
-        """The line that covers `step`; what comes before the first step waits for none."""
-        place = bisect_left(self._paces, step, key=lambda line: line.step)
+        """The pace line that covers `step`, None if it is not written yet. Step 0, before training, needs none."""
         if step == 0:
             first = self._paces[0] if self._paces else None
             return {} if first is None else {"time": first.time - (first.seconds or 0.0)}
-        return self._paces[place].model_dump() if place < len(self._paces) else None
+        # The first line at or after the step: with lines for 20, 25 and 30, step 21 is covered by 25, index 1.
+        index = bisect_left(self._paces, step, key=lambda line: line.step)
+        return self._paces[index].model_dump() if index < len(self._paces) else None
 
     def _values(self, step: int) -> dict[str, Any]:
         sources = ((self._pending[step], JOURNAL_NAMES), (self._pace_of(step) or {}, PACE_NAMES))
@@ -159,7 +183,7 @@ class RunRows:
         return {name: value for name, value in named.items() if value is not None}
 
     def _samples_of(self, step: int) -> tuple[dict[str, Any], ...]:
-        """The answers given at `step`, each beside the one that the base gave."""
+        """The answers given at `step`, each with the base's answer to the same prompt, which step 0 recorded."""
         base = {sample.row: sample.answer for sample in self._samples.get(0, [])}
         return tuple(sample.model_dump() | {"base": base.get(sample.row)} for sample in self._samples.get(step, []))
 
