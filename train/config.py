@@ -279,7 +279,8 @@ class TrainConfig(Section):
     @classmethod
     def _arguments_of_its_schedule(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("lr_scheduler_type")
-        if name is None:  # a wrong name is an error of its own
+        # A wrong name is an error of its own.
+        if name is None:
             return values
         try:
             return given_arguments(name, values)

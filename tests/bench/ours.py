@@ -112,20 +112,21 @@ class DeviceModel:
         if self.base is None or fit != self.fit:
             self.base = None
             forget_memory()
-            self.base, self.fit = open_base(config, self.folder, fit, LONGEST, BaseCache(self.cache, nothing)), fit
+            self.base = open_base(config, self.folder, fit, LONGEST, BaseCache(self.cache, nothing))
+            self.fit = fit
         return self.base, fit
 
     def measure(self, setting: Setting, clock: StepClock) -> Measured:
         """Build the pack, warm up, time."""
         base, fit = self.base_for(setting)
-        with tempfile.TemporaryDirectory() as folder, seated(self, setting, Path(folder)) as loop:
+        with tempfile.TemporaryDirectory() as folder, built_loop(self, setting, Path(folder)) as loop:
             tokens = time_steps(loop, clock, self.first_step)
         base.attach(None)
         return result(NAME, setting, clock, tokens, note=str(fit))
 
 
 @contextmanager
-def seated(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[PackLoop]:
+def built_loop(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[PackLoop]:
     """A pack of new runs over the bench's base, in run folders below `folder`."""
     base, fit = bench.base_for(setting)
     sessions = []

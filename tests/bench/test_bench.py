@@ -122,7 +122,8 @@ def test_who_trains_at_once_starts_together(tmp_path: Path) -> None:
 def test_forecasts_are_held_against_measurements(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "prepare_torch", lambda compiled: None)  # torch is imported already
+    # torch is already imported.
+    monkeypatch.setattr(forecast, "prepare_torch", lambda compiled: None)
     out = tmp_path / "forecast.json"
     forecast.main(["--quick", "--json", str(out), "--models", str(tmp_path)])
     cases = json.loads(out.read_text())["settings"]
@@ -145,7 +146,8 @@ def test_forecasts_are_tried_over_every_kind_of_pack() -> None:
 def test_lockstep_names_the_operation_where_a_pack_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, config, right, calls = packs.tiny_base(torch.float32), packs.run_config(), decoder.swiglu_autograd, count()
     assert lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "right") == [None]
-    wrong_in_the_pack = 5  # its second layer in the second step: pack and run alone take turns, two layers a step
+    # The pack's second layer in the second step: pack and run alone take turns, two layers a step.
+    wrong_in_the_pack = 5
     monkeypatch.setattr(
         decoder, "swiglu_autograd", lambda *given: right(*given) * (1 + (next(calls) == wrong_in_the_pack))
     )

@@ -69,8 +69,8 @@ def remember(run: RunDir, memory: Online | Offline) -> None:
 def went_online(run: MirroredRun, destination: str, confirmed: int) -> None:
     """Note that the server has the run up to `confirmed`, and keep plain ``wandb sync`` from sending its offline folders too."""
     old = recall_online(run.dir)
-    told = old.told if old is not None and old.destination == destination else None
-    remember(run.dir, Online(destination=destination, confirmed=confirmed, told=told))
+    reported = old.told if old is not None and old.destination == destination else None
+    remember(run.dir, Online(destination=destination, confirmed=confirmed, told=reported))
     for folder in offline_folders(run):
         mark_synced(run.dir, folder)
 

@@ -194,8 +194,8 @@ class OnlineMirror(RunMirror):
 
     def _lacks(self, end: Shown) -> bool:
         memory = recall_online(self.run.dir)
-        told = memory.told if memory is not None and memory.destination == self._destination else None
-        return end in EXIT_CODES and self._told(end) != told and self.run.dir.journal.exists()
+        reported = memory.told if memory is not None and memory.destination == self._destination else None
+        return end in EXIT_CODES and self._report_of(end) != reported and self.run.dir.journal.exists()
 
     def _close(self, end: Shown) -> None:
         """Finish, then open the run again until the server has everything; see the sessions in the module's docstring."""
@@ -208,14 +208,15 @@ class OnlineMirror(RunMirror):
             self._log(missing)
             self._finish(end)
             if not missing:
-                told = self._told(end) if end in EXIT_CODES else None
-                remember(self.run.dir, Online(destination=self._destination, confirmed=self._rows.given, told=told))
+                reported = self._report_of(end) if end in EXIT_CODES else None
+                remember(self.run.dir, Online(destination=self._destination, confirmed=self._rows.given, told=reported))
                 return
         raise TimeoutError(
             f"{self.run.dir.path.name}: W&B still lacks rows after {TRIES} tries; 'python -m launcher sync' can send them later"
         )
 
-    def _told(self, end: Shown) -> str:
+    def _report_of(self, end: Shown) -> str:
+        """What is noted once the server knows the end. A run that is resumed and ends the same way again has to be reported again."""
         return f"{end} after {len(read_records(self.run.dir.attempts, AttemptLine))} attempts"
 
 
