@@ -13,7 +13,7 @@ def plan_numbers(sweep: SweepDir) -> list[int]:
 
 
 def read_plans(sweep: SweepDir, damage: DamageLog) -> list[PlanRecord]:
-    """The accepted plans, oldest first, but for those that are damaged."""
+    """The accepted plans, oldest first, without damaged ones."""
     files = [sweep.plans / f"{number}.json" for number in plan_numbers(sweep)]
     plans = [damage.read(lambda file=file: read_existing(file, PlanRecord), None) for file in files]  # type: ignore[misc]
     return [plan for plan in plans if plan is not None]

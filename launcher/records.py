@@ -215,10 +215,10 @@ class Pack:
 
 @dataclass(frozen=True)
 class JobSlots:
-    """How many jobs of a plan may run side by side on Slurm (`launcher.cluster.arrays`).
+    """How many jobs of a plan may run at once on Slurm (`launcher.cluster.arrays.job_slots`).
 
-    taken: how many jobs of each array that the sweep has in the queue already may run at once, with the array's number.
-    waits: whether those have to end before the first of these jobs starts.
+    taken: the arrays of the sweep that are in the queue already: number, and how many of its jobs may run at once.
+    waits: whether these arrays have to end before the first job of the plan starts.
     """
 
     count: int

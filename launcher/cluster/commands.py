@@ -2,7 +2,7 @@
 
 ClusterError            launcher/errors.py
 ├── CommandRefused      the command failed; `said` is what it wrote
-└── NoAnswer            it is missing, hung, or did not reach the controller: nobody knows whether anything happened
+└── NoAnswer            it is missing, hung, or did not reach the controller: whether anything happened is unknown
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Inventory:
 
 
 def take_inventory() -> Inventory | None:
-    """Ask the cluster; None where no Slurm answers."""
+    """Ask the cluster; None if Slurm does not answer."""
     partitions = ask_partitions()
     if partitions is None:
         return None
@@ -62,7 +62,7 @@ def take_inventory() -> Inventory | None:
 
 
 def ask_partitions() -> list[LivePartition] | None:
-    """The partitions of the cluster, None where no Slurm answers."""
+    """The partitions of the cluster, None if Slurm does not answer."""
     rows = answer_of("sinfo", "--noheader", "--format=%P|%a|%l|%D|%T|%G|%f")
     if rows is None:
         return None

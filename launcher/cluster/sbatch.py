@@ -27,7 +27,7 @@ def sbatch(
 
     Raises:
         CommandRefused: sbatch refuses.
-        NoAnswer: nobody knows whether the jobs are in the queue.
+        NoAnswer: it is unknown whether the jobs are in the queue.
     """
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError

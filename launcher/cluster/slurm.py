@@ -66,11 +66,13 @@ class ArraySubmitter:
 
         Raises:
             CommandRefused: sbatch refuses for another reason. Earlier arrays are in the queue.
-            NoAnswer: nobody knows whether the last array is in the queue; the next command will find out.
+            NoAnswer: it is unknown whether the last array is in the queue; the next command will find out.
         """
         jobs: dict[str, str] = {}
         number_of: dict[str, str] = {}
-        waiting, left, why = list(requests), list[str](), None
+        waiting = list(requests)
+        left: list[str] = []
+        why: str | None = None
         while waiting:
             request, *rest = waiting
             before = (*request.after, *(number_of[token] for token in request.follows))
@@ -146,7 +148,9 @@ def submit_afterwards(job: Afterwards, sweep: SweepDir, code: Path, cluster: Clu
     Raises:
         CommandRefused, NoAnswer: see `launcher.cluster.commands`.
     """
-    name, folder, placement = job_names(sweep).report, make_folder(sweep.report_job), job.placement
+    name = job_names(sweep).report
+    folder = make_folder(sweep.report_job)
+    placement = job.placement
 
     def send(gres: str | None) -> str:
         asked = Placement(placement.partition, placement.minutes, gres)

@@ -35,7 +35,7 @@ SAVE_SECONDS = 60.0
 FIRST_PAUSE_SECONDS = 3.0
 LONGEST_PAUSE_SECONDS = 30.0
 
-# Why a run ended that could not say so itself.
+# Explanations for ends that the run itself could not record.
 SILENT_ENDS: dict[str | None, str] = {
     None: "its job ended before the run began",
     Cause.NODE_FAIL: "its process was killed (out of memory?); the same command continues from its checkpoint",
@@ -106,7 +106,7 @@ class Stopper:
     _sent: set[tuple[int, int]] = field(default_factory=set)
 
     def act(self) -> None:
-        """Send what is due after so many presses. A job that holds no run yet is asked as soon as it holds one."""
+        """Send the signal that the number of presses asks for. A job that holds no run yet is asked as soon as it holds one."""
         if self.interrupts.count == 0:
             return
         if self._asked_at is None:

@@ -63,11 +63,7 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
         with sole_launcher(sweep.dir), interrupts.counted():
             follow(submit(plan), sweep.dir, console, interrupts)
     if interrupts.count:
-        if slurm:
-            _say_command("The jobs continue, and cancel stops them. To watch", "status", sweep, console)
-        else:
-            _say_stopped(sweep, console)
-        return INTERRUPTED
+        return _interrupted(sweep, console, slurm=slurm)
     compare(sweep.dir, console)
     return _exit_code(sweep.dir, plan)
 
@@ -157,10 +153,15 @@ def _say_command(text: str, verb: str, sweep: Sweep, console: Console) -> None:
     console.print(f"{text}: {verb_command(verb, sweep.dir)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _say_stopped(sweep: Sweep, console: Console) -> None:
+def _interrupted(sweep: Sweep, console: Console, *, slurm: bool) -> int:
+    """Say what happens to the jobs after Ctrl-C; the exit code."""
+    if slurm:
+        _say_command("The jobs continue, and cancel stops them. To watch", "status", sweep, console)
+        return INTERRUPTED
     print_statuses(track(sweep.dir), sweep.name, console)
     console.print("Stopped. The same command continues from the last checkpoint:")
     console.print(f"  {sweep.command}", markup=False, highlight=False, soft_wrap=True)
+    return INTERRUPTED
 
 
 def _exit_code(sweep: SweepDir, plan: Plan) -> int:

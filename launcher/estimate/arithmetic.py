@@ -49,7 +49,7 @@ LAUNCH_SECONDS = 0.0047
 LAYER_SECONDS = 0.00025
 # How far the largest of some ten steps lies above the mean, for one row.
 LARGEST_STEP = 0.65
-# Unpacking an NF4 weight takes as long as so many FLOP, at each use.
+# Unpacking an NF4 weight takes as long as this many FLOP, at each use.
 NF4_FLOP = 750
 # Imports and loading.
 STARTUP_SECONDS = 15.0

@@ -56,7 +56,7 @@ class Workload:
 
 
 def dataset_stats(config: RunConfig, cache: CacheDir) -> DatasetStats:
-    """Counted where the data is tokenized already, else guessed from its rows.
+    """Counts if the data is tokenized already, otherwise estimates from its rows.
 
     Raises:
         BadInput: a local file has a malformed row, or fewer rows than asked for.

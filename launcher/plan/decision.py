@@ -17,7 +17,7 @@ from train.store.record_file import read_record, read_records
 from train.store.records import ResultRecord
 
 _CANNOT_TELL = (
-    "Slurm's squeue does not answer, so nobody can tell whether {name} is still in the queue; nothing was submitted. "
+    "Slurm's squeue does not answer, so it is unknown whether {name} is still in the queue; nothing was submitted. "
     "Run the command again when it does."
 )
 

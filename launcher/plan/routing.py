@@ -97,7 +97,7 @@ class Router:
     def _cheapest(self, group: list[Run], holding: list[Partition]) -> Partition:
         """The lowest price of the whole group if every partition has a price.
 
-        Otherwise the smallest GPU; of equal ones the lowest tier, whose jobs push out nobody; then the partition with most GPUs.
+        Otherwise the smallest GPU; of equal ones the lowest tier, whose jobs preempt no others; then the partition with most GPUs.
         """
 
         def price(partition: Partition) -> float:

@@ -58,7 +58,8 @@ def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
     """The same for jobs whose launcher was killed, or found the queue full, before it submitted this one."""
     if not _has_uncovered_arrays(sweep.dir):
         return
-    with suppress(ClusterError):  # the next command tries again
+    # If Slurm does not answer, the next command tries again.
+    with suppress(ClusterError):
         arrays = arrays_in_queue(sweep.dir)
         if arrays:
             newest = max(array_records(sweep.dir), key=lambda record: record.submitted)
@@ -92,7 +93,7 @@ def _note(sweep: SweepDir, listed: list[RunStatus]) -> str | None:
         return None
     queue = read_queue([job_names(sweep).report])
     jobs = [view for view in queue.views.values() if not view.state.over]
-    # Without an answer nobody knows. Without a reason, or with "Dependency", the job is about to run.
+    # Without an answer it is unknown whether a job waits. Without a reason, or with "Dependency", the job is about to run.
     if not queue.answered or any(view.reason in {None, "Dependency"} for view in jobs):
         return None
     if jobs:

@@ -1,4 +1,4 @@
-"""Run folders -> `Report`: which configuration won, by how much, at what cost; in the terminal, as JSON and as a page."""
+"""Run folders -> `Report`: which configuration won, by how much, and at what cost."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def build_report(sweep_dir: SweepDir) -> Report:
 
 
 def read_configs(runs: list[RunDir], damage: DamageLog) -> dict[str, Values]:
-    """The flat configuration of every run, by id, but for those that are damaged."""
+    """The flat configuration of every run, by id, without damaged ones."""
     configs = {run.id: damage.read(partial(read_values, run.config), None) for run in runs}
     return {run_id: flat(config) for run_id, config in configs.items() if config is not None}
 
 
 def _curve(run: RunDir, damage: DamageLog) -> Curve:
-    """The curve of a run; one whose journal is damaged has no points."""
+    """The curve of a run, without points if its journal is damaged."""
     return damage.read(partial(read_curve, run), Curve(run.id, (), (), (), (), 1))
 
 
@@ -75,7 +75,8 @@ def write_report(sweep_dir: SweepDir) -> Report:
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
-    from launcher.report.plots import draw_plots  # matplotlib takes half a second, and only this verb needs it
+    # Importing matplotlib takes half a second, and only this verb needs it.
+    from launcher.report.plots import draw_plots
 
     report = build_report(sweep_dir)
     write_text(sweep_dir.report, render_page(report))

@@ -51,7 +51,8 @@ def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
         BadInput: the disk refuses; no job was submitted.
         ClusterError: the same packs were submitted meanwhile, or Slurm refuses.
     """
-    sweep, code = plan.sweep, _write_all(plan)
+    sweep = plan.sweep
+    code = _write_all(plan)
     assert plan.slots is not None, "a plan for this machine"
     requests = array_requests(job_names(sweep.dir), plan.packs, plan.slots, max_array_size())
     return ArraySubmitter(sweep.dir, code, sweep.cluster, say).submit(requests)
@@ -61,8 +62,9 @@ def _write_all(plan: Plan) -> Path:
     """Write configurations, packs, the plan itself and the code that will run; the folder of the code."""
     try:
         code = freeze_code(plan.sweep.dir)
-        for run in _runs_to_train(plan):
-            _write_run(plan, run)
+        for planned in plan.runs:
+            if planned.pack is not None:
+                _write_run(plan, planned.run)
         _refuse_known_packs(plan)
         for pack in plan.packs:
             _write_pack(plan, pack)
@@ -84,10 +86,6 @@ def accepted_plan(plan: Plan) -> PlanRecord:
         "tracking": sweep.tracking.model_dump(),
     }
     return PlanRecord.model_validate(plan_json(plan) | facts)
-
-
-def _runs_to_train(plan: Plan) -> list[Run]:
-    return [planned.run for planned in plan.runs if planned.pack is not None]
 
 
 def _write_run(plan: Plan, run: Run) -> None:
