@@ -199,7 +199,7 @@ def test_more_tasks_than_an_array_may_have_and_a_full_queue(cluster: Cluster, la
         cluster.set(max_array_size=2)
         said = lab.run(*words, *SLURM, f"sweep.name={sweep.name}")
         assert "1 job in the queue" in said
-        assert "these wait until those have ended" in said
+        assert "the new jobs wait until the earlier ones have ended" in said
     submitted = trained_packs(sweep)
     assert len(submitted) == len(set(submitted)) == 4
     sweep.assert_as_if_undisturbed({run.id: seeds[run.id] for run in sweep.runs}, "done")
