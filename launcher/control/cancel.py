@@ -83,8 +83,7 @@ def _without_work(sweep: SweepDir, jobs: list[JobRecord]) -> list[JobRecord]:
 
 def _is_running(job: JobRecord) -> bool:
     """Whether its processes can still be asked to save. Those of a COMPLETING job are being ended already."""
-    view = job.slurm.view if job.slurm is not None else None
-    return view is not None and view.state.state is State.RUNNING and view.raw_state != "COMPLETING"
+    return job.view is not None and job.view.state.state is State.RUNNING and job.view.raw_state != "COMPLETING"
 
 
 def _is_wanted(run: RunDir) -> bool:

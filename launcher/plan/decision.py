@@ -56,7 +56,8 @@ def _decide(run: RunDir, *, retry_failed: bool, job: JobRecord | None) -> RunDec
     """`decide` for a run that has a folder.
 
     Raises:
-        DamagedFile: one of its files is.
+        DamagedFile: one of its files is damaged.
+        ClusterError: as `decide`.
     """
     result = read_record(run.result, ResultRecord)
     if result is not None:
@@ -65,23 +66,27 @@ def _decide(run: RunDir, *, retry_failed: bool, job: JobRecord | None) -> RunDec
     if lease is not None and lease.alive() and not _is_over(lease, job):
         return RunDecision(Verdict.RUNNING, f"process {lease.pid} on {lease.host} trains it (attempt {lease.attempt})")
     if job is not None and job.damage is not None:
+        # Which job has the run cannot be read, so it may still train.
         return RunDecision(Verdict.UNKNOWN, job.damage)
     attempts = read_records(run.attempts, AttemptLine)
-    if job is not None and job.slurm is not None and not _let_go(attempts, job):
+    # Without a lease, a job on Slurm may still start. `alive` is None if squeue does not answer.
+    if job is not None and job.slurm is not None and not _is_done_with(attempts, job):
         if job.alive is None:
             raise ClusterError(_CANNOT_TELL.format(name=run.path.name))
         if job.alive:
             return RunDecision(Verdict.RUNNING, _in_the_queue(job))
+    # Nothing trains the run, and nothing will: it continues, or has failed.
     killed = _killed_for_memory(lease, attempts, job) if lease is not None else None
     failure = killed or _failure(attempts)
     if failure is None:
         return _unfinished(run, attempts)
-    if retry_failed:
-        again = _unfinished(run, attempts)
-        out_of_memory = killed or (attempts and attempts[-1].cause == Cause.OUT_OF_MEMORY)
-        most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
-        return RunDecision(again.verdict, f"tried again: {failure}", again.step, most_runs)
-    return RunDecision(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
+    if not retry_failed:
+        return RunDecision(Verdict.FAILED, f"{failure}; 'python -m launcher resume' tries it again")
+    again = _unfinished(run, attempts)
+    # A pack of 8 runs that did not fit becomes packs of at most 4.
+    out_of_memory = killed or (attempts and attempts[-1].cause == Cause.OUT_OF_MEMORY)
+    most_runs = max(1, len(job.runs) // 2) if out_of_memory and job is not None else None
+    return RunDecision(again.verdict, f"tried again: {failure}", again.step, most_runs)
 
 
 def _is_over(lease: Lease, job: JobRecord | None) -> bool:
@@ -90,17 +95,17 @@ def _is_over(lease: Lease, job: JobRecord | None) -> bool:
     A killed process looks alive until its next heartbeat is overdue, so Slurm may know sooner. If the process lives on after all, on
     a node that Slurm has lost, the next job waits for the lease. If Slurm does not know the job, it may be another cluster's.
     """
-    view = job.slurm.view if job is not None and job.slurm is not None else None
+    view = job.view if job is not None else None
     return view is not None and view.state.over and lease.job == view.id
 
 
-def _let_go(attempts: list[AttemptLine], job: JobRecord) -> bool:
+def _is_done_with(attempts: list[AttemptLine], job: JobRecord) -> bool:
     """Whether the job is done with this run for good. It may still train others."""
     return bool(attempts) and attempts[-1].ended >= job.submitted and attempts[-1].cause in TERMINAL
 
 
 def _in_the_queue(job: JobRecord) -> str:
-    view = job.slurm.view if job.slurm is not None else None
+    view = job.view
     if view is None:
         return f"job {job.id} has it"
     return f"job {view.id} is {view.raw_state.lower()}" + (f" ({view.reason})" if view.reason else "")
@@ -124,7 +129,7 @@ def _failure(attempts: list[AttemptLine]) -> str | None:
 
 def _killed_for_memory(lease: Lease, attempts: list[AttemptLine], job: JobRecord | None) -> str | None:
     """The failure of a process that Slurm killed for its memory, so that it could not record its end itself."""
-    view = job.slurm.view if job is not None and job.slurm is not None else None
+    view = job.view if job is not None else None
     unwritten = all(line.attempt != lease.attempt for line in attempts)
     if view is None or not unwritten or view.state.cause is not Cause.OUT_OF_MEMORY:
         return None

@@ -76,6 +76,7 @@ def _decide_runs(sweep: Sweep, retry_failed: bool) -> Decided:
 def _jobs(folders: Iterable[RunDir], sweep: SweepDir) -> dict[str, JobRecord]:
     """The last job of every unfinished run, by its folder's name; Slurm is asked once."""
     unfinished = {folder.path.name for folder in folders if not folder.result.exists()}
+    # A pack of 8 runs is one job, and Slurm is asked about it once.
     newest = {run: job for run, job in newest_job_per_run(jobs_of(sweep)).items() if run in unfinished}
     seen = {job.pack.path: job for job in look_up(list({job.pack.path: job for job in newest.values()}.values()))}
     return {run: seen[job.pack.path] for run, job in newest.items()}
@@ -88,6 +89,7 @@ def _packs(sweep: Sweep, decided: Decided, inputs: SizingInputs) -> list[Pack]:
         return []
     work = {run.id: inputs.work(run.config, step) for run, step in todo}
     router = Router(sweep.dir, partitions_for(sweep.cluster), inputs, _with_smaller_packs(sweep.cluster, decided), work)
+    # Part of the packs' ids, so that packs of a later plan have other ids even with the same runs.
     prior_plans = len(list(sweep.dir.plans.glob("*.json")))
     return [_pack(routed, prior_plans) for routed in router.route([run for run, _ in todo])]
 
@@ -102,6 +104,7 @@ def _slots(sweep: Sweep, packs: list[Pack]) -> JobSlots | None:
 
 def _with_smaller_packs(cluster: ClusterConfig, decided: Decided) -> ClusterConfig:
     """The cluster's settings, with a lower limit of runs per pack if a run ran out of memory in a larger one."""
+    # None means no limit.
     limits = [decision.most_runs for _, decision in decided] + [cluster.max_runs_per_pack]
     return cluster.model_copy(update={"max_runs_per_pack": min((most for most in limits if most), default=None)})
 

@@ -48,6 +48,11 @@ class JobRecord:
     slurm: SlurmTask | None = None
     damage: str | None = None
 
+    @property
+    def view(self) -> JobView | None:
+        """How Slurm sees the job, None if Slurm does not know it or was not asked."""
+        return self.slurm.view if self.slurm is not None else None
+
 
 def jobs_of(sweep: SweepDir) -> list[JobRecord]:
     """Every job of the sweep, the oldest first, by its folder alone. A job with a damaged file says so."""

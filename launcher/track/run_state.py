@@ -58,7 +58,7 @@ def reason_of(
     run: RunDir, state: State, lease: Lease | None, attempts: list[AttemptLine], job: JobRecord | None
 ) -> str | None:
     """Why a run waits, is held, or is unknown."""
-    view = job.slurm.view if job is not None and job.slurm is not None else None
+    view = job.view if job is not None else None
     if state is State.PENDING and view is not None:
         return view.reason
     if state is State.STOPPED:
@@ -74,7 +74,7 @@ def _state_on_slurm(
     lease: Lease | None, cause: str | None, ended_in_job: bool, job: JobRecord
 ) -> tuple[State, str | None]:
     """The state of a run whose job is on Slurm. A heartbeat outweighs the queue, unless the job has left the queue."""
-    view = job.slurm.view if job.slurm is not None else None
+    view = job.view
     # The job has ended with this run for good, although it may train others.
     is_over = ended_in_job and cause in TERMINAL
     if job.alive is None and view is None:
