@@ -147,9 +147,9 @@ class RunSession:
             if _size(self.dir.samples) > progress.samples_bytes:
                 os.truncate(self.dir.samples, progress.samples_bytes)
         if self.diverged is not None:
-            self.diverged = next(
-                line["diverged"] for line in reversed(read_journal(self.dir.journal)) if "diverged" in line
-            )
+            last = next(line for line in reversed(read_journal(self.dir.journal)) if "diverged" in line)
+            self.diverged = last["diverged"]
+            self.diverged_step = last["step"]
 
     def restore_counters(self, progress: Progress) -> None:
         """Count on from a checkpoint."""
@@ -191,7 +191,9 @@ class RunSession:
 
     @guard_storage
     def note_divergence(self, step: int, reason: str) -> None:
-        """Write the last line of a run that diverged."""
+        """Write the last line of a run that diverged; it diverged once, however long its pack still trains the others."""
+        if self.diverged is not None:
+            return
         self.note([DivergenceLine(step=step, diverged=reason)])
         self.diverged = reason
         self.diverged_step = step
