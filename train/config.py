@@ -285,12 +285,15 @@ class TrainConfig(Section):
         try:
             return given_arguments(name, values)
         except ValidationError as exc:
-            reasons = sorted({_explain(SCHEDULES[name], error, "") for error in exc.errors()})
-            raise ValueError(f"{'; '.join(reasons)} (train.lr_scheduler_type={name})") from exc
+            raise ValueError(_explain_schedule(name, exc)) from exc
 
     @model_validator(mode="after")
     def _schedule_begins_from_the_learning_rate(self) -> TrainConfig:
-        arguments = SCHEDULES[self.lr_scheduler_type].model_validate(self.lr_scheduler_kwargs)
+        try:
+            # A default is not checked by the validator above, and some schedules need an argument.
+            arguments = SCHEDULES[self.lr_scheduler_type].model_validate(self.lr_scheduler_kwargs)
+        except ValidationError as exc:
+            raise ValueError(_explain_schedule(self.lr_scheduler_type, exc)) from exc
         arguments.refuse_learning_rate(self.learning_rate)
         return self
 
@@ -376,7 +379,7 @@ class TrackingConfig(Section):
     def _w_and_b_takes_the_project(cls, project: str | None) -> str | None:
         if project is not None and (len(project) > 128 or set(project) & set("/\\#?%:")):
             raise ValueError(
-                f"{project!r} cannot name a W&B project; a name has at most 128 characters and none of / \\ # ? % :"
+                "it cannot name a W&B project; a name has at most 128 characters, and none of them is / \\ # ? % or :"
             )
         return project
 
@@ -433,7 +436,8 @@ def parse_section(section: type[S], values: dict[str, Any], prefix: str = "") ->
     try:
         checked = section.model_validate(values)
     except ValidationError as exc:
-        raise BadInput("; ".join(sorted({_explain(section, error, prefix) for error in exc.errors()}))) from exc
+        reasons = sorted({_explain(section, error, prefix) for error in exc.errors()})
+        raise BadInput(f"{'; '.join(reasons).removesuffix('.')}.") from exc
     refuse_control_characters(checked.model_dump(), prefix)
     return checked
 
@@ -484,6 +488,18 @@ def _explain(section: type[BaseModel], error: Any, prefix: str) -> str:
         "train",
     }  # a check of several keys names them
     return message if speaks_for_itself else f"{key}={error['input']!r}: {message}"
+
+
+def _explain_schedule(name: ScheduleName, mistakes: ValidationError) -> str:
+    """What is wrong with ``train.lr_scheduler_kwargs``, and what to type where an argument is missing."""
+    reasons = set()
+    for error in mistakes.errors():
+        if error["type"] == "missing":
+            key = error["loc"][0]
+            reasons.add(f"{key} is missing; set it, as in 'train.lr_scheduler_kwargs={{{key}:10}}'")
+        else:
+            reasons.add(_explain(SCHEDULES[name], error, ""))
+    return f"{'; '.join(sorted(reasons))} (train.lr_scheduler_type={name})"
 
 
 def _is_union_member(part: str | int) -> bool:

@@ -94,7 +94,9 @@ class CosineWithMinLr(Cosine):
     @model_validator(mode="after")
     def _one_minimum(self) -> CosineWithMinLr:
         if (self.min_lr is None) == (self.min_lr_rate is None):
-            raise ValueError("give either min_lr or min_lr_rate, and not both")
+            raise ValueError(
+                "give either min_lr or min_lr_rate, not both, as in 'train.lr_scheduler_kwargs={min_lr_rate:0.1}'"
+            )
         return self
 
 

@@ -6,10 +6,11 @@ from itertools import product
 from typing import Any
 
 from launcher.compose.checks import check_option, one_of
-from launcher.compose.keys import CHANGES_NO_RESULT, COMPUTED
+from launcher.compose.keys import CHANGES_NO_RESULT, COMPUTED, section_classes
 from launcher.compose.overrides import run_keys
 from launcher.compose.suggestions import nearest_key
 from launcher.installation import Groups
+from launcher.records import FolderConfig
 from train.config import RunConfig
 from train.errors import BadInput
 
@@ -45,6 +46,8 @@ def span(grid: dict[str, list[Any]], paired: dict[str, list[Any]], groups: Group
 def _check_axis(where: str, key: str, values: list[Any], groups: Groups) -> None:
     """Refuse an axis that no result depends on, or that has no values."""
     valid = [*RUN_GROUPS, *(name for name in run_keys() if name not in CHANGES_NO_RESULT | COMPUTED)]
+    if key.split(".")[0] in {*section_classes(), *FolderConfig.model_fields}.difference(RUN_GROUPS):
+        raise BadInput(f"{key} takes one value; only what describes a run can be compared, as in lora.r=8,16.")
     if key not in valid:
         nearby = [name for name in valid if name.startswith(f"{key.split('.')[0]}.")] or valid
         why = "changes no result" if key in CHANGES_NO_RESULT | COMPUTED else "is not a key of a run"

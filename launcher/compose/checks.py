@@ -9,7 +9,16 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from launcher.compose.keys import field_of, is_key, key_fields, listed_name, members, section_classes, type_words
+from launcher.compose.keys import (
+    accepts,
+    field_of,
+    is_key,
+    key_fields,
+    listed_name,
+    members,
+    section_classes,
+    type_words,
+)
 from launcher.compose.suggestions import (
     assignment,
     axis_for_list,
@@ -157,12 +166,15 @@ def check_axis_values(key: str, values: list[Any]) -> None:
 
 
 def _refuse_spelling(key: str, value: Any) -> None:
-    """Refuse a value that the key takes in another spelling."""
+    """Refuse a value that the key does not take, with the spelling that it takes or with its type."""
     key_field = field_of(key)
     spelled = None if "${" in str(value) else respelled(key, value)
-    if key_field is not None and spelled is not None:
-        meaning = " ".join((key_field.description or "").split())
-        raise BadInput(f"{key}={value} is not valid; write {shlex.quote(f'{key}={spelled}')}. {meaning}")
+    if key_field is None or (spelled is None and (accepts(key, value) or "${" in str(value))):
+        return
+    meaning = " ".join((key_field.description or "").split())
+    kind = type_words(key_field.annotation, key_field.metadata)
+    instead = f"give it a value ({kind})" if spelled is None else f"write {shlex.quote(f'{key}={spelled}')}"
+    raise BadInput(f"{key}={value} is not valid; {instead}. {meaning}".rstrip())
 
 
 def one_of(valid: Iterable[str]) -> str:

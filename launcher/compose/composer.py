@@ -125,9 +125,11 @@ def _refuse_fixed_axes(request: Request, point: Point) -> None:
     """Refuse one value for a key that the sweep varies: one of the two would have no effect."""
     both = sorted(request.keys & point.keys())
     if both:
+        (value,) = (line.partition("=")[2] for line in request.lines if line.partition("=")[0].lstrip("+") == both[0])
+        axis = shlex.quote(f"sweep.grid={{{both[0]}:[{value}]}}")
         raise BadInput(
             f"{both[0]} is given one value, and it is an axis of the sweep; leave the value out, "
-            f"or change the axis: 'sweep.grid={{{both[0]}:[...]}}'."
+            f"or make it the only one of the axis: {axis}."
         )
 
 

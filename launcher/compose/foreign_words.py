@@ -35,12 +35,18 @@ FOREIGN_OPTIONS = {
     "--hydra-help": f"'{PROGRAM} -h' explains the program",
 }
 # First words of other tools, and what to type here.
+SETTINGS_FILE = "settings come from a file of a group, such as sweep=mine for conf/sweep/mine.yaml"
 FOREIGN_VERBS = {
     **dict.fromkeys(
         ("train", "run", "start", "launch", "fit", "finetune", "sft", "submit"),
         f"training needs no verb: '{PROGRAM} sweep=rank'",
     ),
     **dict.fromkeys(("stop", "kill", "scancel"), "write 'cancel'"),
+    **dict.fromkeys(("eval", "evaluate", "test", "compare"), "runs are evaluated while they train; write 'report'"),
+    **dict.fromkeys(("export", "merge_lora"), "write 'merge'"),
+    **dict.fromkeys(("generate", "infer", "inference", "predict", "ask"), "write 'chat'"),
+    **dict.fromkeys(("log", "tail"), "write 'logs'"),
+    **dict.fromkeys(("ls", "sweeps", "runs"), "write 'list'"),
     **dict.fromkeys(("download", "fetch", "prepare"), "write 'stage'"),
     **dict.fromkeys(("config", "params", "parameters"), "write 'keys'"),
     **dict.fromkeys(("squeue", "show", "watch"), "write 'status'"),
@@ -66,9 +72,9 @@ def refuse_foreign_options(arguments: list[str]) -> None:
 
 def _refuse_option_for_key(name: str, value: str) -> None:
     """Refuse ``--lr 1e-4`` where a key of the configuration is meant."""
-    from launcher.compose.suggestions import nearest_key, suggestion
+    from launcher.compose.suggestions import nearest_key, other_way, suggestion
 
-    if name.startswith("--") and nearest_key(name) is not None:
+    if name.startswith("--") and (nearest_key(name) is not None or other_way(name) is not None):
         raise BadInput(f"{name} is not an option; settings are key=value{suggestion(name, value)}")
 
 
@@ -82,6 +88,8 @@ def unknown_verb(name: str, arguments: list[str], verbs: list[str]) -> str:
     near = difflib.get_close_matches(name, verbs, n=1)
     if name in FOREIGN_VERBS:
         hint = f"; {FOREIGN_VERBS[name]}."
+    elif name.endswith((".yaml", ".yml")):
+        hint = f"; {SETTINGS_FILE}."
     elif near:
         hint = f"; did you mean {near[0]!r}?"
     elif joined is not None:

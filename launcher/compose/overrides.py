@@ -20,6 +20,7 @@ from launcher.compose.checks import (
     check_value,
     refuse_split_words,
 )
+from launcher.compose.foreign_words import SETTINGS_FILE
 from launcher.compose.suggestions import in_hydras_quotes, is_text
 from launcher.installation import Groups
 from train.config import CONTROL_CHARACTER, RunConfig
@@ -61,6 +62,7 @@ def read_overrides(overrides: list[str], groups: Groups) -> Request:
     refuse_split_words(overrides)
     request = Request()
     for text in overrides:
+        _refuse_bare_option(text, groups)
         override = _parse(text)
         check_key(override, groups)
         key = override.key_or_group
@@ -85,6 +87,15 @@ def own_options(given: Set[str], request: Request, groups: Groups) -> list[str]:
     ]
 
 
+def _refuse_bare_option(text: str, groups: Groups) -> None:
+    """Refuse ``rank`` where ``sweep=rank`` is meant."""
+    meant = [f"{group}={text}" for group, options in groups.items() if text in options]
+    if meant:
+        raise BadInput(f"{text!r} is not a key=value; did you mean {' or '.join(meant)}?")
+    if "=" not in text and text.endswith((".yaml", ".yml")):
+        raise BadInput(f"{text!r} is not a key=value; {SETTINGS_FILE}.")
+
+
 def _parse(text: str) -> Override:
     """One override by Hydra's grammar."""
     if CONTROL_CHARACTER.search(text):
@@ -96,6 +107,8 @@ def _parse(text: str) -> Override:
         if quoted is not None:
             return OverridesParser.create().parse_override(quoted)
         detail = str(exc).splitlines()[0][:LONGEST_QUOTE] if "=" in text else "there is no '='"
+        if any(text.count(opening) != text.count(closing) for opening, closing in ("[]", "{}", "()")):
+            detail = "its brackets do not match"
         raise BadInput(
             f"{text[:LONGEST_QUOTE]!r} is not a key=value: {detail}. Write lora.r=8, lora.r=8,16 or "
             "'lora.target_modules=[q_proj,v_proj]'; put quotes around brackets, braces and spaces."

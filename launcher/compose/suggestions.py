@@ -83,9 +83,28 @@ REMARKS = {
     "train.num_train_epochs": "Add train.max_steps=null, or the number of steps decides.",
 }
 
+# Words of other tools that have no key here, and what holds instead.
+ABSENT = {
+    "The optimizer is AdamW; its keys are train.weight_decay and train.adam_beta1, adam_beta2 and adam_epsilon.": "optim optimizer",
+    "Every step is logged, so no key is needed.": "logging_steps log_interval log_steps log_every_n_steps logging_strategy",
+    "The time limit of a job follows from the forecast; 'python -m launcher plan ...' shows it.": "time timeout timeout_min "
+    "time_limit time_min walltime minutes hours",
+    "The base is held in 4 bit (quant=nf4) or in train.dtype (quant=none).": "load_in_8bit use_8bit 8bit int8",
+    "LoRA, rsLoRA (lora.use_rslora) and LoRA+ (lora.loraplus_lr_ratio) can be trained; other variants cannot.": "use_dora dora "
+    "init_lora_weights peft_type pissa modules_to_save",
+    "Every combination is trained (sweep.grid), or paired values (sweep.zip); there is no search.": "method search sampler "
+    "n_trials early_stopping early_terminate metric",
+    "Sequences are never padded, so no key is needed.": "packing padding padding_side pad_token pad_to_max_length "
+    "group_by_length sample_packing",
+    "A job has one node; cluster.gpus_per_job says how many of its GPUs share a step.": "nodes num_nodes n_nodes nnodes "
+    "deepspeed fsdp strategy",
+}
+ANSWERS = {word: answer for answer, words in ABSENT.items() for word in words.split()}
+
 # Spellings of a value; of several, the first that the key takes is proposed.
 VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("none", "nil", "undefined"), (None, "none", "off")),
+    "-1": (None,),
     **dict.fromkeys(("yes", "on", "y", "1", "true"), (True, "online")),
     **dict.fromkeys(("no", "off", "n", "0", "false", "disabled"), (False, "off")),
     **dict.fromkeys(("bf16", "torch.bfloat16"), ("bfloat16",)),
@@ -111,17 +130,24 @@ def nearest_key(name: str) -> str | None:
         return f"{section}.{near}" if near else None
     names, words = _known_names(), _known_words()
     exact = names.get(wanted) or words.get(wanted) or words.get(last)
-    if exact is not None:
+    if exact is not None or other_way(name) is not None:
         return exact
     if not section and _near(wanted, section_classes(), CLOSE_WORD):
         return _near(wanted, section_classes(), CLOSE_WORD)
     return names.get(_near(wanted, names, CLOSE_NAME)) or words.get(_near(last, words, CLOSE_WORD))
 
 
+def other_way(name: str) -> str | None:
+    """What holds here instead of a setting that only other tools have; None where `name` is no such word."""
+    return ANSWERS.get(name.rpartition(".")[2].lower().replace("-", "_").lstrip("+~_"))
+
+
 def suggestion(name: str, value: str | None) -> str:
     """The end of a clause about an unknown key: ``; did you mean lora.r=8?`` with the user's value, else a full stop."""
     target = nearest_key(name)
     last = name.rpartition(".")[2]
+    if target is None and other_way(name) is not None:
+        return f". {other_way(name)}"
     several = [key for key in key_fields() if key.rpartition(".")[2] == last and ANY_NAME not in key]
     meant = [target] if target is not None else several
     if not meant:
@@ -141,6 +167,8 @@ def option_instead(group: str, option: Any, options: Iterable[str]) -> str:
     spelled = OPTIONS.get(group, {}).get(text.lower(), re.sub(r"\.ya?ml$", "", text))
     folded = {name.lower().replace("-", "_"): name for name in options}
     near = _near(spelled.lower().replace("-", "_"), folded, 0.6)
+    if not near and group in {"model", "data"}:
+        return f"; for one of your own write {group}.source= and a hub id or a path."
     return f"; did you mean {shlex.quote(f'{group}={folded[near]}')}?" if near else "."
 
 
@@ -245,6 +273,8 @@ def _spellings(key: str, value: Any) -> Iterator[Any]:
             yield choices[near]
     if not isinstance(value, list | dict):
         yield [value]
+    if key == "cluster.partitions" and isinstance(value, str):
+        yield {value: {}}
 
 
 def _choices(key: str) -> list[Any]:

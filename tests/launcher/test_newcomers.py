@@ -79,6 +79,16 @@ OPTIONS = {
     "cluster=submitit_slurm": "cluster=slurm",
     "lora={r:8,lora_alpha:16}": "lora.r=8 lora.lora_alpha=16",
 }
+ABSENT = {
+    "train.optim=adamw_8bit": "The optimizer is AdamW",
+    "train.logging_steps=10": "Every step is logged",
+    "cluster.time=2:00:00": "The time limit of a job follows from the forecast",
+    "quant.load_in_8bit=true": "The base is held in 4 bit (quant=nf4)",
+    "lora.use_dora=true": "LoRA, rsLoRA (lora.use_rslora) and LoRA+",
+    "sweep.method=bayes": "Every combination is trained (sweep.grid)",
+    "data.packing=true": "Sequences are never padded",
+    "cluster.num_nodes=2": "A job has one node",
+}
 HYDRAS_OWN = {
     "hydra.run.dir=out": "root=out",
     "hydra.sweep.dir=out": "root=out",
@@ -97,6 +107,14 @@ def test_the_right_form_is_named(typed: str, meant: str) -> None:
     assert f"; did you mean {meant}?" in str(caught.value)
 
 
+@pytest.mark.parametrize("typed", ABSENT)
+def test_what_has_no_key_here_is_answered_with_what_holds_instead(typed: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        compose([typed])
+    assert f". {ABSENT[typed]}" in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
 VALUES = {
     "lora.target_modules=q_proj,v_proj": [
         "write 'lora.target_modules=[q_proj,v_proj]' for one run with all of them",
@@ -113,6 +131,16 @@ VALUES = {
     "model.source=": ["model.source= is empty; give it a value (string)"],
     "lora.r=": ["lora.r= is empty; give it a value (integer from 1 to 4096)"],
     "train.max_steps=": ["train.max_steps=null for none"],
+    "train.max_steps=-1": ["write train.max_steps=null."],
+    "lora.r=0": ["lora.r=0 is not valid; give it a value (integer from 1 to 4096). Rank of the adapter"],
+    "lora.r=8,eight": ["lora.r=eight is not valid; give it a value (integer from 1 to 4096)."],
+    "cluster.partitions=a100": ["write 'cluster.partitions={a100:{}}'."],
+    "sweep=rank,alpha": ["sweep takes one value; only what describes a run can be compared"],
+    "tracking.mode=off,offline": ["tracking.mode takes one value"],
+    "lora.target_modules=[q_proj,k_proj": ["its brackets do not match"],
+    "model=gpt2": ["for one of your own write model.source= and a hub id or a path."],
+    "train.lr_scheduler_type=warmup_stable_decay": ["as in 'train.lr_scheduler_kwargs={num_decay_steps:10}'"],
+    "train.lr_scheduler_type=cosine_with_min_lr": ["as in 'train.lr_scheduler_kwargs={min_lr_rate:0.1}'"],
     "train.max_steps=None": ["write train.max_steps=null."],
     "train.max_steps=none": ["write train.max_steps=null."],
     "train.max_steps=20,None": ["write train.max_steps=null."],
@@ -163,6 +191,13 @@ LINES = {
     "lora.r=4, 8, 16 sweep.name=x": "write lora.r=4,8,16 without spaces",
     "lora.target_modules=[q_proj, v_proj]": "write 'lora.target_modules=[q_proj,v_proj]' without spaces",
     "lora.r": "did you mean lora.r=...?",
+    "--optim adamw": "The optimizer is AdamW",
+    "plan rank": "did you mean sweep=rank?",
+    "plan mine.yaml": "such as sweep=mine for conf/sweep/mine.yaml",
+    "mine.yaml": "such as sweep=mine for conf/sweep/mine.yaml",
+    "plan sweep=rank lora.r=8": "'sweep.grid={lora.r:[8]}'",
+    "export r8": "write 'merge'",
+    "ls": "write 'list'",
     "train lora.r=8": "training needs no verb",
     "stop": "write 'cancel'",
     "statsu": "did you mean 'status'?",

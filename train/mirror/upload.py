@@ -41,8 +41,9 @@ def upload(request: dict[str, Any]) -> int:
     runs, damaged = _find_all(request["runs"])
     reach = look_for_server(runs[0].tracking.key_file if runs else None)
     if reach.trouble is not None:
-        advice = "W&B cannot be used now: {}; journals keep everything, so try again later."
-        raise (BadInput if reach.key is None else LorapackError)(advice.format(reach.trouble))
+        advice = "try again later" if reach.key else "run 'wandb login' and try again"
+        message = f"W&B cannot be used now: {reach.trouble}; journals keep everything, so {advice}."
+        raise (LorapackError if reach.key else BadInput)(message)
     write_line = _claim_stdout()
     write_line({"server": reach.server})
 
