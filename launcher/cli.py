@@ -129,7 +129,8 @@ def main(arguments: list[str]) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough.
         sys.stderr.close()
         return 0
     except Exception as exc:

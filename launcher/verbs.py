@@ -231,7 +231,8 @@ def chat(request: Request) -> int:
     from launcher.track.find import find_run
 
     words, root, cache = request.places(names=2)
-    if len(words) == 1 and not re.fullmatch(r"[\w./-]+", words[0]):  # no run is called like that
+    # No run is called like that.
+    if len(words) == 1 and not re.fullmatch(r"[\w./-]+", words[0]):
         words = ["", *words]
     run = find_run(root, *words[:1] or [""], finished=True)
     return export("chat", run, cache, *words[1:], json_output=request.json)

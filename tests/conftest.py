@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
-os.environ["WANDB_MODE"] = "disabled"  # what tracking.mode=auto heeds; tests of tracking say what they want
-os.environ["OMP_NUM_THREADS"] = "1"  # likewise, by torch: the models here are too small to share out
+# Read once, when huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# What tracking.mode=auto follows; tests of tracking say what they want.
+os.environ["WANDB_MODE"] = "disabled"
+# Likewise, by torch: the models here are too small to share out.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
@@ -36,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, CacheDir, Path]:
     """``builtin:tiny``, staged: its configuration with fingerprint, the cache that holds it, its folder."""
-    from train.model.staging import stage_model  # torch only for tests that ask for a model
+    # Here, so that torch is loaded only for tests that ask for a model.
+    from train.model.staging import stage_model
 
     cache = CacheDir(tmp_path_factory.mktemp("cache"))
     model = ModelConfig(name="tiny", source="builtin:tiny")

@@ -29,8 +29,10 @@ from train.trainer.context import JobContext
 from train.trainer.pack import build_loop
 from train.trainer.session import RunSession
 
-WARM_UP_STEPS = 10  # the first steps of a block find cold caches
-CHUNK_STEPS = 10  # with an evaluation, and so a write to the journals, in each
+# The first steps of a block find cold caches.
+WARM_UP_STEPS = 10
+# With an evaluation, and so a write to the journals, in each.
+CHUNK_STEPS = 10
 
 
 def seconds_waited() -> float:
@@ -51,13 +53,15 @@ class Blocks(StopFlag):
         self._cpu: list[float] = []
 
     def check(self) -> None:
-        if self.sessions[0].step != self._seen:  # it is looked at in evaluations, too
+        # It is looked at in evaluations, too.
+        if self.sessions[0].step != self._seen:
             self._seen = self.sessions[0].step
             self._between_steps()
         super().check()
 
     def _between_steps(self) -> None:
-        if self._over:  # a step later, since a step whose evaluation is due is not complete
+        # A step later, since a step whose evaluation is due is not complete.
+        if self._over:
             self.signal_name = "SIGTERM"
             return
         if self._first is None:

@@ -56,9 +56,8 @@ def tiny_llama(dtype: torch.dtype = torch.float64, tied: bool = False) -> LlamaF
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-        for (
-            parameter
-        ) in model.parameters():  # larger than transformers' initial values, so that gradients are far from zero
+        # Larger than transformers' initial values, so that gradients are far from zero.
+        for parameter in model.parameters():
             parameter.data.mul_(4) if parameter.dim() == 2 else parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype)
 

@@ -42,7 +42,8 @@ class Terminal:
         self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # W&B's dashboard is a child of its command
+            # W&B's dashboard is a child of its command.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self._screen)
 
@@ -56,7 +57,8 @@ class Terminal:
             if select.select([self._screen], [], [], 0.2)[0]:
                 try:
                     self._drawn += os.read(self._screen, 65536)
-                except OSError:  # the program has ended, and with it the terminal
+                # The program has ended, and with it the terminal.
+                except OSError:
                     assert all(text in self.drawn for text in texts), self.drawn
         return self.drawn
 

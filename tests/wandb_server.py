@@ -267,7 +267,8 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
         def _refused(self) -> bool:
             """Whether the mode has dealt with the request."""
-            if not server.is_up:  # an open connection outlives the socket that took it
+            # An open connection outlives the socket that took it.
+            if not server.is_up:
                 self.close_connection = True
                 return True
             if server.mode == "silent":

@@ -482,11 +482,8 @@ def _explain(section: type[BaseModel], error: Any, prefix: str) -> str:
     if error["type"] == "missing":
         return f"{key} is missing; give it a value: {key}=..."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    speaks_for_itself = error["type"] == "value_error" and key in {
-        "",
-        "model",
-        "train",
-    }  # a check of several keys names them
+    # A check of several keys names them itself.
+    speaks_for_itself = error["type"] == "value_error" and key in {"", "model", "train"}
     return message if speaks_for_itself else f"{key}={error['input']!r}: {message}"
 
 

@@ -32,7 +32,8 @@ from launcher.installation import Groups
 from launcher.records import FolderConfig
 from train.errors import BadInput
 
-LONGEST_QUOTE = 200  # characters of a wrong override that a message repeats
+# Characters of a wrong override that a message repeats.
+LONGEST_QUOTE = 200
 
 # What Hydra's own settings, by the beginning of their key, are called here. `%s` stands for the user's value.
 HYDRAS = {

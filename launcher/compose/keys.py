@@ -22,7 +22,8 @@ from launcher.installation import find_groups
 from launcher.records import ClusterConfig, FolderConfig, SweepConfig
 from train.config import HOW_KEYS, RunConfig, Section, TrackingConfig
 
-ANY_NAME = "<name>"  # stands for the user's own word, as in ``cluster.partitions.<name>.gpu``
+# Stands for the user's own word, as in ``cluster.partitions.<name>.gpu``.
+ANY_NAME = "<name>"
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 # A name is not a hyper-parameter, and what only changes files, memory or speed gives the same run again.

@@ -10,7 +10,8 @@ from typing import Any
 
 from train.data.row_files import READERS
 
-MAX_RUN_NAME = 53  # with '-' and the ten digits of a run id, a folder's name has at most 64 characters
+# With '-' and the ten digits of a run id, a folder's name has at most 64 characters.
+MAX_RUN_NAME = 53
 MAX_SWEEP_NAME = 64
 
 # How the papers and users abbreviate; the value of a key that maps to "" speaks for itself. Other keys keep their last part.
@@ -51,7 +52,8 @@ def source_name(source: str) -> str:
 
 def fitting(name: str, limit: int) -> str:
     """`name` with other characters than a folder's replaced; a longer one is cut and ends in a digest of the whole."""
-    letters = "".join(mark for mark in unicodedata.normalize("NFKD", name) if not unicodedata.combining(mark))  # ü is u
+    # Letters without their accents: u for ü.
+    letters = "".join(mark for mark in unicodedata.normalize("NFKD", name) if not unicodedata.combining(mark))
     clean = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-.") or "x"
     if len(clean) <= limit:
         return clean

@@ -113,7 +113,8 @@ def _parse(text: str) -> Override:
             f"{text[:LONGEST_QUOTE]!r} is not a key=value: {detail}. Write lora.r=8, lora.r=8,16 or "
             "'lora.target_modules=[q_proj,v_proj]'; put quotes around brackets, braces and spaces."
         ) from exc
-    is_number = isinstance(override.value(), int | float)  # true and false too
+    # True and false are numbers here, too.
+    is_number = isinstance(override.value(), int | float)
     quoted = _quoted(text) if is_number or _is_one_file(text.partition("=")[2]) else None
     return override if quoted is None else OverridesParser.create().parse_override(quoted)
 
@@ -132,7 +133,8 @@ def _quoted(text: str) -> str | None:
 
 def _is_one_file(value: str) -> bool:
     """Whether a value with commas is the name of a file or folder, and no list of several values."""
-    with suppress(OSError):  # longer than names may be
+    # A text may be longer than a file's name can be.
+    with suppress(OSError):
         return "," in value and Path(value).exists()
     return False
 

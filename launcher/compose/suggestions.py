@@ -186,7 +186,8 @@ def axis_for_list(key: str, value: Any) -> str | None:
     """``lora.r=8,16`` for a list where the key takes each of its elements, but no list."""
     if not isinstance(value, list) or not value or accepts(key, value):
         return None
-    if key.split(".")[0] not in RunConfig.model_fields:  # nothing else can be an axis
+    # Nothing else can be an axis.
+    if key.split(".")[0] not in RunConfig.model_fields:
         return None
     return f"{key}={','.join(map(value_text, value))}" if all(accepts(key, item) for item in value) else None
 

@@ -35,7 +35,8 @@ class Composer:
     """Composes the configuration of any point of the sweep; Hydra is asked once per combination of groups."""
 
     def __init__(self, request: Request, folders: tuple[Path, ...], groups: Groups) -> None:
-        self._request, self._groups = request, groups
+        self._request = request
+        self._groups = groups
         self._lines = request.lines + own_options(request.given, request, groups)
         self._folders = folders
         self._composed: dict[tuple[str, ...], tuple[Values, Values]] = {}

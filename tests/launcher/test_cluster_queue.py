@@ -46,10 +46,12 @@ def test_a_step_tells_that_its_job_was_killed_for_its_memory() -> None:
     assert {place: view.state.cause for (_, place), view in views.items()} == {
         "12_0": "out_of_memory",
         "12_1": "crash",
-        "12_2": "node_fail",  # what was killed was not the job
+        # What was killed was not the job.
+        "12_2": "node_fail",
     }
     (view,) = parse_sacct(f"{killed}rank.1a|12_0|FAILED|2026-11-24T10:05:00|t4-2\n").values()
-    assert view.state.cause == "crash"  # the attempt before was
+    # The attempt before was.
+    assert view.state.cause == "crash"
 
 
 def test_silence_is_told_from_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

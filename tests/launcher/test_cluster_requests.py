@@ -98,7 +98,8 @@ def test_what_the_user_set_reaches_the_script(tmp_path: Path, monkeypatch: pytes
         "partition=t4", "gres=gpu:t4:1", "time=90", "requeue", "open-mode=append", "signal=USR2@120",
         "job-name=rank.0a1b2c3d",
     }  # fmt: skip
-    assert not any(option.startswith("wckey") for option in options)  # submitit's own, which some clusters refuse
+    # Submitit's own, which some clusters refuse.
+    assert not any(option.startswith("wckey") for option in options)
     assert lines.index("module load cuda/12") < lines.index("source env")
     (srun,) = (line for line in lines if line.startswith("srun"))
     assert "--open-mode=append" in srun

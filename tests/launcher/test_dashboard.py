@@ -17,7 +17,8 @@ from train.mirror.dashboard import SweptAxis, _deadline, build
 from train.store.storage import read_json
 from wandb_server import ENTITY, KEY, WandbServer
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces uses pydantic's old names
+# wandb-workspaces uses pydantic's old names.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 AXES = [
     SweptAxis("lora.r", "log2"),

@@ -144,7 +144,8 @@ def test_a_machine_without_slurm_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_key_of_wandb_is_used_and_never_shown(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+    # Takes the connection and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         key = "k" * 40
         environment = {
             "PATH": "/nowhere", "HOME": str(tmp_path), "WANDB_API_KEY": key,

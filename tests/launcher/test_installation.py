@@ -49,7 +49,8 @@ def test_a_link_to_the_shipped_folder_doubles_nothing(folder: Path) -> None:
 
 def test_a_wheel_has_its_configuration_in_the_launcher(tmp_path: Path) -> None:
     (tmp_path / "launcher" / "conf").mkdir(parents=True)
-    (tmp_path / "conf").mkdir()  # another package's
+    # Another package's.
+    (tmp_path / "conf").mkdir()
     assert shipped_conf(tmp_path) == tmp_path / "launcher" / "conf"
 
 
@@ -57,7 +58,8 @@ def test_options_of_the_user_stand_beside_the_shipped_ones(folder: Path, capsys:
     shipped = find_groups(conf_folders())
     write_option(folder, "model/mine", "name: mine\nsource: builtin:tiny\n")
     write_option(folder, "model/.ipynb_checkpoints/old", "name: old\n")
-    write_option(folder, "optimizer/adam", "lr: 1\n")  # another program's
+    # Another program's.
+    write_option(folder, "optimizer/adam", "lr: 1\n")
     write_option(folder, "sweep/ours", "grid:\n  lora.r: [2, 3]\n")
     found = find_groups(conf_folders())
     assert {group for group in found if found[group] != shipped[group]} == {"model", "sweep"}

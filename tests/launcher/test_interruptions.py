@@ -37,7 +37,8 @@ COMMAND = [
 @pytest.fixture
 def program(tmp_path: Path, tiny_model: tuple[ModelConfig, CacheDir, Path]) -> Program:
     program = Program(Path(launcher.__file__).parent.parent, tmp_path)
-    del program.environment["PYTHONWARNINGS"]  # other people's libraries warn
+    # Other people's libraries warn.
+    del program.environment["PYTHONWARNINGS"]
     program.environment |= {"LORAPACK_CACHE": str(tiny_model[1].path), "TERM": "xterm"}
     rows = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,7 +76,8 @@ class Terminal:
         while True:
             try:
                 self.shown += os.read(self._master, 4096)
-            except OSError:  # its last process closed the terminal
+            # Its last process closed the terminal.
+            except OSError:
                 return
 
     def press_ctrl_c(self) -> None:
@@ -117,9 +119,8 @@ def test_a_run_whose_folder_is_deleted_ends_alone(program: Program) -> None:
     launched = program.start(*COMMAND, "lora.r=2,4")
     wait_for(lambda: steps_done(program) > 10, timeout=180)
     deleted = next(run for run in runs(program) if run.name == "r2")
-    shutil.rmtree(
-        deleted.path.rename(deleted.path.parent.parent / "deleted")
-    )  # at once: a folder in use is never empty for long
+    # At once: a folder in use is never empty for long.
+    shutil.rmtree(deleted.path.rename(deleted.path.parent.parent / "deleted"))
     out, err = launched.communicate(timeout=240)
     assert launched.returncode == 1, err
     assert f"{deleted.path.name} ends: storage" in out

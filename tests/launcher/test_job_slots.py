@@ -27,11 +27,15 @@ def test_slots_are_dealt_out(sizes: list[int], slots: int, shares: list[int]) ->
     ("jobs", "taken", "count", "waits"),
     [
         (100, {}, 8, False),
-        (3, {"12": 5}, 3, False),  # the rest is enough
-        (100, {"12": 4}, 4, False),  # half of what they could use is better than to wait
-        (100, {"12": 2, "13": 3}, 8, True),  # three would crawl long after the others have ended
+        # The rest is enough.
+        (3, {"12": 5}, 3, False),
+        # Half of what they could use is better than to wait.
+        (100, {"12": 4}, 4, False),
+        # Three would crawl long after the others have ended.
+        (100, {"12": 2, "13": 3}, 8, True),
         (1, {"12": 8}, 8, True),
-        (1, {"12": 20}, 8, True),  # of a time when the limit was higher
+        # Of a time when the limit was higher.
+        (1, {"12": 20}, 8, True),
     ],
 )
 def test_new_jobs_take_what_is_free_or_wait_for_all(jobs: int, taken: dict[str, int], count: int, waits: bool) -> None:
@@ -65,8 +69,10 @@ def test_what_is_in_the_queue_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
             "parallel": parallel,
         }
         write_json(sweep.array(token).record, record)
-    rows = [f"rank.1a|12_{task}|PENDING|Priority|" for task in range(4)]  # two at once of four
-    rows += ["rank.2b|13_0|COMPLETED|None|t4-1", "rank.2b|13_4|RUNNING|None|t4-1"]  # its last one
+    # Two at once of four.
+    rows = [f"rank.1a|12_{task}|PENDING|Priority|" for task in range(4)]
+    # Its last one.
+    rows += ["rank.2b|13_0|COMPLETED|None|t4-1", "rank.2b|13_4|RUNNING|None|t4-1"]
     rows += ["rank.3c|14_0|CANCELLED|None|"]
     put_command(tmp_path, "squeue", f"cat <<'E'\n{chr(10).join(rows)}\nE", monkeypatch)
     assert arrays_in_queue(sweep) == {"12": 2, "13": 1}

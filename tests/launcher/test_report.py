@@ -273,7 +273,8 @@ def test_a_large_sweep_is_compared_within_seconds(tmp_path: Path):
     )
     started = time.perf_counter()
     report = build_report(sweep.dir)
-    assert time.perf_counter() - started < 2  # 0.2 s on one core
+    # 0.2 s on one core.
+    assert time.perf_counter() - started < 2
     assert all(len(curve.losses) <= MAX_POINTS for curve in report.curves)
 
 

@@ -18,7 +18,8 @@ from synthetic_sweeps import QUESTIONS, SyntheticSweep
 from train.store.storage import append_lines, read_json, write_json
 
 OPENS_WITHIN_SECONDS = 2
-LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3
+# WCAG 2.2, success criterion 1.4.3.
+LEAST_CONTRAST = 4.5
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 GRIDS: dict[int, dict[str, list[Any]]] = {
     2: {"lora.r": [4, 8]},
@@ -124,7 +125,8 @@ def test_it_opens_within_two_seconds_quietly_and_alone(
     browser: Any, report_file: Callable[[int], Path], count: int
 ) -> None:
     seconds = []
-    for _ in range(3):  # other work on the machine only ever adds time, so the quickest says what the page takes
+    # Other work on the machine only ever adds time, so the quickest says what the page takes.
+    for _ in range(3):
         with open_page(browser, report_file(count)) as opened:
             seconds.append(opened.drawn_after_seconds)
             assert opened.page.locator("#table tbody tr").count() == count
@@ -155,7 +157,8 @@ def test_everything_that_the_sweep_measured_is_there(fifty: Opened, report_file:
     document = page_document(build_report(SyntheticSweep(report_file(50).parent).dir))
     losses = [f"{row['eval_loss']:.4f}" for row in document["rows"]]
     assert column(fifty, "eval loss") == losses
-    assert fifty.page.locator("#axes > .card").count() == 2  # seeds are the points of these
+    # Seeds are the points of these.
+    assert fifty.page.locator("#axes > .card").count() == 2
     for chart in fifty.page.locator("#axes > .card").all():
         assert chart.locator(".marks circle.point").count() == 50
         assert chart.locator("circle.best-dot").count() in {2, 5}

@@ -19,7 +19,8 @@ class Page(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
-        self.inside = False  # an element without children so far
+        # An element without children so far.
+        self.inside = False
         self.feed(text)
         self.close()
 

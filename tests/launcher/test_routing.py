@@ -94,7 +94,8 @@ def test_full_packs_are_spread_over_the_gpus_there_are(tmp_path: Path) -> None:
     assert sizes(1) == [16]
     assert sizes(2) == [8, 8]
     assert sizes(4) == [4, 4, 4, 4]
-    assert sizes(16) == [4, 4, 4, 4]  # the partition has four
+    # The partition has four.
+    assert sizes(16) == [4, 4, 4, 4]
 
 
 def test_small_packs_are_not_torn_apart(tmp_path: Path) -> None:
@@ -258,13 +259,15 @@ def test_a_job_on_several_gpus_takes_their_time_together_and_less_of_it(tmp_path
     one, four = (plan(tmp_path, *words, f"cluster.gpus_per_job={gpus}").packs[0] for gpus in (1, 4))
     assert one.forecast.seconds / 4 < four.forecast.seconds < one.forecast.seconds / 3
     assert four.forecast.gpu_hours == pytest.approx(4 * four.forecast.seconds / 3600)
-    assert four.forecast.vram_gib <= one.forecast.vram_gib  # of each: the base, and a share of the step
+    # Of each: the base, and a share of the step.
+    assert four.forecast.vram_gib <= one.forecast.vram_gib
 
 
 def test_as_many_jobs_run_side_by_side_as_have_gpus(tmp_path: Path) -> None:
     words = ("train.seed=range(0,8)", "train.batch_size=64", *LLAMA)
     packs = {gpus: len(plan(tmp_path, *words, f"cluster.gpus_per_job={gpus}").packs) for gpus in (1, 2, 4)}
-    assert packs == {1: 4, 2: 2, 4: 1}  # four GPUs
+    # Four GPUs.
+    assert packs == {1: 4, 2: 2, 4: 1}
 
 
 def test_a_job_asks_for_no_more_gpus_than_a_node_has() -> None:
@@ -275,5 +278,6 @@ def test_a_job_asks_for_no_more_gpus_than_a_node_has() -> None:
     with pytest.raises(BadInput, match=r"no node of small, large has more than 4 GPUs .* at most 4"):
         choose_partitions(ClusterConfig(kind="slurm", gpus_per_job=8), inventory)
     unknown = ClusterConfig(kind="slurm", gpus_per_job=8, partitions={"t4": T4})
-    with pytest.raises(BadInput, match="no node of t4 has more than 4"):  # there are no more in all
+    # There are no more in all.
+    with pytest.raises(BadInput, match="no node of t4 has more than 4"):
         choose_partitions(unknown, None)

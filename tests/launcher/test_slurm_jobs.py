@@ -132,7 +132,8 @@ def test_namesakes_under_other_roots_and_after_a_deletion_have_other_jobs(tmp_pa
     assert len({names.array(["p1"]) for names in (first, elsewhere, again)}) == 3
     assert len({names.report for names in (first, elsewhere, again)}) == 3
     write_json(tmp_path / "a" / "rank" / "plans" / "2.json", {"accepted": 3.0})
-    assert job_names(SweepDir(tmp_path / "a" / "rank")) == again  # the plan that follows a killed launcher's
+    # The plan that follows a killed launcher's.
+    assert job_names(SweepDir(tmp_path / "a" / "rank")) == again
 
 
 def test_a_requeued_run_is_pending_with_its_last_cause(
@@ -163,7 +164,8 @@ def test_silence_is_unknown_and_submits_nothing(run: RunDir, tmp_path: Path, mon
     with pytest.raises(ClusterError, match="nothing was submitted"):
         verdict(run)
     leave_lease(run, heartbeat_age=3)
-    assert status(run).state is State.RUNNING  # a fresh heartbeat needs no controller
+    # A fresh heartbeat needs no controller.
+    assert status(run).state is State.RUNNING
 
 
 def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +185,12 @@ def test_a_lost_process_is_explained_by_sacct(run: RunDir, tmp_path: Path, monke
     slurm_says(tmp_path, monkeypatch, "exit 0", f"echo '{rows.strip()}'")
     assert (status(run).state, status(run).cause) == (State.FAILED, "crash")
     slurm_says(tmp_path, monkeypatch, "exit 0")
-    assert status(run).state is State.UNKNOWN  # neither in the queue nor in books that nobody can open
-    assert not status(run).under_way  # so nobody waits for it
-    assert verdict(run) is Verdict.NEW  # but what is not in the queue may be submitted again
+    # Neither in the queue nor in books that nobody can open.
+    assert status(run).state is State.UNKNOWN
+    # So nobody waits for it.
+    assert not status(run).under_way
+    # But what is not in the queue may be submitted again.
+    assert verdict(run) is Verdict.NEW
 
 
 def test_the_next_attempt_writes_down_that_slurm_killed_the_one_before_for_its_memory(
@@ -210,7 +215,8 @@ def test_what_slurm_has_ended_is_not_in_training(run: RunDir, tmp_path: Path, mo
     slurm_says(tmp_path, monkeypatch, "echo 'rank.1a|12|FAILED|NonZeroExitCode|t4-1'")
     assert status(run).state is State.FAILED
     assert verdict(run) is Verdict.NEW
-    for silence in (NO_CONTACT, "exit 0"):  # nobody can tell: it may be in another cluster's queue
+    # Nobody can tell: it may be in another cluster's queue.
+    for silence in (NO_CONTACT, "exit 0"):
         slurm_says(tmp_path, monkeypatch, silence)
         assert verdict(run) is Verdict.RUNNING
 
@@ -260,17 +266,21 @@ def test_a_sweep_without_a_report_says_so(run: RunDir, tmp_path: Path, monkeypat
         return report_note(sweep, track(sweep))
 
     running = "echo 'rank.1a|12|RUNNING|None|t4-1'"
-    assert "No job waits to write the report" in (note(running) or "")  # its launcher died, or found the queue full
+    # Its launcher died, or found the queue full.
+    assert "No job waits to write the report" in (note(running) or "")
     make_folder(sweep.report_job)
     write_json(sweep.report_record, {"job": "13", "arrays": ["1a"], "submitted": time.time()})
     assert note(running) is None
-    assert note("echo 'rank.1a|12|FAILED|None|t4-1'") is None  # nothing to report
+    # Nothing to report.
+    assert note("echo 'rank.1a|12|FAILED|None|t4-1'") is None
     write_json(run.result, {"steps": 5, "train_loss": 0.5, "tokens_per_second": 1.0})
     report_job = job_names(sweep).report
     assert note(f"echo '{report_job}|13|PENDING|Dependency|'") is None
     assert note(f"echo '{report_job}|13|RUNNING|None|t4-1'") is None
-    assert "waits (QOSMinGRES)" in (note(f"echo '{report_job}|13|PENDING|QOSMinGRES|'") or "")  # and would for ever
-    assert note(NO_CONTACT) is None  # nobody knows
+    # And would for ever.
+    assert "waits (QOSMinGRES)" in (note(f"echo '{report_job}|13|PENDING|QOSMinGRES|'") or "")
+    # Nobody knows.
+    assert note(NO_CONTACT) is None
     assert f"`{verb_command('report', sweep)}` writes it" in (note("exit 0") or "")
     write_text(sweep.report, "")
     assert note("exit 0") is None
@@ -307,7 +317,8 @@ def test_the_report_asks_for_a_gpu_where_no_job_is_let_in_without(
     with pytest.raises(CommandRefused, match="QOSMinGRES"):
         submit(None)
     put_command(tmp_path, "sbatch", "grep -q gres= $1 && exit 1; echo Submitted batch job 15", monkeypatch)
-    assert submit("gpu:t4:1") == "15"  # where it is let in it takes nobody's GPU
+    # Where it is let in it takes nobody's GPU.
+    assert submit("gpu:t4:1") == "15"
 
 
 def test_one_squeue_and_one_sacct_for_a_thousand_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

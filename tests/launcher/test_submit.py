@@ -130,10 +130,12 @@ def test_a_sweep_has_one_launcher_and_a_dead_one_gives_way(tmp_path: Path) -> No
         with pytest.raises(LeaseHeld, match="Another launcher"), sole_launcher(sweep):
             pass
         assert sweep.lease.exists()
-    assert not sweep.path.exists()  # no plan was accepted
+    # No plan was accepted.
+    assert not sweep.path.exists()
     make_folder(sweep.path)
     acquire(sweep, job="launcher", attempt=0)
     write_json(sweep.lease, read_json(sweep.lease) | {"pid": 2**22 + 1})
     with sole_launcher(sweep):
         assert sweep.lease.exists()
-    assert sweep.path.exists()  # it was there before
+    # It was there before.
+    assert sweep.path.exists()

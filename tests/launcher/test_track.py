@@ -24,7 +24,8 @@ HEADER = {
     "trainable_parameters": 1,
     "total_parameters": 2,
 }
-DEAD_PID = 2**22 + 1  # above the kernel's highest
+# Above the kernel's highest.
+DEAD_PID = 2**22 + 1
 
 
 def make_run(sweep: SweepDir, name: str = "r8-0123456789", steps: int = 0) -> RunDir:
@@ -118,7 +119,8 @@ def test_a_job_that_has_not_begun_is_pending_until_it_dies(sweep: SweepDir) -> N
     run = make_run(sweep)
     assert only(sweep).state is State.STOPPED
     submit_job(sweep, [run], pid=None)
-    assert only(sweep).state is State.STOPPED  # queued by a launcher that is gone
+    # Queued by a launcher that is gone.
+    assert only(sweep).state is State.STOPPED
     launcher = acquire(sweep, job="launcher", attempt=0)
     assert launcher.alive()
     assert only(sweep).state is State.PENDING
@@ -183,7 +185,8 @@ def test_names_parts_and_nothing_find_folders(tmp_path: Path) -> None:
         (find_sweep, "tiny", "alpha-tiny, rank-tiny"),
         (find_run, "8-", "rank-tiny/r8-0000000001"),
         (find_run, "zz", "choose from"),
-        (find_runs, "a", "alpha-tiny/a8"),  # part of two sweeps and a run: never a guess
+        # Part of two sweeps and a run: never a guess.
+        (find_runs, "a", "alpha-tiny/a8"),
     ):
         with pytest.raises(BadInput, match=said):
             find(root, part)

@@ -103,7 +103,8 @@ def test_bars_fit_the_terminal(width: int) -> None:
     assert max(len(line) for line in lines) <= width
     assert all(part in lines[0] for part in ("r8", "12/60", "loss 1.5000", "running"))
     assert "r32" in lines[1]
-    assert lines[2] == "1 pending, 1 running, 1 done"  # a waiting run has no bar yet
+    # A waiting run has no bar yet.
+    assert lines[2] == "1 pending, 1 running, 1 done"
 
 
 def test_what_a_job_does_besides_steps_stands_where_its_state_would() -> None:

@@ -13,10 +13,12 @@ from sweeps import PAIR, SEEDS, Lab
 from real_cluster import Cluster, NoCluster, cluster_folder
 
 CLUSTER_TEST_SECONDS = 600
-ONE_HALF = {"test_preemption", "test_box"}  # they take about as long as the others
+# They take about as long as the others.
+ONE_HALF = {"test_preemption", "test_box"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+# Before pytest-xdist looks at the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers of pytest-xdist (``--dist loadgroup``) have a cluster each, whose settings their tests change.
 

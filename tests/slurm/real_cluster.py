@@ -216,7 +216,8 @@ class Cluster:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         packages = Path(sys.prefix) / "lib" / f"python{version}" / "site-packages"
         for place in (packages, self.readable / "site-packages"):
-            if place != packages:  # below a folder that he may not enter: linked, not copied, where one disk has both
+            # Below a folder that he may not enter: linked, not copied, where one disk has both.
+            if place != packages:
                 linked = subprocess.run(["cp", "-al", str(packages), str(place)], capture_output=True, check=False)
                 if linked.returncode != 0:
                     shutil.copytree(packages, place, dirs_exist_ok=True)

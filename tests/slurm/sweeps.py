@@ -23,8 +23,10 @@ from train.store.storage import Record, read_json, read_lines
 
 STEPS = 120
 EVAL_STEPS = 5
-TINY = ("model=tiny", f"train.max_steps={STEPS}", "train.save_steps=20")  # journals are written at every save
-PAIR = ("lora.r=4,8", *TINY)  # one pack of two runs
+# Journals are written at every save.
+TINY = ("model=tiny", f"train.max_steps={STEPS}", "train.save_steps=20")
+# One pack of two runs.
+PAIR = ("lora.r=4,8", *TINY)
 SEEDS = (
     "train.seed=range(0,6)",
     "model=tiny",
@@ -205,10 +207,12 @@ class Sweep:
         lines = self.attempts(run)
         assert tuple(line["cause"] for line in lines) == causes, lines
         assert [line["attempt"] for line in lines] == list(range(1, len(lines) + 1))
-        with self.cluster.commands():  # also of jobs whose launcher died before it knew their ids
+        # Also of jobs whose launcher died before it knew their ids.
+        with self.cluster.commands():
             assert {line["job"] for line in lines} <= {job.id for job in look_up(jobs_of(self.folder))}
         for before, line in pairwise(lines):
-            wordless = before["first_step"] is None  # a process that was killed may have saved some of its runs alone
+            # A process that was killed may have saved some of its runs alone.
+            wordless = before["first_step"] is None
             assert line["first_step"] in (None, before["saved_step"]) or wordless, lines
 
 

@@ -15,7 +15,8 @@ from slurm.settings import Folder
 
 
 def test_comes_up_twice_in_a_row_and_leaves_no_process(cluster: Cluster) -> None:
-    folder = cluster_folder()  # a second cluster, beside the first
+    # A second cluster, beside the first.
+    folder = cluster_folder()
     for _ in range(2):
         begin = time.monotonic()
         answer = box(folder, "up", "--kill-wait", "2")

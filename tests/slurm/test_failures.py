@@ -43,7 +43,8 @@ def test_the_controller_restarts_in_mid_sweep(cluster: Cluster, lab: Lab, pair: 
     cluster.wait_until_kept(sweep.job)
     cluster.kill_daemon("slurmctld")
     try:
-        with ThreadPoolExecutor() as threads:  # each waits for squeue to give up
+        # Each waits for squeue to give up.
+        with ThreadPoolExecutor() as threads:
             again = threads.submit(lab.run, *PAIR, *SLURM, f"sweep.name={sweep.name}")
             assert {status.state.value for status in sweep.statuses()} == {"running"}
         assert "Nothing to start" in again.result()
@@ -89,9 +90,11 @@ def test_cancel_in_every_state(cluster: Cluster, lab: Lab, seeds: Journals) -> N
     job = sweep.job_of
     sweep.wait("four at once", lambda: [cluster.state(job(run)) for run in sweep.runs].count("RUNNING") == 4)
     array = job(done).partition("_")[0]
-    cluster.ask("scontrol", "update", f"JobId={array}", "ArrayTaskThrottle=1")  # nothing more starts
+    # Nothing more starts.
+    cluster.ask("scontrol", "update", f"JobId={array}", "ArrayTaskThrottle=1")
     cluster.ask("scontrol", "hold", job(held))
-    with ThreadPoolExecutor() as threads:  # each has its moment for a second or so
+    # Each has its moment for a second or so.
+    with ThreadPoolExecutor() as threads:
         stalls = [
             threads.submit(sweep.stall, "training", lambda sweep, run=run: sweep.step(run) > 5, run)
             for run in (running, completing, requeued)
@@ -107,7 +110,8 @@ def test_cancel_in_every_state(cluster: Cluster, lab: Lab, seeds: Journals) -> N
         words = (*command, "-m", "launcher", "cancel", sweep.name)
         cancel = cluster.start_as_user(*words, cwd=lab.project, **settings)
         sweep.wait("the order", lambda: all(run.cancel_request.exists() for run in sweep.runs[1:]))
-        assert cluster.state(job(completing)) == "COMPLETING"  # still, after `cancel` looked
+        # Still, after `cancel` looked.
+        assert cluster.state(job(completing)) == "COMPLETING"
         os.kill(process, signal.SIGCONT)
         hold.unlink()
         _, error = cancel.communicate(timeout=END_DEADLINE_SECONDS)

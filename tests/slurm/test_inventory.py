@@ -94,9 +94,8 @@ def test_what_fits_nowhere_is_refused_before_the_queue(cluster: Cluster, project
 
 
 def test_a_partition_whose_nodes_are_drained_is_not_planned_for(cluster: Cluster, project: Path) -> None:
-    cluster.ask(
-        "scontrol", "update", "nodename=t4-[1-2]", "state=drain", "reason=test"
-    )  # a node that is down comes back by itself
+    # A node that is down comes back by itself.
+    cluster.ask("scontrol", "update", "nodename=t4-[1-2]", "state=drain", "reason=test")
     try:
         made = json.loads(plan(cluster, project, "model=llama2_7b").stdout)
     finally:

@@ -10,7 +10,8 @@ from real_cluster import PROJECT, Cluster
 
 Journals = dict[str, bytes]
 
-ONE_FITS_KIB = 1_500_000  # beside what torch takes: a run of the test of memory needs 1.2 GB, two need 1.8 GB
+# Beside what torch takes: a run of the test of memory needs 1.2 GB, two need 1.8 GB.
+ONE_FITS_KIB = 1_500_000
 
 
 def test_preempted_in_training_with_a_grace_time(cluster: Cluster, lab: Lab, pair: Journals) -> None:
@@ -28,7 +29,8 @@ def test_preempted_in_training_with_a_grace_time(cluster: Cluster, lab: Lab, pai
     first, second = sweep.attempts()
     assert (second["first_step"], second["restart_count"]) == (first["last_step"], 1)
     assert first["job"] == second["job"] == sweep.job
-    assert sweep.logs().count("importing torch") == 2  # the log of the first attempt was not emptied
+    # The log of the first attempt was not emptied.
+    assert sweep.logs().count("importing torch") == 2
 
 
 def test_preempted_without_a_grace_time(cluster: Cluster, lab: Lab, pair: Journals) -> None:
@@ -39,9 +41,8 @@ def test_preempted_without_a_grace_time(cluster: Cluster, lab: Lab, pair: Journa
     sweep.preempt()
     sweep.assert_as_if_undisturbed(pair, "preempted", "done")
     first, second = sweep.attempts()
-    assert (
-        "puts it back into the queue" in first["detail"]
-    )  # without a grace time a preemption is a requeue like any other
+    # Without a grace time a preemption is a requeue like any other.
+    assert "puts it back into the queue" in first["detail"]
     assert (first["restart_count"], second["restart_count"]) == (0, 1)
     assert len(sweep.jobs) == 1
 
@@ -74,7 +75,8 @@ def test_preempted_five_times_in_a_row_at_every_moment(cluster: Cluster, lab: La
     ended = sweep.attempts()
     assert all("higher priority" in line["detail"] for line in ended[:-1])
     assert [line["trained"] for line in ended] == [False, *[True] * 5]
-    assert all(line["last_step"] % EVAL_STEPS == 0 for line in (ended[1], ended[3]))  # not a step beyond the evaluation
+    # Not a step beyond the evaluation.
+    assert all(line["last_step"] % EVAL_STEPS == 0 for line in (ended[1], ended[3]))
     assert len(sweep.jobs) == 1
 
 
@@ -191,5 +193,6 @@ def test_what_ran_out_of_memory_is_not_tried_as_it_was(lab: Lab) -> None:
     assert "python -m launcher resume" in said
     assert len(sweep.jobs) == 1
     lab.run("resume", sweep.name)
-    assert len(set(sweep.jobs)) == 3  # two packs of one run instead of one pack of two
+    # Two packs of one run instead of one pack of two.
+    assert len(set(sweep.jobs)) == 3
     sweep.assert_as_if_undisturbed(journals, "out_of_memory", "done")

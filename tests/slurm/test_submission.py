@@ -47,7 +47,8 @@ def between(lab: Lab) -> float:
     plan = json.loads(lab.run("plan", "lora.r=8,2048", *BRIEF, *SLURM, "cluster.max_runs_per_pack=1", "--json"))
     small, large = sorted(pack["forecast"]["vram_gib"] for pack in plan["packs"])
     assert large > 1.1 * small
-    return round((small + large) / 2 / 0.97, 3)  # a little is kept free
+    # A little is kept free.
+    return round((small + large) / 2 / 0.97, 3)
 
 
 def put_before(lab: Lab, command: str, script: str) -> str:
@@ -129,14 +130,17 @@ def test_a_launcher_killed_between_sbatch_and_its_record(lab: Lab, eight: tuple[
     sweep = lab.sweep("killed")
     path = put_before(lab, "sbatch", '$REAL "$@"; kill -9 $PPID')
     submitted = []
-    with drained(lab.cluster):  # so that all is still to be done when the next command comes
+    # So that all is still to be done when the next command comes.
+    with drained(lab.cluster):
         for _ in range(2):
             killed = lab.launch(*words, "sweep.name=killed", PATH=path)
-            assert killed.returncode == 128 + signal.SIGKILL, killed.stderr  # as runuser tells of it
+            # As runuser tells of it.
+            assert killed.returncode == 128 + signal.SIGKILL, killed.stderr
             records = [read_json(file) for file in sweep.folder.arrays.glob("*/array.json")]
             submitted.append({record["partition"]: record["job"] for record in records})
         assert [sorted(records) for records in submitted] == [["t4"], ["a100", "t4"]]
-        assert set(submitted[1].values()) == {None}  # no record knows the id that its array has in the queue
+        # No record knows the id that its array has in the queue.
+        assert set(submitted[1].values()) == {None}
         assert "No job waits to write the report" in lab.run("status", sweep.name)
         assert "Nothing to start" in lab.run(*words, "sweep.name=killed")
         assert "No job waits" not in lab.run("status", sweep.name)
@@ -190,7 +194,8 @@ def test_more_tasks_than_an_array_may_have_and_a_full_queue(cluster: Cluster, la
     """
     words = ("train.seed=range(0,4)", *SEEDS[1:], "cluster.max_parallel=1")
     cluster.set(max_array_size=2, submit_limit=3)
-    with drained(cluster):  # no job ends and makes room before all are submitted
+    # No job ends and makes room before all are submitted.
+    with drained(cluster):
         sweep = lab.submit("many", *words)
         assert "1 more do not fit into the queue" in sweep.said
         assert "No job will write the report" in sweep.said
@@ -234,7 +239,8 @@ def test_a_thousand_runs_are_submitted_and_tracked_quickly(
             f"tracked in {tracking.work:.1f} s of work ({tracking.wall:.1f} s), cancelled in {cancelling.wall:.1f} s"
         )
     assert "1000 jobs in the queue" in sweep.said
-    assert len(rows) == math.ceil(1000 / Settings().max_array_size) + 1  # arrays, and the job that writes the report
+    # Arrays, and the job that writes the report.
+    assert len(rows) == math.ceil(1000 / Settings().max_array_size) + 1
     assert {status.state.value for status in sweep.statuses()} == {"cancelled"}
     assert submitting.work + in_sbatch < 15
     assert tracking.work < 2
@@ -242,7 +248,8 @@ def test_a_thousand_runs_are_submitted_and_tracked_quickly(
 
 def test_wait_stays_until_the_report_and_nobody_learns_the_key(lab: Lab) -> None:
     """The W&B key in the environment reaches the job, and neither what Slurm shows of it nor what lies on disk."""
-    key, port = "canary" * 7, "http://127.0.0.1:9"  # where nobody listens
+    # Where nobody listens.
+    key, port = "canary" * 7, "http://127.0.0.1:9"
     words = ("lora.r=4,8", "model=tiny", "train.max_steps=3", *SLURM, "sweep.name=wait", "--wait")
     said = lab.run(*words, WANDB_API_KEY=key, WANDB_BASE_URL=port, WANDB_MODE="")
     assert "Best run" in said

@@ -46,7 +46,8 @@ def test_a_pack_counts_every_row_answer_and_save(tmp_path: Path) -> None:
     assert all(done == total for _, done, total in diary.pages)
     besides = [(what, total) for what, _, total in diary.pages if what != TRAINING]
     rows, prompts = 10, 4
-    first = [("importing", 0), ("evaluating", rows), ("answering", prompts), ("saving", 2)]  # the base answers once
+    # The base answers once.
+    first = [("importing", 0), ("evaluating", rows), ("answering", prompts), ("saving", 2)]
     assert besides[:4] == first
     assert besides[4:7] == [("evaluating", rows), ("answering", prompts), ("saving", 2)]
 

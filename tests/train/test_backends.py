@@ -77,7 +77,8 @@ def test_a_machine_with_a_compiler_lacks_nothing(gpu: pytest.MonkeyPatch) -> Non
 def test_what_is_missing_is_named_and_a_user_who_insists_is_refused(
     gpu: pytest.MonkeyPatch, runtime: SimpleNamespace | None, words: str
 ) -> None:
-    gpu.setitem(sys.modules, "triton.runtime", runtime)  # None is how Python remembers that there is no such module
+    # None is how Python remembers that there is no such module.
+    gpu.setitem(sys.modules, "triton.runtime", runtime)
     missing = missing_compiler(GPU, train_config())
     assert missing is not None
     assert words in missing

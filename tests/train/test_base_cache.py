@@ -144,9 +144,8 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
 
     def work() -> None:
         both_began.wait()
-        opened.append(
-            cache_in(tmp_path / "cache").open(wanted)
-        )  # no model: accelerate's empty weights are for one thread at a time
+        # No model: accelerate's empty weights are for one thread at a time.
+        opened.append(cache_in(tmp_path / "cache").open(wanted))
 
     monkeypatch.setattr(base_cache, "quantized_tensors", counted)
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -188,7 +187,8 @@ def test_a_cache_that_refuses_costs_nothing_but_time(
     cache, expected = cache_in(tmp_path / "cache"), load(plain, cache_in(tmp_path / "other"))
     if why == "full":
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda path: usage)  # stands for the disk
+        # Stands for the disk.
+        monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda path: usage)
     else:
         (tmp_path / "cache").touch()
     assert_same(load(plain, cache), expected)
@@ -203,7 +203,8 @@ def test_a_damaged_file_is_made_anew(plain: Path, tmp_path: Path, left: int) -> 
     cache = cache_in(tmp_path / "cache")
     expected = load(plain, cache)
     (file,) = tmp_path.glob("cache/bases/*/base.safetensors")
-    shutil.copy(file, tmp_path / "whole")  # `expected` reads from the file that is damaged now
+    # `expected` reads from the file that is damaged now.
+    shutil.copy(file, tmp_path / "whole")
     os.truncate(shutil.copy(file, tmp_path / "cut"), left)
     os.replace(tmp_path / "cut", file)
     assert_same(load(plain, cache), expected)
@@ -221,7 +222,8 @@ def test_what_no_job_has_opened_for_a_month_makes_room(
     month_ago = time.time() - (base_cache.IDLE_DAYS + 1) * 24 * 3600
     for path in bases:
         os.utime(path, (month_ago, month_ago))
-    load(plain, cache, used)  # opening is using
+    # Opening is using.
+    load(plain, cache, used)
     assert all(path.exists() for path in bases), "only a job that adds a base removes any"
     load(plain, cache, used, torch.bfloat16)
     left = [read_json(path) for path in tmp_path.glob("cache/bases/*/about.json")]

@@ -33,7 +33,8 @@ CHAT_ML = (
 UNCLOSED = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-FORGETFUL = (  # as templates that leave the reasoning of earlier answers out
+# As templates that leave the reasoning of earlier answers out.
+FORGETFUL = (
     "{% for message in messages %}{{ message.role }}: "
     "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -344,7 +345,8 @@ def test_a_data_set_of_the_hub_loses_its_empty_answers_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    folder = tmp_path / "set"  # `datasets.load_dataset` takes a folder where it takes a hub id
+    # `datasets.load_dataset` takes a folder where it takes a hub id.
+    folder = tmp_path / "set"
     folder.mkdir()
     rows = [{"instruction": "Hi", "input": "", "output": answer, "text": "x"} for answer in ("Ho", "", "He")]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -94,9 +94,8 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
     for row in range(3):
         tokens, _ = table.example(row)
         expected = plain.base_model(torch.from_numpy(tokens).long()[None]).last_hidden_state[0]
-        torch.testing.assert_close(
-            hidden[at : at + len(tokens)], expected, rtol=1e-4, atol=1e-5
-        )  # transformers rounds norms to float32
+        # transformers rounds norms to float32.
+        torch.testing.assert_close(hidden[at : at + len(tokens)], expected, rtol=1e-4, atol=1e-5)
         at += len(tokens)
 
 
@@ -208,7 +207,8 @@ def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path)
     assert one.total == other.total
     one.prefetch_routes(base.members())
     one.copy_indices_from(other)
-    one.attention = other.attention  # with graphs attention takes `sequence_starts`, which a CPU has no kernel for
+    # With graphs attention takes `sequence_starts`, which a CPU has no kernel for.
+    one.attention = other.attention
     found = []
     for batch in (one, other):
         loop.adapters.gradient.zero_()

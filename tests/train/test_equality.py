@@ -72,7 +72,8 @@ def test_a_run_that_overflows_float16_skips_its_step_alone(tmp_path: Path, devic
     configs = [packs.run_config(train={"seed": seed, "max_steps": 4, "eval_steps": 0}) for seed in range(3)]
     packs.train(tmp_path / "healthy", base, configs)
     loop = packs.make_loop(tmp_path / "overflow", base, configs)
-    loop.optimizer.loss_scale[1] = 2.0**100  # its first gradients are infinite in float16
+    # Its first gradients are infinite in float16.
+    loop.optimizer.loss_scale[1] = 2.0**100
     loop.run()
     for row in (0, 2):
         mine, other = (packs.run_dirs(tmp_path / name)[row] for name in ("overflow", "healthy"))

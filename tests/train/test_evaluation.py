@@ -79,7 +79,8 @@ def test_an_evaluation_that_is_not_finite_is_that_runs_divergence_alone(tmp_path
     configs = [packs.run_config(train={"max_steps": 4, "eval_steps": 2, "seed": seed}) for seed in range(2)]
     table = packs.random_table(5, 9)
     odd = TokenTable(np.where(table.tokens == table.tokens[0], 13, table.tokens), table.labels, table.offsets)
-    odd.tokens[0] = 96  # a word that only held-out rows have
+    # A word that only held-out rows have.
+    odd.tokens[0] = 96
     data = TokenizedData(packs.random_data().train, odd, {})
     train = data.train.tokens
     train[train == 96] = 5

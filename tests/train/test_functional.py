@@ -67,7 +67,8 @@ def test_rows_at_a_time_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
         (apply_rotary, x.view(37, 2, 32), cos, sin),
     ]
     whole = [dispatch(formula, False, *arguments) for formula, *arguments in calls]
-    monkeypatch.setitem(CHUNK_NUMEL, "cpu", 400)  # six rows of 64
+    # Six rows of 64.
+    monkeypatch.setitem(CHUNK_NUMEL, "cpu", 400)
     for (formula, *arguments), expected in zip(calls, whole, strict=True):
         seen: list[int] = []
         found = dispatch(_noting_rows(formula, seen), False, *arguments)

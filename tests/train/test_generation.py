@@ -56,7 +56,8 @@ def test_every_run_answers_as_transformers_with_its_adapter(
         for name, (a, b) in pack.adapters.tensors(session.run_index).items():
             a.copy_(loaded[f"base_model.model.{name}.lora_A.weight"])
             b.copy_(loaded[f"base_model.model.{name}.lora_B.weight"])
-    prompts = {row: PROMPTS[: 1 + row % 4] for row in range(8)}  # not all runs ask the same
+    # Not all runs ask the same.
+    prompts = {row: PROMPTS[: 1 + row % 4] for row in range(8)}
     found = generate(base, prompts, 8, GenerationLimits(MAX_TOKENS, ends, micro_batch_tokens), StopFlag())
     expected = {row: [reference(trained[row].adapter, p, ends) for p in asked] for row, asked in prompts.items()}
     assert found == expected
@@ -73,7 +74,8 @@ def test_in_half_precision_on_a_gpu_the_cache_changes_no_answer(tmp_path: Path) 
     # The last token alone, without a cache.
     again = generate(base, dict(enumerate(follow)), 8, GenerationLimits(1, set(), 10_000), StopFlag())
     pairs = [(own[-1], anew[0]) for run in range(8) for own, anew in zip(found[run], again[run], strict=True)]
-    assert sum(own == anew for own, anew in pairs) > 0.9 * len(pairs)  # two likeliest tokens may be as likely
+    # Two likeliest tokens may be as likely.
+    assert sum(own == anew for own, anew in pairs) > 0.9 * len(pairs)
 
 
 @pytest.mark.parametrize("decoder", ["ours", "transformers'"])
@@ -81,7 +83,8 @@ def test_the_bare_base_answers_as_transformers(decoder: str) -> None:
     base = packs.tiny_base()
     assert base._decoder is not None
     if decoder != "ours":
-        base._decoder = None  # as for a model whose formulas are not Llama's
+        # As for a model whose formulas are not Llama's.
+        base._decoder = None
     found = generate(base, {0: PROMPTS}, 1, UNCLOSED, StopFlag())
     assert found == {0: [reference(None, prompt, set()) for prompt in PROMPTS]}
 

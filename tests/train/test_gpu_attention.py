@@ -23,9 +23,11 @@ from train.nn.triton.attention import backward, forward
 DEVICE = packs.DEVICES[-1]
 TOLERANCE = {torch.float16: 4e-3}
 if DEVICE.type == "cuda":
-    TOLERANCE[torch.bfloat16] = 3e-2  # whose products are interpreted wrongly, by Triton 3.7 and 3.9
+    # Whose products are interpreted wrongly, by Triton 3.7 and 3.9.
+    TOLERANCE[torch.bfloat16] = 3e-2
 LENGTHS = [(5, 70, 64, 1), (129,), (1, 1, 1)]
-HEADS = [(2, 2, 32), (4, 1, 64)]  # of queries, of keys, features
+# Of queries, of keys, features.
+HEADS = [(2, 2, 32), (4, 1, 64)]
 SCALE = 0.2
 
 Tensors = tuple[torch.Tensor, ...]
@@ -72,7 +74,8 @@ def test_attention_and_its_gradients(lengths: tuple[int, ...], heads: tuple[int,
         torch.testing.assert_close(mine.float(), other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+# NumPy's warning, from the interpreter.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_other_sequences_change_no_bit_and_a_nan_stays_in_its_own() -> None:
     lengths, heads, mine = (5, 70, 9), HEADS[1], slice(5, 75)
     given = inputs(lengths, heads, torch.float16)
@@ -80,7 +83,8 @@ def test_other_sequences_change_no_bit_and_a_nan_stays_in_its_own() -> None:
     for others in (slice(0, 5), slice(75, 84)):
         for x in given:
             x[others] = torch.nan
-    beside = ours(given, lengths, longest=300)  # a bound for sequences that are elsewhere
+    # A bound for sequences that are elsewhere.
+    beside = ours(given, lengths, longest=300)
     assert all(torch.equal(x[mine], y) for x, y in zip(beside, alone, strict=True))
     assert all(x[:5].isnan().all() for x in beside)
 

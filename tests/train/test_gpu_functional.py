@@ -21,7 +21,8 @@ from train.trainer import optim
 DEVICE = packs.DEVICES[-1]
 # The formula rounds once and so does its kernel: a last bit apart. (Interpreted, bfloat16 is cut off instead of rounded.)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-DIM = 136  # of no block's size
+# Of no block's size.
+DIM = 136
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -134,12 +135,14 @@ def test_the_loss_and_its_gradient(words: int, dtype: torch.dtype) -> None:
     assert correct[0]
     assert_alike(gradient, expected[2], dtype)
     assert gradient.data_ptr() == logits.data_ptr()
-    assert not gradient[0].any()  # its weight is zero
+    # Its weight is zero.
+    assert not gradient[0].any()
 
 
 def test_words_that_overflowed_leave_the_others_their_probability() -> None:
     logits = torch.zeros(1, 5000, device=DEVICE)
-    logits[0, :4500] = -torch.inf  # all of the first block
+    # All of the first block.
+    logits[0, :4500] = -torch.inf
     losses, _, _ = kernels.cross_entropy(logits, torch.tensor([4999], device=DEVICE), torch.ones(1, device=DEVICE))
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(500)))
 

@@ -15,9 +15,11 @@ from train.nn.triton.grouped_mm import LEAST_TOKENS_OF_A_PART, bmm, outer_grad
 DEVICE = packs.DEVICES[-1]
 TOLERANCE = {torch.float16: 2e-3}
 if DEVICE.type == "cuda":
-    TOLERANCE[torch.bfloat16] = 1.6e-2  # whose products are interpreted wrongly, by Triton 3.7 and 3.9
+    # Whose products are interpreted wrongly, by Triton 3.7 and 3.9.
+    TOLERANCE[torch.bfloat16] = 1.6e-2
 LENGTHS = [(5, 70, 1), (200,), (33, 64, 0, 7), (1,) * 9]
-WIDE = 136  # of no block's size
+# Of no block's size.
+WIDE = 136
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -86,11 +86,13 @@ def test_an_architecture_that_would_be_computed_differently_is_refused(
         check(saved(config, tmp_path))
     assert said in str(caught.value)
     assert "https" not in str(caught.value)
-    with pytest.raises(BadInput):  # the login node knows it without transformers
+    # The login node knows it without transformers.
+    with pytest.raises(BadInput):
         check_architecture(tmp_path, LONGEST)
 
 
-@pytest.mark.parametrize("kind", sorted(UNLIKE_LLAMA.keys() - {"falcon", "gpt2", "mamba", "phi"}))  # those are above
+# Those are above.
+@pytest.mark.parametrize("kind", sorted(UNLIKE_LLAMA.keys() - {"falcon", "gpt2", "mamba", "phi"}))
 def test_what_the_login_node_refuses_by_name_transformers_model_would_be_refused_for(kind: str, tmp_path: Path) -> None:
     if UNLIKE_LLAMA[kind] == NO_DECODER:
         assert kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -80,7 +80,8 @@ def test_on_a_cpu_a_nan_meets_no_row_of_another_run(dtype: torch.dtype, columns:
 def test_sums_stay_in_their_run() -> None:
     batch = MicroBatch([sequence(0, 5), sequence(2, 3), sequence(3, 9)], 4, packs.CPU)
     values = torch.arange(len(batch.targets), dtype=torch.float64)
-    values[5] = float("nan")  # the second target of run 2
+    # The second target of run 2.
+    values[5] = float("nan")
     sums = sums_per_run(values, batch)
     assert sums[[0, 1, 3]].tolist() == [0 + 1 + 2 + 3, 0, sum(range(6, 14))]
     assert sums[2].isnan()

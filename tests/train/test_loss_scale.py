@@ -15,8 +15,10 @@ from train.store.storage import read_lines
 from train.trainer.loop import PackLoop
 from train.trainer.optim import FIRST_LOSS_SCALE, GROWTH_INTERVAL_STEPS, SMALLEST_LOSS_SCALE
 
-ILL = 1  # the run that overflows
-TOO_LARGE = 2.0**26  # its gradients are infinite in float16 until the scale has halved a few times
+# The run that overflows.
+ILL = 1
+# Its gradients are infinite in float16 until the scale has halved a few times.
+TOO_LARGE = 2.0**26
 CONFIGS = [
     packs.run_config(train={"seed": seed, "max_steps": 12, "save_steps": 3, "eval_steps": 0}) for seed in range(3)
 ]

@@ -27,10 +27,13 @@ pytestmark = pytest.mark.slow
 
 OUTAGES = ["down", "500", "401", "silent"]
 WAYS = ["off", "offline", "good", *OUTAGES]
-DAWDLING = "dawdling"  # the control: a trainer that waits and computes for longer
-MOST = 0.05  # of the step without tracking
+# The control: a trainer that waits and computes for longer.
+DAWDLING = "dawdling"
+# Of the step without tracking.
+MOST = 0.05
 BLOCK_SECONDS, ROUNDS = 0.7, 20
-ENOUGH = 3  # rounds in which a way is no slower: what other work on the machine does to a round, it does not do to all but two
+# Rounds in which a way is no slower: what other work on the machine does to a round, it does not do to all but two.
+ENOUGH = 3
 
 
 @dataclass(frozen=True)

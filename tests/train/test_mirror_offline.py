@@ -20,7 +20,8 @@ from wandb_server import KEY, WandbServer
 
 pytestmark = pytest.mark.slow
 
-HEADER_BYTES = 7  # of W&B's files
+# Of W&B's files.
+HEADER_BYTES = 7
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from train.trainer.process_group import SingleProcess, deal, open_process_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PATIENCE_SECONDS = 300  # machines that test other things besides are slow
+# Machines that test other things besides are slow.
+PATIENCE_SECONDS = 300
 FINAL = "final.safetensors"
 ENDLESS = [packs.run_config(train={"max_steps": 100_000, "save_steps": 5, "eval_steps": 0, "seed": s}) for s in (0, 1)]
 
@@ -80,7 +81,8 @@ Job = Callable[..., list[BaseProcess]]
 def start_job() -> Iterator[Job]:
     """Starts the processes of a job over a folder, forked from one that has torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.trainer.pack"])  # Python 3.11's server does not find what lies in tests/
+    # Python 3.11's server does not find what lies in tests/.
+    context.set_forkserver_preload(["train.trainer.pack"])
     started: list[BaseProcess] = []
 
     def start(folder: Path, size: int, which: str = "diverse", dies: int | None = None) -> list[BaseProcess]:
@@ -119,7 +121,8 @@ def assert_equal_to_rounding(folder: Path, other: Path) -> None:
         ours, others = read_lines(mine.journal), read_lines(theirs.journal)
         assert [line.keys() for line in ours] == [line.keys() for line in others]
         assert ours == [pytest.approx(line, rel=1e-10, abs=1e-12) for line in others]
-        if not (mine.path / FINAL).exists():  # the run was over before the kill
+        # The run was over before the kill.
+        if not (mine.path / FINAL).exists():
             continue
         a, b = (load_file(run.path / FINAL) for run in (mine, theirs))
         assert a.keys() == b.keys()

@@ -89,7 +89,8 @@ def test_the_configuration_names_the_base(tmp_path: Path) -> None:
         "task_type": "CAUSAL_LM",
         "peft_type": "LORA",
         "inference_mode": True,
-        "target_modules": ["up_proj"],  # spelled out for readers that do not know all-linear
+        # Spelled out for readers that do not know all-linear.
+        "target_modules": ["up_proj"],
     }
     assert expected.items() <= written.items()
 

@@ -14,9 +14,8 @@ STEP_SECONDS = 0.05
 
 
 def test_no_speed_is_above_that_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "train.trainer.loop.FLUSH_SECONDS", 0.0
-    )  # every step is written but the newest, as on a slow CPU
+    # Every step is written but the newest, as on a slow CPU.
+    monkeypatch.setattr("train.trainer.loop.FLUSH_SECONDS", 0.0)
     config = packs.run_config(train={"max_steps": 8, "save_steps": 3, "eval_steps": 4})
     loop = packs.make_loop(tmp_path, packs.tiny_base(), [config, config])
     compute = loop.gradients.add

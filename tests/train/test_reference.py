@@ -106,7 +106,8 @@ def test_losses_equal_those_of_the_textbook(tmp_path: Path, quant: QuantConfig) 
         expected = reference_losses(config, model, data, starts[row])
         ours = [line["loss"] for line in read_lines(packs.run_dirs(tmp_path / "pack")[row].journal) if "loss" in line]
         assert ours == pytest.approx(expected, abs=1e-4)
-        assert max(expected) - min(expected) > 0.01  # something was learnt, so the comparison says something
+        # Something was learnt, so the comparison says something.
+        assert max(expected) - min(expected) > 0.01
 
 
 def test_gradients_survive_an_evaluation_of_an_nf4_base(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_killed_at_random_moments_the_result_is_the_same_to_the_last_bit(tmp_pat
     while kills < KILLS:
         process = start(tmp_path / "killed")
         wait_for_a_moment(process, tmp_path / "killed", moments)
-        if process.exitcode == 0:  # finished before its moment came: begin anew
+        # Finished before its moment came: start again.
+        if process.exitcode == 0:
             assert packs.remains(tmp_path / "killed") == packs.remains(tmp_path / "undisturbed")
             shutil.rmtree(tmp_path / "killed")
             continue
@@ -120,7 +121,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
 ) -> None:
     state = stopped_run.checkpoint(9) / "state.safetensors"
     content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1  # a single bit
+    # A single bit.
+    content[len(content) // 2] ^= 1
     state.write_bytes(content)
     with captured_log() as said:
         assert list(sound_checkpoints(stopped_run)) == [7]
@@ -156,7 +158,8 @@ def test_killed_between_the_saves_of_two_runs_both_go_on_from_the_step_that_both
         session.end("preempted", "SIGTERM")
     first, second, _ = packs.run_dirs(folder)
     newest = second.checkpoint_steps()[-1]
-    shutil.rmtree(second.checkpoint(newest))  # as if the kill had come between the first run's save and the second's
+    # As if the kill had come between the first run's save and the second's.
+    shutil.rmtree(second.checkpoint(newest))
     again = packs.make_loop(folder, base, packs.DIVERSE[:3])
     assert {session.step for session in again.sessions} == {second.checkpoint_steps()[-1]}
     assert newest not in first.checkpoint_steps(), "its journal was cut off, so it must not be resumed from"

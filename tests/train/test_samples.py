@@ -99,8 +99,10 @@ def test_what_changes_no_result_is_in_no_id() -> None:
     ("labels", "start"),
     [
         ([-100, -100, 5, 6], 2),
-        ([-100, 5, -100, 6, 7], 3),  # of a conversation the last answer
-        ([4, 5, 6, 7], 2),  # nothing masked: half of it asks
+        # Of a conversation the last answer.
+        ([-100, 5, -100, 6, 7], 3),
+        # Nothing masked: half of it asks.
+        ([4, 5, 6, 7], 2),
         ([4, -100, -100, 7], 3),
         ([4, -100], 1),
     ],

@@ -62,7 +62,8 @@ def test_rates_are_those_of_transformers_step_by_step(name: str, arguments: dict
         assert rate(step) == optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
-    assert rate(7) == rate(7)  # in any order, since a resumed run begins in the middle
+    # In any order, since a resumed run begins in the middle.
+    assert rate(7) == rate(7)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_graphs_need_room_for_another_micro_batch() -> None:
 def test_a_small_gpu_holds_nf4_and_recomputes() -> None:
     fit = chosen(T4)
     assert (fit.residency, fit.checkpoint_activations) == ("nf4", True)
-    assert fit.micro_batch_tokens == 1920  # more would be no faster there
+    # More would be no faster there.
+    assert fit.micro_batch_tokens == 1920
     assert not fit.graphs
 
 

@@ -34,18 +34,24 @@ def cause(
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ({"signal": "SIGTERM", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),  # in the grace time
-        ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING", "restarts": 1}, "preempted"),  # without one
-        ({"signal": "SIGUSR2", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),  # preempt_send_user_signal
+        # In the grace time.
+        ({"signal": "SIGTERM", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),
+        # Without one.
+        ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING", "restarts": 1}, "preempted"),
+        # With preempt_send_user_signal.
+        ({"signal": "SIGUSR2", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),
         ({"signal": "SIGUSR2", "after": 7200 - 130}, "timeout"),
         ({"signal": "SIGUSR2", "after": 7200 - 100, "state": "SIGNALING"}, "timeout"),
-        ({"signal": "SIGTERM", "after": 7200, "state": "COMPLETING"}, "timeout"),  # the limit itself
-        ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING"}, "cancelled"),  # scancel
+        # The limit itself.
+        ({"signal": "SIGTERM", "after": 7200, "state": "COMPLETING"}, "timeout"),
+        # By scancel.
+        ({"signal": "SIGTERM", "after": 60, "state": "COMPLETING"}, "cancelled"),
         (
             {"signal": "SIGTERM", "after": 7200 - 100, "state": "COMPLETING"},
             "cancelled",
-        ),  # scancel shortly before the limit
-        ({"signal": "SIGTERM", "after": 60, "limit": "UNLIMITED"}, "preempted"),  # somebody's kill
+        ),
+        # Somebody's kill.
+        ({"signal": "SIGTERM", "after": 60, "limit": "UNLIMITED"}, "preempted"),
     ],
 )
 def test_the_cause_is_what_happens_to_the_job(said: dict[str, object], told: str) -> None:
@@ -82,9 +88,8 @@ def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, mon
         with captured_log() as said:
             requeue(JOB)
         assert told in said[-1]
-        assert (
-            sum(wait for wait in waits if wait >= 1) <= 3
-        )  # asked again soon; the rest is subprocess looking for its child
+        # Asked again soon; the rest is subprocess looking for its child.
+        assert sum(wait for wait in waits if wait >= 1) <= 3
 
 
 def test_limits_are_read_in_days_too() -> None:
@@ -113,5 +118,6 @@ def test_a_job_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert this_job() == SlurmJob("12_3", 2)
-    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "77")  # cluster=local inside an allocation
+    # As with cluster=local inside an allocation.
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "77")
     assert this_job() is None

@@ -179,7 +179,8 @@ def test_a_hub_that_is_out_of_reach_says_what_to_do(cache: CacheDir) -> None:
 
 
 def test_an_unknown_revision_is_told_apart(tiny_model: Tiny, cache: CacheDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RevisionNotFoundError.__new__(RevisionNotFoundError)  # its constructor wants an HTTP response
+    # Its constructor wants an HTTP response.
+    error = RevisionNotFoundError.__new__(RevisionNotFoundError)
     monkeypatch.setattr(staging, "snapshot_download", Hub(tiny_model[2], error))
     with pytest.raises(BadInput, match="revision 'v9'"):
         stage_model(model("org/name", revision="v9"), cache)
@@ -228,7 +229,8 @@ def write_gguf(source: Path, path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    tokens[254:256] = ["ab", "aba"]  # a merge has to make a token, and GGUF cannot say that there are no merges
+    # A merge has to make a token, and GGUF cannot say that there are no merges.
+    tokens[254:256] = ["ab", "aba"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -241,7 +243,8 @@ def write_gguf(source: Path, path: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])  # 3: control, 1: normal
+    # 3: control, 1: normal.
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     writer.add_token_merges(["a b", "ab a"])
     writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
     writer.add_eos_token_id(config["eos_token_id"])

@@ -39,9 +39,10 @@ def _keep_bytecode(folder: Path) -> None:
     """Keep what Python compiles below `folder`, for this process, those it starts, and later jobs.
 
     Containers often come without bytecode, to be small, and are read-only or ask Python to write none: then every start compiles the
-    thousands of files of torch and transformers anew.
+    thousands of files of torch and transformers again.
     """
-    sys.pycache_prefix, sys.dont_write_bytecode = str(folder), False
+    sys.pycache_prefix = str(folder)
+    sys.dont_write_bytecode = False
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

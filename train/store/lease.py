@@ -62,7 +62,8 @@ class Lease(FileRecord):
     attempt: int
     started: float
     restarts: int = 0
-    heartbeat: float = Field(0.0, exclude=True)  # the modification time of the file
+    # The modification time of the file.
+    heartbeat: float = Field(0.0, exclude=True)
 
     def alive(self) -> bool:
         """Whether its process still runs, as far as this host can tell."""
@@ -162,7 +163,8 @@ def process_started(pid: int) -> int | None:
 def process_age() -> float:
     """Seconds since this process started, its interpreter and imports included."""
     started = process_started(os.getpid())
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)  # the clock of /proc/<pid>/stat
+    # The clock of /proc/<pid>/stat.
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
     return max(0.0, now - started / os.sysconf("SC_CLK_TCK")) if started else 0.0
 
 

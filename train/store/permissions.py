@@ -98,6 +98,7 @@ def _is_own_group(gid: int) -> bool:
     """Whether it is the group that many systems make for each user alone, named like the user."""
     try:
         user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
-    except KeyError:  # neither has a name, as in some containers
+    except KeyError:
+        # User or group has no name, as in some containers.
         return gid == os.getgid() == os.getuid()
     return (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}

@@ -23,7 +23,8 @@ from train.errors import BadInput, StorageError
 
 Record = dict[str, Any]
 
-TOLD_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries tell the system's errors
+# How Rust's libraries quote the system's errors.
+OS_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -109,7 +110,8 @@ def append_lines(path: Path, records: list[Record]) -> None:
                     content = content[os.write(handle, content) :]
                 os.fsync(handle)
             except OSError:
-                with suppress(OSError):  # a device cannot be cut; the first error counts
+                # A device cannot be cut; the first error counts.
+                with suppress(OSError):
                     os.ftruncate(handle, end)
                 raise
         finally:
@@ -248,7 +250,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        told = TOLD_ERROR.search(str(exc))
+        told = OS_ERROR_NUMBER.search(str(exc))
         code = exc.errno if isinstance(exc, OSError) else int(told[1]) if told else None
         if code not in advice:
             raise

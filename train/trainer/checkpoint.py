@@ -55,7 +55,8 @@ class Progress(FileRecord):
     alive: bool
     best_eval_loss: float | None
     best_eval_step: int | None
-    samples_bytes: int = 0  # in checkpoints from before there were samples
+    # In checkpoints from before there were samples.
+    samples_bytes: int = 0
 
 
 @dataclass(frozen=True)

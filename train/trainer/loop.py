@@ -244,7 +244,8 @@ class PackLoop:
     def _tick(self) -> None:
         """Give every run in training the seconds since the last time."""
         now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
+        seconds = now - self._clock
+        self._clock = now
         for session in self.sessions:
             session.seconds += seconds
             on_gpus = self.group.size if self.base.device.type == "cuda" else 0

@@ -65,9 +65,11 @@ class StepRecorder:
     def flush(self, sessions: Sequence[RunSession], keep: int = 0) -> None:
         """Write what is pending to the journals, but for the newest `keep` steps; runs that diverged meanwhile learn it here."""
         at = max(0, len(self._pending) - keep)
-        due, self._pending = self._pending[:at], self._pending[at:]
+        due = self._pending[:at]
+        self._pending = self._pending[at:]
         if due:
-            pending, numbers = [record for record, _ in due], [fetched.numbers() for _, fetched in due]
+            pending = [record for record, _ in due]
+            numbers = [fetched.numbers() for _, fetched in due]
             for session in sessions:
                 self._write(session, pending, numbers)
             self._note_pace(sessions, pending)
