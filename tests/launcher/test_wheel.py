@@ -28,12 +28,18 @@ SINFO = "#!/bin/sh\necho 't4*|up|1-00:00:00|2|idle|gpu:t4:4|(null)'\n"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the checkout, since a build leaves folders behind where it happens."""
+    """The wheel of a copy of the checkout, since a build leaves folders behind where it happens.
+
+    An earlier build left some too, with a file that the checkout no longer has.
+    """
     source, target = tmp_path_factory.mktemp("a checkout"), tmp_path_factory.mktemp("dist")
     for name in FOLDERS:
         shutil.copytree(SOURCE_DIR / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for name in BUILD_FILES:
         shutil.copy(SOURCE_DIR / name, source / name)
+    stale = source / "build" / "lib" / "launcher" / "conf" / "sweep"
+    stale.mkdir(parents=True)
+    (stale / "removed.yaml").write_text("grid: {}\n")
     pip("wheel", str(source), "--no-build-isolation", "--wheel-dir", str(target))
     (built,) = target.iterdir()
     return built
