@@ -11,18 +11,16 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from train.errors import BadInput, DamagedFile
 from train.schedules import SCHEDULES, ScheduleName, deciding_arguments, given_arguments
+from train.section import Section, explain, parse_section
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
-# The last range holds lone surrogates: that is what Python makes of bytes that are not UTF-8.
-CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # Keys that say how or where a run is computed, never what: they are left out of the run's identity.
 HOW_KEYS = {
@@ -37,20 +35,6 @@ HOW_KEYS = {
 
 # Keys younger than 0.1.0: at their default they are left out of the identity too, so that run ids from before stay valid.
 YOUNGER_KEYS = {"train": {"lr_scheduler_kwargs"}}
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys, wrong types and infinities are rejected, and values never change.
-
-    The text below each key is its meaning in ``python -m launcher keys`` and in docs/configuration.md.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-S = TypeVar("S", bound=Section)
 
 
 class ModelConfig(Section):
@@ -431,62 +415,6 @@ def read_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_section(section: type[S], values: dict[str, Any], prefix: str = "") -> S:
-    """Like `parse_run_config`, for any section; `prefix` goes before the keys in messages."""
-    try:
-        checked = section.model_validate(values)
-    except ValidationError as exc:
-        reasons = sorted({_explain(section, error, prefix) for error in exc.errors()})
-        raise BadInput(f"{'; '.join(reasons).removesuffix('.')}.") from exc
-    refuse_control_characters(checked.model_dump(), prefix)
-    return checked
-
-
-def refuse_control_characters(value: Any, key: str = "") -> None:
-    """Reject control characters in any string of a nested value: they could run commands in a job script.
-
-    Raises:
-        BadInput: naming the key.
-    """
-    if isinstance(value, str) and CONTROL_CHARACTER.search(value):
-        raise BadInput(f"{key}={value!r} has a control character or bytes that are not UTF-8; remove them.")
-    if isinstance(value, dict):
-        for name, item in value.items():
-            refuse_control_characters(name, key)
-            refuse_control_characters(item, f"{key}.{name}".lstrip("."))
-    if isinstance(value, list):
-        for item in value:
-            refuse_control_characters(item, key)
-
-
-def check_name(name: str, key: str) -> str:
-    """Return `name` if it can be a folder's name everywhere.
-
-    Raises:
-        BadInput: it has other characters, is too long, or is ``.`` or ``..``.
-    """
-    if not NAME_PATTERN.fullmatch(name) or set(name) == {"."}:
-        raise BadInput(f"{key}={name!r} cannot name a folder; use 1 to 64 letters, digits, '.', '_' or '-'.")
-    return name
-
-
-def _explain(section: type[BaseModel], error: Any, prefix: str) -> str:
-    """One sentence for one of pydantic's errors, with the full key, the value and what is allowed."""
-    path = [str(part) for part in error["loc"] if not _is_union_member(part)]
-    key = ".".join([prefix, *path]).strip(".")
-    if error["type"] == "extra_forbidden":
-        valid = _valid_keys(section, path[:-1])
-        return f"unknown key {key!r}; " + (
-            f"valid keys there are {', '.join(valid)}" if valid else "none is valid there"
-        )
-    if error["type"] == "missing":
-        return f"{key} is missing; give it a value: {key}=..."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    # A check of several keys names them itself.
-    speaks_for_itself = error["type"] == "value_error" and key in {"", "model", "train"}
-    return message if speaks_for_itself else f"{key}={error['input']!r}: {message}"
-
-
 def _explain_schedule(name: ScheduleName, mistakes: ValidationError) -> str:
     """What is wrong with ``train.lr_scheduler_kwargs``, and what to type where an argument is missing."""
     reasons = set()
@@ -495,24 +423,5 @@ def _explain_schedule(name: ScheduleName, mistakes: ValidationError) -> str:
             key = error["loc"][0]
             reasons.add(f"{key} is missing; set it, as in 'train.lr_scheduler_kwargs={{{key}:10}}'")
         else:
-            reasons.add(_explain(SCHEDULES[name], error, ""))
+            reasons.add(explain(SCHEDULES[name], error, ""))
     return f"{'; '.join(sorted(reasons))} (train.lr_scheduler_type={name})"
-
-
-def _is_union_member(part: str | int) -> bool:
-    """Whether a part of pydantic's location names the branch of a union (``list[str]``, ``int``) instead of a key."""
-    return isinstance(part, str) and (part in {"int", "bool", "str", "float"} or "[" in part)
-
-
-def _valid_keys(section: type[BaseModel], path: list[str]) -> list[str]:
-    """The fields below `path`, for a message; a dictionary of sections takes any name."""
-    annotation: Any = section
-    for part in path:
-        annotation = (
-            get_args(annotation)[1] if get_origin(annotation) is dict else annotation.model_fields[part].annotation
-        )
-        if get_origin(annotation) is not dict and not (
-            isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        ):
-            return []
-    return list(annotation.model_fields)

@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.config import DataConfig, LoraConfig, ModelConfig, parse_section
+from train.config import DataConfig, LoraConfig, ModelConfig
 from train.errors import LorapackError
 from train.log import log_to
 from train.lora.targets import adapted_modules
 from train.model.folder import linear_modules
+from train.section import parse_section
 from train.store.layout import CacheDir
 
 log = logging.getLogger("lorapack.prepare")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster.commands import answer_of
+from launcher.config import ClusterConfig
 from launcher.installation import python_path
-from launcher.records import ClusterConfig
 from train.errors import BadInput
 from train.store.layout import PackDir, RunDir
 from train.store.lease import process_started, read_lease

@@ -10,10 +10,10 @@ import shutil
 from launcher.cluster.commands import CommandRefused, NoAnswer, run_command
 from launcher.cluster.inventory import Inventory, take_inventory
 from launcher.cluster.parsing import UNTYPED, LivePartition
+from launcher.config import ClusterConfig, PartitionConfig
 from launcher.errors import ClusterError
 from launcher.estimate.devices import Partition, gpu_device, local_partition
 from launcher.estimate.gpus import GpuModel, known_gpu
-from launcher.records import ClusterConfig, PartitionConfig
 from train.errors import BadInput
 from train.runtime.slurm import NOT_CONFIGURED
 

@@ -1,6 +1,6 @@
 """What sbatch is asked for, as values: the parameters that submitit renders. Nothing here runs a command.
 
-A new setting of a job (`launcher.records.ClusterConfig`) is passed on in `sbatch_parameters`.
+A new setting of a job (`launcher.config.ClusterConfig`) is passed on in `sbatch_parameters`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster.arrays import ArrayRequest
+from launcher.config import ClusterConfig
 from launcher.installation import python_path
-from launcher.records import ClusterConfig
 from train.errors import BadInput
 from train.runtime.slurm import warning_seconds
 from train.store.layout import ArrayDir

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.cluster.commands import NoAnswer, refusal
 from launcher.cluster.requests import job_python
-from launcher.records import ClusterConfig
+from launcher.config import ClusterConfig
 
 SBATCH_SECONDS = 60.0
 

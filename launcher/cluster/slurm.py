@@ -18,8 +18,8 @@ from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, run_c
 from launcher.cluster.queue import read_accounting, read_queue
 from launcher.cluster.requests import Placement, afterwards_parameters, sbatch_parameters
 from launcher.cluster.sbatch import sbatch
+from launcher.config import ClusterConfig
 from launcher.errors import ClusterError
-from launcher.records import ClusterConfig
 from train.runtime.backoff import backoff
 from train.store.layout import ArrayDir, SweepDir
 from train.store.record_file import read_existing, write_record

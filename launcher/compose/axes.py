@@ -9,8 +9,8 @@ from launcher.compose.checks import check_option, one_of
 from launcher.compose.keys import CHANGES_NO_RESULT, COMPUTED, section_classes
 from launcher.compose.overrides import run_keys
 from launcher.compose.suggestions import nearest_key
+from launcher.config import FolderConfig
 from launcher.installation import Groups
-from launcher.records import FolderConfig
 from train.config import RunConfig
 from train.errors import BadInput
 

@@ -28,8 +28,8 @@ from launcher.compose.suggestions import (
     respelled,
     suggestion,
 )
+from launcher.config import FolderConfig
 from launcher.installation import Groups
-from launcher.records import FolderConfig
 from train.errors import BadInput
 
 # Characters of a wrong override that a message repeats.

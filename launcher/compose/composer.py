@@ -11,12 +11,14 @@ from launcher.compose.axes import RUN_GROUPS, Point, span
 from launcher.compose.naming import run_name, source_name, sweep_name
 from launcher.compose.overrides import Request, read_overrides
 from launcher.compose.tree import Composer, Values, resolved
+from launcher.config import ClusterConfig, FolderConfig
 from launcher.installation import conf_folders, find_groups, replaced_files
-from launcher.records import ClusterConfig, FolderConfig, Run, Sweep
-from train.config import RunConfig, TrackingConfig, check_name, parse_run_config, parse_section
+from launcher.records import Run, Sweep
+from train.config import RunConfig, TrackingConfig, parse_run_config
 from train.data.source import data_fingerprint
 from train.errors import BadInput
 from train.model.source import is_there, model_fingerprint
+from train.section import check_name, parse_section
 from train.store.layout import CacheDir, SweepDir
 from train.store.permissions import refuse_shared
 from train.store.storage import local_path, named_folder

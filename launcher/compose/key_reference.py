@@ -25,7 +25,7 @@ from launcher.compose.keys import (
     value_text,
 )
 from launcher.compose.suggestions import SYNONYMS, nearest_key
-from launcher.records import FolderConfig, PartitionConfig
+from launcher.config import FolderConfig, PartitionConfig
 from train.errors import BadInput
 
 INTRODUCTION = """# Configuration

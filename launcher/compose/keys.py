@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from launcher.config import ClusterConfig, FolderConfig, SweepConfig
 from launcher.installation import find_groups
-from launcher.records import ClusterConfig, FolderConfig, SweepConfig
-from train.config import HOW_KEYS, RunConfig, Section, TrackingConfig
+from train.config import HOW_KEYS, RunConfig, TrackingConfig
+from train.section import Section
 
 # Stands for the user's own word, as in ``cluster.partitions.<name>.gpu``.
 ANY_NAME = "<name>"

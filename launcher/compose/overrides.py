@@ -23,8 +23,9 @@ from launcher.compose.checks import (
 from launcher.compose.foreign_words import SETTINGS_FILE
 from launcher.compose.suggestions import in_hydras_quotes, is_text
 from launcher.installation import Groups
-from train.config import CONTROL_CHARACTER, RunConfig
+from train.config import RunConfig
 from train.errors import BadInput
+from train.section import CONTROL_CHARACTER
 
 # A source of the user's own means the option without the held-out rows and the name of another.
 OWN_OPTIONS = {"model": "own", "data": "file"}

@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.compose.axes import RUN_GROUPS, Point, flatten
 from launcher.compose.overrides import Request, own_options
+from launcher.config import SweepConfig
 from launcher.installation import Groups
-from launcher.records import SweepConfig
-from train.config import parse_section
 from train.errors import BadInput
+from train.section import parse_section
 
 Values = dict[str, Any]
 

@@ -10,8 +10,8 @@ from launcher.cluster.inventory import Inventory
 from launcher.cluster.parsing import LivePartition
 from launcher.estimate.gpus import known_gpu
 from launcher.installation import shipped_conf
-from train.config import check_name
 from train.errors import BadInput
+from train.section import check_name
 from train.store.storage import make_folder, write_text
 
 HEADER = """# Written by `python -m launcher doctor write={name}`; `python -m launcher keys cluster`

@@ -9,12 +9,13 @@ from typing import Any
 from launcher.cluster.arrays import job_slots
 from launcher.cluster.partitions import partitions_for
 from launcher.cluster.requests import refuse_pattern
+from launcher.config import ClusterConfig
 from launcher.estimate.devices import LOCAL_PARTITION
 from launcher.estimate.workload import SizingInputs
 from launcher.plan.decision import RunDecision, decide
 from launcher.plan.packing import pack_id
 from launcher.plan.routing import Routed, Router
-from launcher.records import ClusterConfig, Forecast, JobSlots, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from launcher.records import Forecast, JobSlots, Pack, Plan, PlannedRun, Run, Sweep, Verdict
 from launcher.track.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
 from train.store.layout import CacheDir, RunDir, SweepDir
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from launcher.config import ClusterConfig
 from launcher.estimate.devices import LOCAL_PARTITION, Partition
 from launcher.estimate.forecaster import Forecaster
 from launcher.estimate.workload import SizingInputs, Workload
 from launcher.plan.packing import MOST_RUNS_PER_PACK, DeviceModel, by_base, pack_runs
 from launcher.plan.refusal import refuse
-from launcher.records import ClusterConfig, Forecast, Run
+from launcher.records import Forecast, Run
 from train.store.layout import SweepDir
 
 # Time limits are this much above the forecast, which is right to about that factor.

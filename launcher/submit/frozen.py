@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.config import ClusterConfig
 from launcher.plan_files import read_plans
-from launcher.records import ClusterConfig, PlanRecord, Run, Sweep
-from train.config import TrackingConfig, parse_section, read_run_config
+from launcher.records import PlanRecord, Run, Sweep
+from train.config import TrackingConfig, read_run_config
 from train.errors import BadInput, StorageError
+from train.section import parse_section
 from train.store.layout import RunDir, SweepDir
 from train.store.permissions import refuse_shared
 from train.store.record_file import DamageLog

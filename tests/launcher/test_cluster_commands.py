@@ -11,8 +11,9 @@ from launcher.cluster.commands import CommandRefused, NoAnswer, answer_of, refus
 from launcher.cluster.partitions import explain_choice, on_slurm
 from launcher.cluster.sbatch import _plain_environment
 from launcher.cluster.states import SLURM_STATES, slurm_state
+from launcher.config import ClusterConfig
 from launcher.errors import ClusterError
-from launcher.records import ClusterConfig, State
+from launcher.records import State
 from stand_in import put_command
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from launcher.cluster.local import LocalJob, LocalQueue, log_files, refuse_too_few_gpus, start_job, visible_gpus
-from launcher.records import ClusterConfig
+from launcher.config import ClusterConfig
 from launcher.track.logs import LogTailer
 from stand_in import install, put_command, wait_for
 from train.errors import BadInput

@@ -10,7 +10,8 @@ from submitit import SlurmExecutor
 
 from launcher.cluster.arrays import ArrayRequest, JobNames, array_requests, split
 from launcher.cluster.requests import Placement, afterwards_parameters, job_python, refuse_pattern, sbatch_parameters
-from launcher.records import ClusterConfig, Forecast, JobSlots, Pack
+from launcher.config import ClusterConfig
+from launcher.records import Forecast, JobSlots, Pack
 from stand_in import put_command
 from train.errors import BadInput
 from train.store.layout import ArrayDir

@@ -9,8 +9,8 @@ import pytest
 from launcher.compose.composer import compose
 from launcher.compose.naming import MAX_RUN_NAME, run_name, source_name
 from launcher.records import Sweep
-from train.config import NAME_PATTERN
 from train.errors import BadInput
+from train.section import NAME_PATTERN
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from launcher.compose.composer import compose
+from launcher.config import ClusterConfig, SweepConfig
 from launcher.installation import shipped_conf
-from launcher.records import ClusterConfig, SweepConfig
 from train.config import RunConfig, TrackingConfig
 
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()} | {

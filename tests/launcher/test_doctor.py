@@ -12,14 +12,14 @@ import yaml
 
 from launcher.cluster.inventory import Inventory
 from launcher.cluster.parsing import LivePartition, Qos, Settings, parse_associations
+from launcher.config import ClusterConfig
 from launcher.doctor.advice import cluster_advice
 from launcher.doctor.examine import NO_SLURM, examine
 from launcher.doctor.machine import look_at_disk
 from launcher.doctor.site import site_text, write_site
-from launcher.records import ClusterConfig
 from stand_in import put_command
-from train.config import parse_section
 from train.errors import BadInput
+from train.section import parse_section
 
 SETTINGS = Settings("22.05.8", "box", True, "partition_prio", "REQUEUE", 5, 501, True, False)
 T4 = LivePartition("t4", True, True, 1440, {"t4": 4}, frozenset(), preempt_mode="REQUEUE", grace=10)

@@ -13,6 +13,7 @@ from launcher.cluster.inventory import Inventory
 from launcher.cluster.parsing import LivePartition
 from launcher.cluster.partitions import choose_partitions
 from launcher.compose.composer import compose
+from launcher.config import ClusterConfig, PartitionConfig
 from launcher.doctor.site import site_text
 from launcher.errors import ClusterError
 from launcher.estimate.devices import Partition, gpu_device
@@ -21,9 +22,9 @@ from launcher.estimate.gpus import known_gpu
 from launcher.estimate.workload import SizingInputs
 from launcher.plan.packing import DeviceModel, makespan, pack_runs
 from launcher.plan.planner import make_plan
-from launcher.records import ClusterConfig, PartitionConfig, Plan
-from train.config import parse_section
+from launcher.records import Plan
 from train.errors import BadInput
+from train.section import parse_section
 from train.store.layout import CacheDir
 from train.store.storage import make_folder, write_json, write_text
 

@@ -15,10 +15,11 @@ from launcher.cluster.arrays import ArrayRequest, JobNames, job_names
 from launcher.cluster.commands import CommandRefused, NoAnswer
 from launcher.cluster.requests import Placement
 from launcher.cluster.slurm import QUEUE_IS_FULL, Afterwards, _look_for, find_array, max_array_size, submit_afterwards
+from launcher.config import ClusterConfig
 from launcher.control.cancel import cancel_runs
 from launcher.errors import ClusterError
 from launcher.plan.decision import decide
-from launcher.records import ClusterConfig, RunStatus, State, Verdict, verb_command
+from launcher.records import RunStatus, State, Verdict, verb_command
 from launcher.report.job import report_note
 from launcher.track.jobs import jobs_of, look_up
 from launcher.track.tracker import track

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from captured_log import captured_log
-from train.config import DataConfig, ModelConfig, parse_section
+from train.config import DataConfig, ModelConfig
 from train.data import loading, rendering, tokenizing
 from train.data.loading import load_tokenized, summary
 from train.data.reading import read_hub, read_split
@@ -23,6 +23,7 @@ from train.data.source import data_fingerprint, read_dataset_stats, tokens_key
 from train.data.token_table import TokenTable
 from train.data.tokenizing import IGNORED_LABEL, RowTokenizer
 from train.errors import BadInput
+from train.section import parse_section
 from train.store.layout import CacheDir, TokensDir
 
 MODEL = ModelConfig(name="test", source="test", fingerprint="test")

@@ -8,7 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from train.config import TrackingConfig, parse_section, read_run_config
+from train.config import TrackingConfig, read_run_config
+from train.section import parse_section
 from train.store.causes import Next, consequence
 from train.store.journal import AttemptLine, JournalLine
 from train.store.layout import RunDir, SweepDir
