@@ -38,7 +38,8 @@ from train.store.causes import STOPPED_AND_REQUEUED, TERMINAL, Cause
 from train.store.journal import AttemptLine
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import FENCE_SECONDS, STALE_SECONDS, Heartbeat, Lease, owns, read_lease, release
-from train.store.record_file import append_records, read_existing, read_records
+from train.store.line_file import append_records, read_records
+from train.store.record_file import read_existing
 from train.store.records import ArrayRecord, PackRecord, read_pack
 
 log = logging.getLogger("lorapack.job")

@@ -25,7 +25,7 @@ from train.runtime.backoff import backoff
 from train.store.causes import Cause
 from train.store.journal import AttemptLine
 from train.store.layout import PackDir, RunDir, SweepDir
-from train.store.record_file import read_last
+from train.store.line_file import read_last
 from train.store.records import runs_of_pack
 
 TICK_SECONDS = 0.5

@@ -13,7 +13,8 @@ from train.store.causes import NON_RETRYABLE, TERMINAL, Cause
 from train.store.journal import AttemptLine
 from train.store.layout import RunDir
 from train.store.lease import Lease, read_lease
-from train.store.record_file import read_record, read_records
+from train.store.line_file import read_records
+from train.store.record_file import read_record
 from train.store.records import ResultRecord
 
 _CANNOT_TELL = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from launcher.report.comparison import Answers, Curve, Sample
 from train.store.journal import SamplesLine, read_losses
 from train.store.layout import RunDir
-from train.store.record_file import read_first, read_last
+from train.store.line_file import read_first, read_last
 
 MAX_POINTS = 400
 # An evaluation's line holds a few prompts with their answers.

@@ -20,7 +20,8 @@ from train.store.causes import Cause
 from train.store.journal import AttemptLine, PaceLine, journal_tail, read_header
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import Lease, read_lease
-from train.store.record_file import DamageLog, read_record, read_records, read_tail
+from train.store.line_file import read_records, read_tail
+from train.store.record_file import DamageLog, read_record
 from train.store.records import ActivityNote, ResultRecord
 
 

@@ -28,7 +28,7 @@ import yaml
 
 from train.runtime.attempts import attempt_line, last_step
 from train.store.lease import release
-from train.store.record_file import append_records
+from train.store.line_file import append_records
 from train.store.storage import append_lines, make_folder, write_json
 
 

@@ -10,7 +10,8 @@ from old_sweep import FIXTURES, OldSweep, copied
 from train.config import read_run_config
 from train.store.journal import AttemptLine, DivergenceLine, EvaluationLine, JournalHeader, StepLine, append_journal
 from train.store.layout import RunDir
-from train.store.record_file import LineRecord, append_records, read_records
+from train.store.line_file import append_records, read_records
+from train.store.record_file import LineRecord
 
 # What depends on the clock of whoever asks.
 VOLATILE = {"reason"}

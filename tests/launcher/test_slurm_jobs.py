@@ -28,7 +28,7 @@ from train.runtime.attempts import attempt_line, open_attempt
 from train.runtime.slurm import killed_for_memory
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import acquire
-from train.store.record_file import append_records
+from train.store.line_file import append_records
 from train.store.storage import make_folder, read_lines, write_json, write_text
 
 NO_CONTACT = "echo 'Unable to contact slurm controller' >&2; exit 1"

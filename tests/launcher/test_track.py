@@ -13,7 +13,7 @@ from train.errors import BadInput
 from train.runtime.attempts import attempt_line
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import acquire
-from train.store.record_file import append_records
+from train.store.line_file import append_records
 from train.store.storage import append_lines, make_folder, write_json, write_text
 
 HEADER = {

@@ -14,7 +14,8 @@ from train.store.causes import Next, consequence
 from train.store.journal import AttemptLine, JournalLine
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import read_lease
-from train.store.record_file import read_existing, read_last, read_record, read_records
+from train.store.line_file import read_last, read_records
+from train.store.record_file import read_existing, read_record
 from train.store.records import ForecastRecord, PackRecord, ResultRecord
 
 DEFAULT_PROJECT = "lorapack"

@@ -37,7 +37,7 @@ from train.runtime.attempts import job_id
 from train.store.journal import AttemptLine
 from train.store.layout import RunDir
 from train.store.lease import Heartbeat, acquire, release
-from train.store.record_file import read_records
+from train.store.line_file import read_records
 
 # Sessions in which the server may still lack a row after the run has ended.
 TRIES = 3

@@ -25,7 +25,8 @@ from train.store.causes import STOPPED_AND_REQUEUED, Cause, consequence
 from train.store.journal import AttemptLine, PaceLine, journal_tail
 from train.store.layout import RunDir
 from train.store.lease import Lease, acquire, read_lease
-from train.store.record_file import append_records, read_last, read_record, read_records
+from train.store.line_file import append_records, read_last, read_records
+from train.store.record_file import read_record
 from train.store.records import StopNote
 
 LOST_STEPS_PATIENCE = 2

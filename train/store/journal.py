@@ -14,16 +14,8 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from train.store.causes import Cause
-from train.store.record_file import (
-    LineRecord,
-    RecordPart,
-    first_line,
-    parse_as,
-    parse_record,
-    read_content,
-    tail_lines,
-    whole_lines,
-)
+from train.store.line_file import first_line, tail_lines, whole_lines
+from train.store.record_file import LineRecord, RecordPart, parse_as, parse_record, read_content
 from train.store.storage import append_lines
 
 

@@ -1,26 +1,30 @@
 """Records on disk: every file below a sweep folder is read through the pydantic model that describes it.
 
-A JSON document is one record, a ``.jsonl`` file one record per line. Both have one integer, `FORMAT`, for the whole folder: a document
-holds it as its key ``format``, a ``.jsonl`` file in its first line; a missing one means 1, so version 0.1.0's files are format 1. The
-journal's bytes are what a run computed and nothing else: it has no number as long as its format is 1.
-`FORMAT` grows when an older version would misread a file. New keys that may be ignored need no new number.
+A JSON document is one record; a ``.jsonl`` file has one record per line (`train.store.line_file`). One integer, `FORMAT`, covers all
+of them. A document holds it under the key ``format``, a ``.jsonl`` file in its first line:
 
-What cannot be read as promised raises `DamagedFile`, which names the file; nothing below reads files in another way. A last line that
-a killed writer left incomplete is not damage: it counts as not written.
+    {"format": 1, "time": 1796057418.8}                    cancel.json
+    {"format": 1, "attempt": 1, "cause": "preempted", …}   attempts.jsonl, line 1
+    {"attempt": 2, "cause": "done", …}                     attempts.jsonl, line 2
+
+A missing number means 1, so version 0.1.0's files are format 1. The journal holds what a run computed and nothing else: it has no
+number as long as its format is 1. `FORMAT` grows when an older version would misread a file. New keys that an older version may
+ignore need no new number.
+
+A file that does not hold what its model declares raises `DamagedFile`, which names the file.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from train.errors import DamagedFile, NewerFormat
-from train.store.storage import append_lines, write_json
+from train.store.storage import write_json
 
 FORMAT = 1
 
@@ -44,12 +48,11 @@ class LineRecord(FileRecord):
 
 
 R = TypeVar("R", bound=FileRecord)
-L = TypeVar("L", bound=LineRecord)
 T = TypeVar("T")
 
 
 def read_record(path: Path, kind: type[R]) -> R | None:
-    """The record in the JSON document at `path`; None where there is no file.
+    """The record in the JSON document at `path`; None if there is no file.
 
     Raises:
         DamagedFile: it is not the document of a `kind`.
@@ -79,73 +82,20 @@ def write_record(path: Path, record: FileRecord) -> None:
     write_json(path, record.model_dump(mode="json"))
 
 
-def append_records(path: Path, records: Sequence[LineRecord]) -> None:
-    """Append a line per record; a file that these begin gets the format in its first line.
-
-    Raises:
-        StorageError: the disk is full, read-only or gone.
-    """
-    lines = [record.model_dump(mode="json", exclude_unset=True) for record in records]
-    if lines and not _has_content(path):
-        lines[0] = {"format": FORMAT} | lines[0]
-    append_lines(path, lines)
-
-
-def read_records(path: Path, kind: type[L]) -> list[L]:
-    """Every whole line of a growing file; none where there is no file.
-
-    Raises:
-        DamagedFile: a line is not a `kind`.
-    """
-    content = read_content(path) or b""
-    return [
-        parse_record(line, kind, path, f"line {number}: ")
-        for number, line in enumerate(whole_lines(content, path), start=1)
-    ]
-
-
-def read_first(path: Path, kind: type[L]) -> L | None:
-    """The first whole line of a growing file, without reading the rest; None where there is none.
-
-    Raises:
-        DamagedFile: it is not a `kind`.
-    """
-    line = first_line(path)
-    return None if line is None else parse_record(line, kind, path, "line 1: ")
-
-
-def read_tail(path: Path, kind: type[L], tail_bytes: int = 4096) -> list[L]:
-    """The whole lines in the last `tail_bytes` of a growing file, without reading the rest.
-
-    Raises:
-        DamagedFile: one of them is not a `kind`.
-    """
-    return [parse_record(line, kind, path, "near its end: ") for line in tail_lines(path, tail_bytes)]
-
-
-def read_last(path: Path, kind: type[L], tail_bytes: int = 4096) -> L | None:
-    """The last whole line of a growing file, by its last `tail_bytes` alone; None where there is none.
-
-    Raises:
-        DamagedFile: it is not a `kind`.
-    """
-    lines = tail_lines(path, tail_bytes)
-    return parse_record(lines[-1], kind, path, "near its end: ") if lines else None
-
-
 class DamageLog:
-    """Damaged files that somebody met who continues without them; `messages` name each once."""
+    """Collects damaged files for a caller that continues without them; `messages` names each file once."""
 
     def __init__(self) -> None:
+        # A dictionary as an ordered set: several readers may find the same damage.
         self._messages: dict[str, None] = {}
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """What is wrong, in the order in which it was met."""
+        """What is wrong, in the order in which it was found."""
         return tuple(self._messages)
 
     def read(self, reader: Callable[[], T], otherwise: T) -> T:
-        """What `reader` gives; `otherwise` where it meets a damaged file."""
+        """What `reader` returns; `otherwise` if it raises `DamagedFile`."""
         try:
             return reader()
         except DamagedFile as exc:
@@ -157,7 +107,7 @@ class DamageLog:
 
 
 def read_content(path: Path) -> bytes | None:
-    """What a file holds; None where there is none.
+    """What a file holds; None if there is no file.
 
     Raises:
         DamagedFile: it cannot be read (a folder in its place, or no permission).
@@ -167,64 +117,14 @@ def read_content(path: Path) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
-        raise _unreadable(path, exc) from exc
-
-
-def whole_lines(content: bytes, path: Path) -> list[bytes]:
-    """The lines of a growing file up to the last line end.
-
-    Raises:
-        DamagedFile: what follows is not the beginning of a record, so no killed writer left it.
-    """
-    end = content.rfind(b"\n") + 1
-    # A power cut can leave zeros where the file had grown and its bytes had not arrived.
-    if content[end : end + 1] not in {b"", b"{", b"\0"}:
-        raise DamagedFile(path, "is damaged: its last line is not JSON")
-    return content[:end].splitlines()
-
-
-def first_line(path: Path) -> bytes | None:
-    """The first whole line of a growing file; None where there is none.
-
-    Raises:
-        DamagedFile: it cannot be read, or holds something else.
-    """
-    try:
-        with path.open("rb") as file:
-            lines = whole_lines(file.readline(), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as exc:
-        raise _unreadable(path, exc) from exc
-    return lines[0] if lines else None
-
-
-def tail_lines(path: Path, tail_bytes: int = 4096) -> list[bytes]:
-    """The whole lines in the last `tail_bytes` of a growing file, without reading the rest.
-
-    Raises:
-        DamagedFile: it cannot be read, or its end is something else.
-    """
-    try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - tail_bytes)
-            file.seek(start)
-            content = file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as exc:
-        raise _unreadable(path, exc) from exc
-    if start > 0:
-        # The first of these lines began before the tail.
-        content = content.partition(b"\n")[2]
-    return whole_lines(content, path)
+        raise unreadable(path, exc) from exc
 
 
 # Checks
 
 
 def parse_record(content: bytes, kind: type[R], path: Path, where: str = "") -> R:
-    """The record that `content` of the file `path` holds; `where` in the file it was.
+    """The record in `content`, which was read from `path`; `where` in the file it was, as a prefix for the message.
 
     Raises:
         DamagedFile: it is not a `kind`.
@@ -238,10 +138,10 @@ def parse_record(content: bytes, kind: type[R], path: Path, where: str = "") -> 
 
 
 def parse_as(adapter: TypeAdapter[T], content: bytes, path: Path, where: str = "") -> T:
-    """`parse_record` for what needs no model per line, such as thousands of journal lines.
+    """`parse_record` for content that needs no model per line, such as thousands of journal lines.
 
     Raises:
-        DamagedFile: it is not what `adapter` wants.
+        DamagedFile: it does not match `adapter`.
     """
     try:
         return adapter.validate_json(content, strict=True)
@@ -249,27 +149,30 @@ def parse_as(adapter: TypeAdapter[T], content: bytes, path: Path, where: str = "
         raise damage(exc, content, path, where) from exc
 
 
-def refuse_newer(found: int, path: Path) -> None:
+def refuse_newer(format_number: int, path: Path) -> None:
     """Refuse a file whose format this version does not know.
 
     Raises:
         NewerFormat: naming both numbers.
     """
-    if found > FORMAT:
-        raise NewerFormat(path, found, FORMAT)
+    if format_number > FORMAT:
+        raise NewerFormat(path, format_number, FORMAT)
 
 
 def damage(exc: ValidationError, content: bytes, path: Path, where: str) -> DamagedFile:
-    """The error for content that a model refused: of a later version, or damaged."""
-    found = _format_of(content)
-    if found > FORMAT:
-        return NewerFormat(path, found, FORMAT)
+    """The error for content that a model refused: a later version wrote it, or it is damaged."""
+    # A later version may have changed keys, so its number counts more than the key that this version misses.
+    format_number = _format_of(content)
+    if format_number > FORMAT:
+        return NewerFormat(path, format_number, FORMAT)
     return DamagedFile(path, f"is damaged: {where}{_explain(exc, content)}")
 
 
 def _format_of(content: bytes) -> int:
+    """The format number in content of any kind; 1 if it has none."""
     try:
         values = json.loads(content)
+    # Python's parser gives up on content such as 100,000 opening brackets with a RecursionError.
     except (ValueError, RecursionError):
         return 1
     number = values.get("format") if isinstance(values, dict) else None
@@ -277,9 +180,10 @@ def _format_of(content: bytes) -> int:
 
 
 def _explain(exc: ValidationError, content: bytes) -> str:
-    """One clause about the first thing that is wrong."""
+    """One clause about the first error."""
     if not content.strip():
         return "it is empty"
+    # {"loc": ("runs", 0), "msg": "Input should be a valid string", …} -> the key 'runs.0' should be a valid string
     error = exc.errors(include_url=False)[0]
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "json_invalid":
@@ -295,14 +199,7 @@ def _name_of(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _has_content(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        # Whether it can be written is what appending finds out.
-        return False
-
-
-def _unreadable(path: Path, exc: OSError) -> DamagedFile:
+def unreadable(path: Path, exc: OSError) -> DamagedFile:
+    """The error for a file that the operating system does not let us read."""
     advice = "Remove it, or restore the file" if path.is_dir() else "Check its permissions, or restore it from a copy"
     return DamagedFile(path, f"cannot be read ({exc.strerror or exc})", f"{advice}, and run the same command again.")

@@ -37,7 +37,8 @@ from train.store.journal import (
 )
 from train.store.layout import RunDir
 from train.store.lease import Lease, owns, release
-from train.store.record_file import LineRecord, append_records, read_records, write_record
+from train.store.line_file import append_records, read_records
+from train.store.record_file import LineRecord, write_record
 from train.store.records import ResultRecord
 from train.store.storage import storage_errors, write_folder
 from train.trainer.base import Environment
