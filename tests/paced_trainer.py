@@ -27,6 +27,7 @@ from train.store.record_file import read_existing
 from train.store.records import PackRecord
 from train.trainer.context import JobContext
 from train.trainer.pack import build_loop
+from train.trainer.run_writer import RunWriter
 from train.trainer.session import RunSession
 
 # The first steps of a block find cold caches.
@@ -109,7 +110,7 @@ def main(pack_files: list[Path]) -> None:
         config = read_run_config(run.config)
         seldom = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 1_000_000})})
         targets = adapted_modules(config.lora, list(base.shapes))
-        flag.sessions.append(RunSession(run, seldom, data, targets, open_attempt(run)))
+        flag.sessions.append(RunSession(seldom, data, targets, RunWriter(run, open_attempt(run))))
     with ExitStack() as stack:
         for file, pack in zip(pack_files, contents, strict=True):
             stack.enter_context(mirrored(file, pack))

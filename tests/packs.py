@@ -23,8 +23,9 @@ from train.store.storage import make_folder
 from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
 from train.trainer.pack import build_loop
+from train.trainer.run_writer import NullRunWriter, RunWriter
 from train.trainer.samples import AnswerDecoder
-from train.trainer.session import RunSession, WorkerSession
+from train.trainer.session import RunSession
 
 VOCABULARY = 97
 # A tokenizer's part for models without one: a token is its number, and a quarter of them close an answer.
@@ -149,9 +150,9 @@ def make_loop(
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
             if job.group.is_main:
-                sessions.append(Recording(run, config, data, targets, open_attempt(run)))
+                sessions.append(Recording(config, data, targets, RunWriter(run, open_attempt(run))))
             else:
-                sessions.append(WorkerSession(run, config, data, targets, NO_LEASE))
+                sessions.append(RunSession(config, data, targets, NullRunWriter(run, NO_LEASE)))
     return build_loop(base, sessions, micro_batch_tokens, decoder, job)
 
 

@@ -49,6 +49,7 @@ from train.trainer.base import fit_to_device, open_base
 from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
 from train.trainer.pack import build_loop
+from train.trainer.run_writer import RunWriter
 from train.trainer.session import RunSession
 
 NAME = "lorapack"
@@ -132,9 +133,8 @@ def built_loop(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[P
     sessions = []
     for i in range(setting.runs):
         run, config = RunDir(make_folder(folder / f"run{i}-x")), run_config(bench.folder, setting, seed=i)
-        sessions.append(
-            RunSession(run, config, bench.rows, adapted_modules(config.lora, list(base.shapes)), open_attempt(run))
-        )
+        targets = adapted_modules(config.lora, list(base.shapes))
+        sessions.append(RunSession(config, bench.rows, targets, RunWriter(run, open_attempt(run))))
     loop = build_loop(base, sessions, fit.micro_batch_tokens, None, JobContext())
     try:
         yield loop

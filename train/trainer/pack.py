@@ -37,8 +37,9 @@ from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
 from train.trainer.pack_state import build_pack_state
 from train.trainer.process_group import SINGLE_PROCESS, open_process_group
+from train.trainer.run_writer import NullRunWriter, RunWriter
 from train.trainer.samples import AnswerDecoder, Sampler, load_answer_decoder
-from train.trainer.session import RunSession, WorkerSession
+from train.trainer.session import RunSession
 
 log = logging.getLogger("lorapack.trainer")
 
@@ -65,10 +66,9 @@ def train_pack(leases: Leases, cache: CacheDir, job: JobContext) -> None:
     base = open_base(configs[0], model_dir, fit, longest, BaseCache(cache, job.stop.check, job.activity))
     job.stop.check()
     log.info(f"ready after {time.monotonic() - started:.1f} s")
+    writer = RunWriter if job.group.is_main else NullRunWriter
     sessions = [
-        (RunSession if job.group.is_main else WorkerSession)(
-            run, config, table, adapted_modules(config.lora, list(base.shapes)), lease
-        )
+        RunSession(config, table, adapted_modules(config.lora, list(base.shapes)), writer(run, lease))
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
     samples_wanted = job.group.is_main and any(config.train.sample_prompts for config in configs)
