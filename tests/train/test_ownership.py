@@ -73,5 +73,5 @@ def test_an_acl_entry_for_the_user_is_fine(sweep: SweepDir) -> None:
 
 def test_a_file_in_the_place_of_the_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(BadInput, match="is no folder"):
+    with pytest.raises(BadInput, match="is not a folder"):
         refuse_shared(SweepDir(tmp_path / "runs" / "mine"))

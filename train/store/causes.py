@@ -27,8 +27,8 @@ class Cause(StrEnum):
 class Next(StrEnum):
     """What becomes of a run after an attempt.
 
-    retry -> the next job continues from the last checkpoint; hold -> left alone because the user stopped it; give up -> left alone
-    because it would end the same way again. `resume` trains all of them.
+    retry: the next job continues from the last checkpoint. hold: not tried again because the user stopped it. give up: not tried again
+    because it would end the same way. `resume` trains all of them.
     """
 
     NOTHING = "nothing"
@@ -44,9 +44,9 @@ class Consequence:
     Attributes:
         meaning: what happened.
         next: what becomes of the run.
-        advice: how that comes about, or what to do first.
-        by_itself: whether a retry needs nobody: the job, or Slurm, puts it back into the queue.
-        patience: how many attempts in a row may end so at one step before the run is held.
+        advice: how that happens, or what you do first.
+        by_itself: whether a retry needs no command of yours: the job, or Slurm, puts it back into the queue.
+        patience: how many attempts in a row may end this way at one step before the run is held.
     """
 
     meaning: str
@@ -93,13 +93,13 @@ CONSEQUENCES: dict[Cause, Consequence] = {
 
 
 def consequence(cause: str) -> Consequence | None:
-    """What follows from a cause as a file has it; None for a word of a later version."""
+    """What follows from a cause as a file has it; None for a cause of a later version."""
     return next((follows for known, follows in CONSEQUENCES.items() if known == cause), None)
 
 
 # The run would end the same way again.
 NON_RETRYABLE = frozenset(cause for cause, what in CONSEQUENCES.items() if what.next is Next.GIVE_UP)
-# A job that continues with other runs does not take this one up again.
+# A job that continues with other runs does not train this one again.
 TERMINAL = frozenset(cause for cause, what in CONSEQUENCES.items() if what.next in {Next.GIVE_UP, Next.HOLD})
-# Somebody asked the job to stop, and it saved; unless its user cancelled it, it queues itself again.
+# The job was asked to stop, and it saved. Unless its user cancelled it, it queues itself again.
 STOPPED_AND_REQUEUED = frozenset({Cause.PREEMPTED, Cause.TIMEOUT})

@@ -1,7 +1,14 @@
 """The lines of a run's growing files: journal, pace, samples and attempts.
 
-A journal holds a header, a line per step and per evaluation, and at most one divergence, its last line. Its lines are written by the
-models here, and read by the thousand as plain dictionaries (`JournalLine`) that pydantic checks without building an object per line.
+A journal holds a header, a line per step and per evaluation, and at most one divergence, its last line:
+
+    {"step":0,"max_steps":12,"train_rows":90,"eval_rows":10,"trainable_parameters":4096,"total_parameters":135000000}
+    {"step":0,"eval_loss":2.31,"eval_exact_match":0.0}
+    {"step":1,"epoch":0.088889,"loss":2.3,"grad_norm":0.8,"learning_rate":0.001,"tokens":812}
+    {"step":2,"diverged":"the loss is nan"}
+
+Lines are written by the models here. They are read by the thousand, so as plain dictionaries (`JournalLine`) that pydantic checks
+without building an object per line.
 """
 
 from __future__ import annotations
@@ -58,7 +65,7 @@ class DivergenceLine(LineRecord):
 
 
 class JournalLine(TypedDict, total=False):
-    """Any line of a journal, as it is read; which keys it has tells what it is."""
+    """Any line of a journal, as it is read; its keys show which kind it is."""
 
     format: int
     step: Required[int]
@@ -79,7 +86,7 @@ class JournalLine(TypedDict, total=False):
 
 
 class LossLine(TypedDict, total=False):
-    """What a loss curve needs of a journal's line; reading the rest would take four times as long."""
+    """The part of a journal's line that a loss curve needs; reading the rest would take four times as long."""
 
     step: Required[int]
     loss: float
@@ -87,7 +94,7 @@ class LossLine(TypedDict, total=False):
 
 
 class PaceLine(LineRecord):
-    """How fast it went until `time` (Unix seconds); the first line of an attempt also says what its start took."""
+    """How fast the run trained until `time` (Unix seconds); the first line of an attempt also says what its start took."""
 
     step: int
     attempt: int
@@ -118,10 +125,10 @@ class SamplesLine(LineRecord):
 
 
 class AttemptLine(LineRecord):
-    """One ended attempt; times in Unix seconds, `first_step` null where nobody knows.
+    """One ended attempt; times in Unix seconds; `first_step` is null if it is unknown.
 
     `saved_step` is where the next attempt begins; `trained` says whether this one computed any step. A `cause` that is not a `Cause`
-    comes from a later version.
+    was written by a later version.
     """
 
     attempt: int
@@ -146,7 +153,7 @@ _LOSSES = TypeAdapter(list[LossLine])
 
 
 def append_journal(path: Path, lines: Sequence[LineRecord]) -> None:
-    """Append lines to a journal, whose bytes hold what was computed and nothing else.
+    """Append lines to a journal. Unlike `append_records` it adds no format: a journal holds what was computed and nothing else.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
@@ -155,25 +162,25 @@ def append_journal(path: Path, lines: Sequence[LineRecord]) -> None:
 
 
 def read_journal(path: Path) -> list[JournalLine]:
-    """Every whole line of a journal; none where there is no file.
+    """Every whole line of a journal; none if there is no file.
 
     Raises:
-        DamagedFile: a line is none of a journal's.
+        DamagedFile: a line does not belong to a journal.
     """
     return parse_as(_LINES, _as_list(path), path)
 
 
 def read_losses(path: Path) -> list[LossLine]:
-    """`read_journal` for its losses alone. Parsed as one document, which counts at 500 runs of 1,000 steps.
+    """`read_journal` for its losses alone, which is faster: it matters at 500 runs of 1,000 steps.
 
     Raises:
-        DamagedFile: a line is none of a journal's.
+        DamagedFile: a line does not belong to a journal.
     """
     return parse_as(_LOSSES, _as_list(path), path)
 
 
 def read_header(path: Path) -> JournalHeader | None:
-    """A journal's first line; None where there is none.
+    """A journal's first line; None if there is none.
 
     Raises:
         DamagedFile: it is not a header.
@@ -186,7 +193,7 @@ def journal_tail(path: Path) -> list[JournalLine]:
     """The last lines of a journal, without reading the rest.
 
     Raises:
-        DamagedFile: one is none of a journal's.
+        DamagedFile: one does not belong to a journal.
     """
     return [parse_line(line, path) for line in tail_lines(path)]
 
@@ -195,11 +202,11 @@ def parse_line(line: bytes, path: Path) -> JournalLine:
     """One line of the journal `path`.
 
     Raises:
-        DamagedFile: it is none of a journal's.
+        DamagedFile: it does not belong to a journal.
     """
     return parse_as(_LINE, line, path)
 
 
 def _as_list(path: Path) -> bytes:
-    """The whole lines of a file as one JSON list."""
+    """The whole lines of a file as one JSON list: pydantic parses one document much faster than a thousand."""
     return b"[" + b",".join(whole_lines(read_content(path) or b"", path)) + b"]"

@@ -22,20 +22,20 @@ class RunDir:
 
     @property
     def journal(self) -> Path:
-        """What the run computed, a line per step and evaluation; the same bytes whatever happened to the job."""
+        """What the run computed, a line per step and evaluation; the same bytes however often the job was interrupted."""
         return self.path / "journal.jsonl"
 
     @property
     def pace(self) -> Path:
         """How fast it was computed (clock time, tokens per second, memory): differs from attempt to attempt.
 
-        The first line of an attempt also says how long the process took to come to its first step, and doing what.
+        The first line of an attempt also says how long the process took until its first step, and what it did in that time.
         """
         return self.path / "pace.jsonl"
 
     @property
     def samples(self) -> Path:
-        """What the run answers to a few held-out prompts, a line per evaluation; the same bytes whatever happened to the job."""
+        """What the run answers to a few held-out prompts, a line per evaluation; the same bytes, as in `journal`."""
         return self.path / "samples.jsonl"
 
     @property
@@ -50,17 +50,17 @@ class RunDir:
 
     @property
     def stop_note(self) -> Path:
-        """Why the process that holds the lease was asked to stop, for its successor should it be killed before it can say so."""
+        """Why the process that holds the lease was asked to stop. Its successor reads it if the process is killed before its end."""
         return self.path / "stop.json"
 
     @property
     def mirror_online(self) -> Path:
-        """How far W&B's server has this run."""
+        """Up to which step W&B's server has this run."""
         return self.path / "mirror-online.json"
 
     @property
     def mirror_offline(self) -> Path:
-        """How far W&B's offline folders have this run."""
+        """Up to which step W&B's offline folders have this run."""
         return self.path / "mirror-offline.json"
 
     def mirror_lease(self, way: str) -> Path:
@@ -82,7 +82,8 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps that have a checkpoint folder, ascending; whether it is sound only reading it tells."""
+        """Steps that have a checkpoint folder, ascending; a folder may be damaged (`train.trainer.checkpoint`)."""
+        # Eight digits, so that a shell lists the folders in the order of their steps: step-00000040, step-00000100.
         return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-????????"))
 
     @property
@@ -129,12 +130,12 @@ class PackDir:
 
     @property
     def activity(self) -> Path:
-        """What the job does just now besides steps: evaluating, loading; worth nothing once its process is gone."""
+        """What the job does now other than steps: evaluating, loading; meaningless once its process has ended."""
         return self.path / "activity.json"
 
     @property
     def mirror_log(self) -> Path:
-        """What the mirror to W&B had to say, of every attempt."""
+        """The log of the mirror to W&B, of every attempt."""
         return self.path / "mirror.log"
 
     @property
@@ -166,7 +167,7 @@ class ArrayDir:
 
     @property
     def callable(self) -> Path:
-        """What every task runs, pickled: a task starts from it even if its launcher died before it could name it by the job's id."""
+        """What every task runs, pickled. submitit names it by the job's id; this one also works if the launcher died before that."""
         return self.submitit / "task.pkl"
 
 
@@ -246,20 +247,20 @@ class SweepDir:
 
 @dataclass(frozen=True)
 class CacheDir:
-    """What is fetched or derived once and shared by every sweep: models and tokenized data."""
+    """What is downloaded or derived once and shared by every sweep: models and tokenized data."""
 
     path: Path
 
     def model(self, key: str) -> Path:
-        """Folder of a fetched or converted model, complete if it exists."""
+        """Folder of a downloaded or converted model, complete if it exists."""
         return self.path / "models" / key
 
     def model_lock(self, key: str) -> Path:
-        """Held by the process that makes the model, so that others wait for it instead of doing the same."""
+        """Held by the process that prepares the model, so that others wait for it instead of doing the same."""
         return self.path / "models" / f"{key}.lock"
 
     def download(self, key: str) -> Path:
-        """Folder of a model's files while they are fetched: what arrived before an interruption is not fetched again."""
+        """Folder of a model's files while they are downloaded: files from before an interruption are not downloaded again."""
         return self.path / "downloads" / key
 
     def base(self, key: str) -> BaseDir:
@@ -288,7 +289,7 @@ class BaseDir:
 
     @property
     def about(self) -> Path:
-        """What the key stands for, for whoever wants to know which folder may go."""
+        """What the key stands for, so that users can tell which folder they may delete."""
         return self.path / "about.json"
 
     @property

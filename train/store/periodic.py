@@ -1,4 +1,4 @@
-"""A thread that does something small again and again. Light: standard library only."""
+"""A thread that does something small at intervals. Light: standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PeriodicThread(ABC):
 
     @abstractmethod
     def act(self) -> None:
-        """What is done every time; it may not raise."""
+        """What is done each time; it must not raise."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -30,5 +30,6 @@ class PeriodicThread(ABC):
     def _run(self) -> None:
         while True:
             self.act()
+            # The wait ends early once `__exit__` is called.
             if self._stop.wait(self._seconds):
                 return

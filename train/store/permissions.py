@@ -1,8 +1,10 @@
-"""Whether other users could write into a folder: jobs run code from the sweep's folder, so nobody else may put any there.
+"""Whether other users could write into a folder: jobs run code from the sweep's folder, so nobody else may put code there.
 
-Light on purpose: the launcher asks before anything is submitted. Counted are the owner, the permissions and POSIX ACLs (acl(5)),
-which Linux keeps in an extended attribute: a version, then per entry a tag, its permissions and whom it is for. A parent
-folder is left to the user: on a cluster it is often a project's, shared with a group.
+Checked are the owner, the permissions and POSIX ACLs (acl(5)). Linux keeps an ACL in an extended attribute: a version, then for each
+entry a tag, its permissions and its user or group. Parent folders are not checked: on a cluster they often belong to a project and
+are shared with a group.
+
+Light on purpose: the launcher checks before anything is submitted.
 """
 
 from __future__ import annotations
@@ -46,20 +48,20 @@ def refuse_shared(sweep: SweepDir) -> None:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Refuse a folder that the user may not write or make, before hours go into fetching what its runs need.
+    """Refuse a folder that the user may not write or create, before hours go into fetching what its runs need.
 
     Raises:
-        BadInput: naming the nearest folder that is there.
+        BadInput: naming the nearest folder that exists.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"{there} is not writable for you, so nothing can be kept in {folder}; choose another root=.")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise BadInput(f"{nearest} is not writable for you, so nothing can be kept in {folder}; choose another root=.")
 
 
 def _refuse_shared_folder(folder: Path) -> None:
     info = folder.stat()
     if not stat.S_ISDIR(info.st_mode):
-        raise BadInput(f"{folder} is no folder; choose another root=.")
+        raise BadInput(f"{folder} is not a folder; choose another root=.")
     if info.st_uid != os.getuid():
         raise BadInput(f"{folder} belongs to another user (uid {info.st_uid}); choose a root= of your own.")
     for who in _other_writers(folder, info):
@@ -69,11 +71,14 @@ def _refuse_shared_folder(folder: Path) -> None:
 
 
 def _other_writers(folder: Path, info: os.stat_result) -> Iterator[str]:
-    """Whoever may write besides the owner. With an ACL the mode's bits of the group are the ACL's mask."""
+    """Who may write apart from the owner, in words."""
     if info.st_mode & stat.S_IWOTH:
         yield "everybody"
+    # With an ACL the mode's group bits are the ACL's mask, the most that any of its entries grants. Without the write bit there, no
+    # user or group in the ACL can write.
     if not info.st_mode & stat.S_IWGRP:
         return
+    # Without an ACL the group bits are the owning group's permissions, as if that was the only entry.
     entries = _acl(folder) or [(OWNING_GROUP, WRITE, 0)]
     for tag, permissions, number in entries:
         gid = info.st_gid if tag == OWNING_GROUP else number
@@ -86,19 +91,21 @@ def _other_writers(folder: Path, info: os.stat_result) -> Iterator[str]:
 
 
 def _acl(folder: Path) -> list[tuple[int, int, int]]:
-    """Tag, permissions and user or group of each entry; empty where there is no ACL or the file system knows none."""
+    """Tag, permissions and user or group of each entry; empty if there is no ACL or the file system has none."""
     try:
         content = os.getxattr(folder, ACL)
     except OSError:
         return []
+    # 4 bytes of version, then 8 bytes per entry: tag (2), permissions (2), user or group (4), little-endian.
     return list(ACL_ENTRY.iter_unpack(content[ACL_VERSION.size :]))
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether it is the group that many systems make for each user alone, named like the user."""
+    """Whether it is the private group that many systems create for each user, named like the user."""
     try:
-        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+        user = pwd.getpwuid(os.getuid())
+        group = grp.getgrgid(gid)
+    # Neither has a name, as in some containers.
     except KeyError:
-        # User or group has no name, as in some containers.
         return gid == os.getgid() == os.getuid()
     return (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}

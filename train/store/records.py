@@ -16,7 +16,7 @@ from train.store.record_file import FileRecord, RecordPart, read_existing
 
 
 class ForecastRecord(RecordPart):
-    """What a pack was expected to take; `usd` is null where the cluster names no price."""
+    """What a pack was expected to take; `usd` is null if the cluster's configuration has no price."""
 
     vram_gib: float | None = None
     seconds: float | None = None
@@ -65,7 +65,7 @@ class ArrayRecord(FileRecord):
 
     @property
     def at_once(self) -> int:
-        """How many of its jobs may run side by side."""
+        """How many of its jobs may run at the same time."""
         return len(self.packs) if self.parallel is None else self.parallel
 
 
@@ -78,9 +78,9 @@ class ReportJobRecord(FileRecord):
 
 
 class ResultRecord(FileRecord):
-    """``result.json``: what a finished run measured, written last: a run that has it is done.
+    """``result.json``: what a finished run measured. It is written last, so a run that has it is done.
 
-    What may be null was not measured (a run without held-out rows), or came with a later version before 0.1.0.
+    A null was not measured (a run without held-out rows), or the key did not exist when the file was written.
     """
 
     run_id: str | None = None
@@ -108,13 +108,13 @@ class ResultRecord(FileRecord):
 
 
 class CancelRequest(FileRecord):
-    """``cancel.json``: that the user wants the run to stop, and since when."""
+    """``cancel.json``: the user wants the run to stop, since `time`."""
 
     time: float
 
 
 class StopNote(FileRecord):
-    """``stop.json``: why the process that holds the lease `token` was asked to stop."""
+    """``stop.json``: why the process with the lease `token` was asked to stop."""
 
     token: str
     signal: str
@@ -135,7 +135,7 @@ class ActivityNote(FileRecord):
 
 
 class RendezvousRecord(FileRecord):
-    """``rendezvous.json``: where the first process of a job listens; `port` is null where there is nothing to do."""
+    """``rendezvous.json``: where the main process of a job listens; `port` is null if the job has nothing to do."""
 
     job: str
     port: int | None

@@ -1,6 +1,6 @@
-"""The only ways in which files come to exist and are read back, and what the system's refusals mean to the user.
+"""How files are written and read back, and what the operating system's errors mean to the user.
 
-A file that exists is complete: it is written beside its place, flushed to the disk with its folder, and renamed. Logs that
+A file that exists is complete: it is written under a temporary name in the same folder, flushed to the disk, and renamed. Files that
 grow (`append_lines`) are read up to their last whole line. Folders are private (0700, files 0600).
 
 Light on purpose: the launcher imports it on the login node.
@@ -23,28 +23,30 @@ from train.errors import BadInput, StorageError
 
 Record = dict[str, Any]
 
-# How Rust's libraries quote the system's errors.
-OS_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
+# How Rust's libraries (safetensors, tokenizers) write an error of the operating system: "No space left on device (os error 28)".
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before, where `durable` also after a power cut.
+    """Write `content` so that `path` holds either all of it or what it held before; if `durable`, also after a power cut.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with storage_errors(path):
         try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
+                # Before the rename: after a power cut the new name must not stand for content that never reached the disk.
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+        # The name itself is content of the folder.
         if durable:
             sync_folder(path.parent)
 
@@ -60,34 +62,36 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_note(path: Path, value: Any) -> None:
-    """`write_json` for what nobody needs after a power cut: it is not flushed, which would cost a shared file system more."""
+    """`write_json` for what is worthless after a power cut: it is not flushed, which spares a shared file system the work."""
     write_bytes(path, json.dumps(value, allow_nan=False).encode(), durable=False)
 
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to fill beside `path`; it takes `path`'s place complete, or not at all.
+    """Yield an empty folder to fill; it becomes `path` when it is complete, or not at all.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with storage_errors(path):
         try:
-            make_folder(beside)
-            yield beside
-            for file in beside.rglob("*"):
+            make_folder(temporary)
+            yield temporary
+            for file in temporary.rglob("*"):
                 sync_folder(file)
-            sync_folder(beside)
+            sync_folder(temporary)
+            # A folder cannot be renamed over one that holds files, so the old one is moved away first. A kill between the two renames
+            # leaves no folder at `path`, which readers take for one that was never written.
             if path.exists():
-                retired = beside.with_suffix(".old")
+                retired = temporary.with_suffix(".old")
                 os.replace(path, retired)
-                os.replace(beside, path)
+                os.replace(temporary, path)
                 shutil.rmtree(retired)
             else:
-                os.replace(beside, path)
+                os.replace(temporary, path)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(path.parent)
 
@@ -95,7 +99,8 @@ def write_folder(path: Path) -> Iterator[Path]:
 def append_lines(path: Path, records: list[Record]) -> None:
     """Append one JSON line per record, and flush them to the disk: all of them, or none if the disk refuses.
 
-    A torn line that a killed writer left at the end is cut off first.
+    A torn line that a killed writer left at the end is cut off first. For example, of ``{"step":1}\\n{"st`` the first 11 bytes stay,
+    and the new lines follow them.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
@@ -106,11 +111,12 @@ def append_lines(path: Path, records: list[Record]) -> None:
         try:
             end = _whole_lines(handle)
             try:
+                # A write may take only a part: on a disk that is nearly full, or if a signal comes.
                 while content:
                     content = content[os.write(handle, content) :]
                 os.fsync(handle)
             except OSError:
-                # A device cannot be cut; the first error counts.
+                # A device such as /dev/full cannot be cut. The first error is the one to report.
                 with suppress(OSError):
                     os.ftruncate(handle, end)
                 raise
@@ -119,21 +125,23 @@ def append_lines(path: Path, records: list[Record]) -> None:
 
 
 def _whole_lines(handle: int, tail_bytes: int = 1 << 16) -> int:
-    """Cut a torn last line off an open file; its length then."""
+    """Cut a torn last line off an open file; the file's length after that."""
     size = os.fstat(handle).st_size
+    # The usual case costs one byte: the file ends with a line end.
     if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
         return size
     start = max(0, size - tail_bytes)
+    # size 100,000 and tail 65,536: start = 34,464. If the last line end is at 65,000 of the tail, end = 34,464 + 65,000 + 1 = 99,465.
     end = start + os.pread(handle, tail_bytes, start).rfind(b"\n") + 1
     os.ftruncate(handle, end)
     return end
 
 
 def read_json(path: Path) -> Any:
-    """The JSON document at `path`, or None where there is none.
+    """The JSON document at `path`; None if there is no file.
 
     Raises:
-        StorageError: it is damaged; we write whole files only, so somebody else did it (a copy to a full disk, say).
+        StorageError: it is damaged. This project writes whole files only, so another program did it (a copy to a full disk, say).
     """
     try:
         return parsed(path.read_bytes(), path)
@@ -145,7 +153,7 @@ def read_lines(path: Path) -> list[Record]:
     """Every whole line of a growing JSON-lines file; a torn last line and a missing file count as nothing.
 
     Raises:
-        StorageError: a line before is damaged.
+        StorageError: an earlier line is damaged.
     """
     try:
         content = path.read_bytes()
@@ -159,23 +167,24 @@ def parsed(content: bytes, path: Path) -> Any:
     """The JSON document `content`, which was read from `path`.
 
     Raises:
-        StorageError: it is none.
+        StorageError: it is not JSON.
     """
     try:
         return json.loads(content)
     except ValueError as exc:
         raise StorageError(
-            f"{path} is damaged: it holds no whole JSON ({exc}). Restore it, or remove it and run the same command again."
+            f"{path} is damaged: it is not valid JSON ({exc}). Restore it, or remove it and run the same command again."
         ) from exc
 
 
 def make_folder(path: Path) -> Path:
-    """Make `path` and what lacks above it, private to the user.
+    """Create `path` and its missing parents, private to the user.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
     """
     with storage_errors(path):
+        # Not mkdir(parents=True), which would create the parents with the default permissions.
         for folder in [*reversed(path.parents), path]:
             if not folder.exists():
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -200,7 +209,7 @@ def named_folder(key: str, text: str) -> Path:
     """The absolute path of the folder that the user gave as ``key=text``.
 
     Raises:
-        BadInput: it is empty, which would be the present folder; a part of it is a file; or see `local_path`.
+        BadInput: it is empty, which would mean the current folder; a part of it is a file; or see `local_path`.
     """
     if not text.strip():
         raise BadInput(f"{key}= is empty; name a folder, {key}=. for this one, or leave it out.")
@@ -209,14 +218,14 @@ def named_folder(key: str, text: str) -> Path:
         with readable(parent):
             if parent.exists() and not parent.is_dir():
                 raise BadInput(
-                    f"{key}={text}: {parent} is no folder, so nothing can lie below it; choose another {key}=."
+                    f"{key}={text}: {parent} is not a folder, so nothing can be created below it; choose another {key}=."
                 )
     return folder
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Translate the operating system's refusals to read a file or folder that the user named.
+    """Translate the operating system's errors in reading a file or folder that the user named.
 
     Raises:
         BadInput: saying which, and why.
@@ -229,9 +238,9 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Translate the operating system's refusals to write at `path`.
+    """Translate the operating system's errors in writing at `path`.
 
-    safetensors and tokenizers tell them as text, in types of their own.
+    safetensors and tokenizers raise exceptions of their own, with the error number in the text.
 
     Raises:
         StorageError: saying what, where and what to do next.
@@ -242,7 +251,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only; choose another root= or cache=",
         errno.EACCES: "you may not write there; choose another root= or cache=",
         errno.EIO: "the disk answers with errors; ask the administrator",
-        errno.ENOENT: "its folder is gone; run the same command again to make it anew",
+        errno.ENOENT: "its folder is gone; run the same command again to create it",
         errno.ENOTDIR: "a part of that path is a file; choose another root= or cache=",
         errno.ENAMETOOLONG: "a name in that path is too long; choose another root= or cache=",
         errno.ESTALE: "the network file system lost the folder; try again",
@@ -250,8 +259,9 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        told = OS_ERROR_NUMBER.search(str(exc))
-        code = exc.errno if isinstance(exc, OSError) else int(told[1]) if told else None
+        rust_error = RUST_ERROR.search(str(exc))
+        code = exc.errno if isinstance(exc, OSError) else int(rust_error[1]) if rust_error else None
+        # Any other error is a defect, or has its own meaning: it passes as it is.
         if code not in advice:
             raise
         raise StorageError(f"{path} could not be written: {advice[code]}.") from exc
