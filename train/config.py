@@ -20,6 +20,9 @@ from train.errors import BadInput, DamagedFile
 from train.schedules import SCHEDULES, ScheduleName, deciding_arguments, given_arguments
 from train.section import Section, explain, parse_section
 
+# The forms of a row that `train.data.rows.parse_row` knows; ``auto`` looks at the columns.
+RowFormat = Literal["auto", "alpaca", "chat"]
+
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 
 # Keys that say how or where a run is computed, never what: they are left out of the run's identity.
@@ -82,7 +85,7 @@ class DataConfig(Section):
     split: str = "train"
     """The split of a hub data set to read."""
 
-    format: Literal["auto", "alpaca", "chat"] = "auto"
+    format: RowFormat = "auto"
     """Columns of a row: `alpaca` has instruction, input and output, `chat` has messages. `auto` looks at the columns."""
 
     train_rows: int | None = Field(None, ge=1)

@@ -57,9 +57,12 @@ def look_at_disk(path: Path) -> Disk:
 
 
 def machine_advice(machine: Machine, *, slurm: bool) -> list[Advice]:
-    """What would go wrong on this machine. `slurm` says that jobs run on other machines, which have to see the same folders."""
+    """What would go wrong on this machine. `slurm` says that jobs run on other machines, from the same folders."""
     missing = [name for name, installed in machine.packages.items() if installed is None and name != "wandb"]
     advice = [Advice("warning", f"Not installed here: {', '.join(missing)}; run 'make install'.")] if missing else []
+    if slurm and (machine.packages["torch"] or "").endswith("+cpu"):
+        text = f"torch {machine.packages['torch']} cannot use GPUs, and jobs run in this environment; install a build with CUDA."
+        advice.append(Advice("warning", text))
     for name, disk in (("root", machine.root), ("cache", machine.cache)):
         advice += _disk_advice(name, disk, slurm=slurm)
     return advice

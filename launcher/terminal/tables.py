@@ -142,11 +142,15 @@ def left(status: RunStatus) -> str:
 
 
 def _pack_table(plan: Plan) -> Table:
-    table = _table("pack", "partition", "runs", "memory GiB", "time", "GPU-hours")
+    """A line per pack. On Slurm it says which GPUs a job asks for, since a partition can have several types."""
+    on_slurm = any(pack.gres for pack in plan.packs)
+    place = ("partition", "GPUs") if on_slurm else ("partition",)
+    table = _table("pack", *place, "runs", "memory GiB", "time", "GPU-hours")
     for pack in plan.packs[:MOST_ROWS]:
         forecast = pack.forecast
         measures = (number(forecast.vram_gib, 1), seconds(forecast.seconds), number(forecast.gpu_hours, 2))
-        table.add_row(pack.id, pack.partition, str(len(pack.runs)), *measures)
+        where = (pack.partition, escape(pack.gres)) if on_slurm else (pack.partition,)
+        table.add_row(pack.id, *where, str(len(pack.runs)), *measures)
     return table
 
 

@@ -15,7 +15,7 @@ from launcher.cluster.parsing import LivePartition, Qos, Settings, parse_associa
 from launcher.config import ClusterConfig
 from launcher.doctor.advice import cluster_advice
 from launcher.doctor.examine import NO_SLURM, examine
-from launcher.doctor.machine import look_at_disk
+from launcher.doctor.machine import look_at_disk, look_at_machine, machine_advice
 from launcher.doctor.site import site_text, write_site
 from stand_in import put_command
 from train.errors import BadInput
@@ -128,6 +128,18 @@ def test_a_disk_is_described_before_its_folder_exists(tmp_path: Path) -> None:
     assert disk.free_gib > 0
     assert disk.kind != "unknown"
     assert look_at_disk(Path("/proc/sys")).kind == "proc"
+
+
+@pytest.mark.parametrize(
+    ("torch", "slurm", "warned"), [("2.13.0+cpu", True, True), ("2.13.0+cpu", False, False), ("2.13.0", True, False)]
+)
+def test_a_torch_that_cannot_use_the_clusters_gpus_is_warned_of(
+    tmp_path: Path, torch: str, slurm: bool, warned: bool
+) -> None:
+    machine = look_at_machine(tmp_path, tmp_path)
+    machine = replace(machine, packages=machine.packages | {"torch": torch})
+    advice = [item.level for item in machine_advice(machine, slurm=slurm) if "cannot use GPUs" in item.text]
+    assert advice == ["warning"] * warned
 
 
 def test_a_machine_without_slurm_is_reported(tmp_path: Path) -> None:

@@ -48,6 +48,17 @@ def test_a_plan_shows_every_run_and_pack(tmp_path: Path) -> None:
         assert planned.run.name in text_of(shown)
         assert planned.reason in text_of(shown)
     assert text_of(shown).count(plan.packs[0].id) == len(plan.runs) + 1
+    assert "GPUs" not in text_of(shown)
+
+
+def test_a_plan_for_slurm_says_which_gpus_a_job_asks_for(tmp_path: Path) -> None:
+    described = ("gpu=a100", "gpus=8", "max_minutes=60")
+    partition = [f"cluster.partitions.gpu.{setting}" for setting in described]
+    plan = make_plan(compose(["lora.r=4,8", f"root={tmp_path}", *SMALL, "cluster=slurm", *partition]))
+    shown = console()
+    print_plan(plan, shown)
+    (line,) = [line for line in text_of(shown).splitlines() if line.strip().startswith(plan.packs[0].id)]
+    assert line.split()[1:4] == ["gpu", "gpu:a100:1", "2"]
 
 
 def test_a_status_is_one_line_with_all_that_is_known() -> None:

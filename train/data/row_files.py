@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data.rows import COLUMNS_HELP, Format, Row, parse_row
+from train.config import RowFormat
+from train.data.rows import COLUMNS_HELP, Row, parse_row
 from train.errors import BadInput
 from train.store.storage import readable
 
@@ -30,7 +31,7 @@ BLANKS = re.compile(r"\s*")
 MAX_FIELD = 2**31 - 1
 
 
-def read_rows(path: Path, form: Format) -> list[Row]:
+def read_rows(path: Path, form: RowFormat) -> list[Row]:
     """Every row of a .json, .jsonl, .csv or .parquet file, checked.
 
     Raises:

@@ -1,5 +1,7 @@
 """Data rows: their two forms, and the check that turns a file's plain values into one of them.
 
+A new form is a class here with its check, a case of `parse_row`, and its text in `train.data.rendering`.
+
 In this project a row is what a user's file or data set holds. Once tokenized it is an example (`train.data.token_table`).
 """
 
@@ -8,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from train.config import RowFormat
 from train.errors import BadInput
 
-Format = Literal["auto", "alpaca", "chat"]
 Values = dict[str, Any]
 
 # JSON can hold "\ud83d" alone, the first half of a UTF-16 surrogate pair. That is not a character, and tokenizers reject it.
@@ -43,7 +45,7 @@ class EmptyAnswer(BadInput):
     """A row whose answer is empty: rejected in the user's own file, dropped and counted in a data set of the hub."""
 
 
-def parse_row(values: Any, form: Format, where: str) -> Row:
+def parse_row(values: Any, form: RowFormat, where: str) -> Row:
     """Check one row and give it its type; `where` names it in messages.
 
     Raises:
