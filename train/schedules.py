@@ -3,6 +3,9 @@
 Names, arguments and defaults are those of transformers' `get_scheduler`; a test compares them with its signatures. Its kinds
 ``reduce_lr_on_plateau`` and ``greedy`` are left out: their rate depends on past losses, not on the step alone, so a resumed run
 could not repeat it.
+
+A kind that transformers adds is a name in `ScheduleName` and its arguments in `SCHEDULES`. One that transformers lacks would also need
+a case in `train.trainer.optim.learning_rate_schedule`, which calls `get_scheduler`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,17 @@
-"""Base models: what a source means, fetching, checking, loading, NF4, and the cache of quantized bases."""
+"""Base models: from `model.source` to a checked folder, and from there to a model on the device. In reading order:
+
+    source        what `model.source` means, its folder in the cache, its fingerprint in run ids
+    staging       fetches, converts or builds that folder, once; `locking` lets others wait
+    hub           whether the Hugging Face hub can be reached
+    gguf_package  a GGUF file in a Python package, converted
+    tiny          the random model of `builtin:tiny`
+    folder        what a model folder must hold, and the shapes in the headers of its weights
+    architecture  what `config.json` alone rules out, on the login node
+    loading       decoder and tokenizer by transformers' loaders, and the checks on the meta device
+    nf4           the only file that knows bitsandbytes
+    quantized     a base in 4 bits as tensors by name
+    base_cache    bases quantized once per cluster
+
+Another kind of source belongs in `source.source_kind` and `staging`. A model that must be refused belongs in
+`architecture.UNLIKE_LLAMA` if its `config.json` shows it, and in `loading.refuse_unsupported` if not.
+"""
