@@ -197,7 +197,7 @@ def program_version() -> str:
     try:
         return version("lorapack")
     except PackageNotFoundError as exc:
-        raise BadInput(f"{SOURCE_DIR} does not tell its version; install it with 'pip install .'.") from exc
+        raise BadInput(f"{SOURCE_DIR} has no version; install it with 'pip install .'.") from exc
 
 
 def _choices() -> str:

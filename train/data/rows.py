@@ -96,7 +96,7 @@ def _parse_message(turn: Any, where: str) -> dict[str, str]:
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise BadInput(f"{where}: {column} has to be text, not {_shown(value)}.")
+        raise BadInput(f"{where}: {column} has to be text, not {_shown(value)}; put it in quotes, or remove the row.")
     broken = LONE_SURROGATE.search(value)
     if broken:
         raise BadInput(

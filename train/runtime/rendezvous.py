@@ -76,7 +76,7 @@ def wait_for_rendezvous(pack: PackDir, stop: Callable[[], None]) -> int:
                 raise NothingToDo
             return found.port
         time.sleep(POLL_SECONDS)
-    raise LorapackError(f"process 0 of this job did not come within {JOIN_SECONDS:.0f} s; see its log.")
+    raise LorapackError(f"process 0 of this job did not start within {JOIN_SECONDS:.0f} s; see its log.")
 
 
 def _this_start() -> str:
