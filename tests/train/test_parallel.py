@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import packs
+from json_lines import read_lines
 from train.data.sampling import TokenSequence
 from train.errors import PeerLost
 from train.runtime.attempts import cause_of
 from train.runtime.rendezvous import NothingToDo, ProcessInfo, detect_process, publish_rendezvous, wait_for_rendezvous
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import PackDir, RunDir
-from train.store.storage import make_folder, read_lines
+from train.store.storage import make_folder
 from train.trainer import loop
 from train.trainer.process_group import SingleProcess, deal, open_process_group
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # Machines that test other things besides are slow.
 PATIENCE_SECONDS = 300
@@ -146,6 +147,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory, start_job: Job) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_computes(alone: Path, by_two: Path) -> None:
     assert all((run.path / FINAL).exists() for run in packs.run_dirs(by_two))
     assert_equal_to_rounding(by_two, alone)
@@ -154,6 +156,7 @@ def test_two_processes_compute_what_one_computes(alone: Path, by_two: Path) -> N
         assert not run.lease.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("killed", "resumed_by"), [(0, 2), (1, 1), (1, 3)])
 def test_killed_and_resumed_nothing_differs(
     tmp_path: Path, start_job: Job, by_two: Path, alone: Path, killed: int, resumed_by: int
@@ -181,7 +184,8 @@ def wait_until(seen: Callable[[], bool], job: list[BaseProcess]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["leader", "other"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1], ids=["main", "worker"])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path, start_job: Job, rank: int) -> None:
     job = start_job(tmp_path, 2, "endless")
     first, second = (RunDir(tmp_path / f"run{i}-x") for i in (0, 1))
@@ -194,6 +198,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path, star
     assert [process.exitcode for process in job] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_leaves_all_processes(tmp_path: Path, start_job: Job) -> None:
     job = start_job(tmp_path, 2, "endless")
     first, second = (RunDir(tmp_path / f"run{i}-x") for i in (0, 1))
@@ -207,6 +212,7 @@ def test_a_cancelled_run_leaves_all_processes(tmp_path: Path, start_job: Job) ->
     assert [read_lines(run.attempts)[0]["cause"] for run in (first, second)] == ["cancelled", "preempted"]
 
 
+@pytest.mark.slow
 def test_why_another_process_ended_is_written_down(tmp_path: Path, start_job: Job) -> None:
     finish(start_job(tmp_path, 2, "out of memory"))
     for i in (0, 1):

@@ -13,14 +13,12 @@ import torch
 
 import packs
 from captured_log import captured_log
+from json_lines import read_lines
 from train.runtime.attempts import last_step
 from train.runtime.signals import Stopped
 from train.store.layout import RunDir
-from train.store.storage import read_lines
 from train.trainer import loop
 from train.trainer.checkpoint import load_checkpoint, sound_checkpoints
-
-pytestmark = pytest.mark.slow
 
 KILLS = 20
 
@@ -46,6 +44,7 @@ def wait_for_a_moment(process: multiprocessing.process.BaseProcess, folder: Path
     process.join(timeout=moments.uniform(0, 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_the_result_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
@@ -86,6 +85,7 @@ def test_killed_at_random_moments_the_result_is_the_same_to_the_last_bit(tmp_pat
     assert ran_ahead > KILLS / 4, "few kills left a journal to be cut back: the moments are badly chosen"
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_nothing_differs(tmp_path: Path) -> None:
     """In training, between micro-batches and in the middle of an evaluation."""
     base = packs.tiny_base(torch.float32)
@@ -147,6 +147,7 @@ def test_no_damage_passes(stopped_run: RunDir, name: str, damage: str) -> None:
     assert load_checkpoint(stopped_run, 7) is not None
 
 
+@pytest.mark.slow
 def test_killed_between_the_saves_of_two_runs_both_go_on_from_the_step_that_both_have(tmp_path: Path) -> None:
     base = packs.tiny_base(torch.float32)
     packs.train(tmp_path / "undisturbed", base, packs.DIVERSE[:3])
