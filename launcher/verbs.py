@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.arguments import Request
 from train.errors import BadInput
+from train.log import log_to
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,6 +245,7 @@ def _train(sweep: Sweep, request: Request, *, retry_failed: bool = False) -> int
     from launcher.control.pipeline import run_sweep
     from launcher.report.writer import build_report, report_json
 
+    log_to(sys.stderr if request.json else sys.stdout, logging.WARNING)
     console = _console(to_stderr=request.json)
     code = run_sweep(sweep, console, retry_failed=retry_failed, wait=request.wait)
     if request.json:

@@ -19,12 +19,13 @@ import pytest
 import yaml
 
 from captured_log import captured_log
+from json_lines import read_lines
 from train.config import parse_run_config
 from train.mirror.child import mirrored
 from train.mirror.rows import JOURNAL_NAMES
 from train.store.layout import RunDir, SweepDir
 from train.store.records import read_pack
-from train.store.storage import Record, append_lines, make_folder, read_lines, write_json, write_text
+from train.store.storage import Record, append_lines, make_folder, write_json, write_text
 from wandb_server import KEY, WandbServer
 
 EVAL_STEPS = 10

@@ -7,6 +7,7 @@ array is there. A task finds out what to do from the record alone (`train.job.Ar
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from train.store.layout import ArrayDir, SweepDir
 from train.store.record_file import read_existing, write_record
 from train.store.records import ArrayRecord
 from train.store.storage import make_folder
+
+log = logging.getLogger("lorapack.launcher")
 
 # Slurm's default.
 USUAL_MAX_ARRAY_SIZE = 1001
@@ -53,13 +56,12 @@ class Submitted:
 
 
 class ArraySubmitter:
-    """Submits the arrays of one sweep. `say` gets a line when Slurm does not answer."""
+    """Submits the arrays of one sweep."""
 
-    def __init__(self, sweep: SweepDir, code: Path, cluster: ClusterConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, sweep: SweepDir, code: Path, cluster: ClusterConfig) -> None:
         self._sweep = sweep
         self._code = code
         self._cluster = cluster
-        self._say = say
 
     def submit(self, requests: Sequence[ArrayRequest]) -> Submitted:
         """Submit every array. An array that the queue has no room for is halved until some of its jobs go in.
@@ -107,7 +109,7 @@ class ArraySubmitter:
             except NoAnswer as exc:
                 if wait is None:
                     raise
-                self._say(f"{exc}; checking whether {request.name} is in the queue")
+                log.warning(f"{exc}; checking whether {request.name} is in the queue")
                 time.sleep(wait)
                 ids = _look_for(request)
                 if ids:

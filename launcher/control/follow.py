@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -48,7 +47,7 @@ def follow(queue: LocalQueue, sweep: SweepDir, console: Console, interrupts: Int
     """Drive the queue and show its jobs until all have ended, or until the user has stopped them."""
     cache = StatusCache(queue, sweep)
     tailer = LogTailer()
-    stopper = Stopper(queue, interrupts, console.print)
+    stopper = Stopper(queue, interrupts, console)
     with open_progress(console) as progress:
         while queue.busy and not stopper.gives_up:
             ended = queue.advance()
@@ -101,7 +100,7 @@ class Stopper:
 
     queue: LocalQueue
     interrupts: Interrupts
-    say: Callable[[str], None]
+    console: Console
     _asked_at: float | None = None
     _sent: set[tuple[int, int]] = field(default_factory=set)
 
@@ -112,7 +111,7 @@ class Stopper:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self.queue.drop_waiting()
-            self.say("stopping, saving a checkpoint… (Ctrl-C again kills the jobs)")
+            self.console.print("stopping, saving a checkpoint… (Ctrl-C again kills the jobs)")
         number = signal.SIGINT if self.interrupts.count == 1 else signal.SIGKILL
         for job in self.queue.running:
             for pid in job.pids():

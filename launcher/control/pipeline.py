@@ -48,7 +48,7 @@ def run_sweep(sweep: Sweep, console: Console, *, retry_failed: bool = False, wai
     console.print(explain_choice(sweep.cluster, slurm=slurm))
     print_plan(plan, console)
     if slurm and not plan.packs and _in_training(plan):
-        _complete_submission(plan, console)
+        _complete_submission(plan)
     if not plan.packs and not (slurm and wait and _in_training(plan)):
         return _nothing_to_train(plan, console)
     interrupts = Interrupts()
@@ -77,15 +77,15 @@ def _submit_once(plan: Plan, plans: list[int], console: Console, *, retry_failed
         if not plan.packs:
             console.print("Another launcher has submitted these runs in the meantime; nothing to submit.")
             return
-        submitted = submit_to_slurm(plan, console.print)
-        submit_report(plan, submitted, console.print)
+        submitted = submit_to_slurm(plan)
+        submit_report(plan, submitted)
     _say_submitted(plan, submitted, console)
 
 
-def _complete_submission(plan: Plan, console: Console) -> None:
+def _complete_submission(plan: Plan) -> None:
     """Submit the report job if an earlier launcher could not. If that launcher still works on it, it is left to it."""
     with suppress(LeaseHeld, DamagedFile), sole_launcher(plan.sweep.dir):
-        submit_missing_report(plan.sweep, console.print)
+        submit_missing_report(plan.sweep)
 
 
 def _say_submitted(plan: Plan, submitted: Submitted, console: Console) -> None:

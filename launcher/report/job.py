@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from train.errors import DamagedFile
 from train.store.layout import SweepDir
 from train.store.record_file import read_record, write_record
 from train.store.records import ReportJobRecord
+
+log = logging.getLogger("lorapack.launcher")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ReportJob:
         return "written"
 
 
-def submit_report(plan: Plan, submitted: Submitted, say: Callable[[str], None]) -> None:
+def submit_report(plan: Plan, submitted: Submitted) -> None:
     """Submit the job that writes the report when these jobs, and those of earlier commands, have ended.
 
     Call it as the sweep's `sole_launcher`. If Slurm refuses, `status` says so, and the next command tries again.
@@ -51,10 +54,10 @@ def submit_report(plan: Plan, submitted: Submitted, say: Callable[[str], None]) 
     earlier = plan.slots.earlier if plan.slots is not None else ()
     arrays = [*earlier, *map(array_number, submitted.jobs.values())]
     placement = Placement(pack.partition, pack.minutes, pack.gres)
-    _submit(plan.sweep, arrays, submitted.code, placement, say)
+    _submit(plan.sweep, arrays, submitted.code, placement)
 
 
-def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
+def submit_missing_report(sweep: Sweep) -> None:
     """The same for jobs whose launcher was killed, or found the queue full, before it submitted this one."""
     if not _has_uncovered_arrays(sweep.dir):
         return
@@ -64,7 +67,7 @@ def submit_missing_report(sweep: Sweep, say: Callable[[str], None]) -> None:
         if arrays:
             newest = max(array_records(sweep.dir), key=lambda record: record.submitted)
             placement = Placement(newest.partition, newest.minutes, newest.gres)
-            _submit(sweep, list(arrays), freeze_code(sweep.dir), placement, say)
+            _submit(sweep, list(arrays), freeze_code(sweep.dir), placement)
 
 
 def report_note(sweep: SweepDir, statuses: Iterable[RunStatus]) -> str | None:
@@ -101,7 +104,7 @@ def _note(sweep: SweepDir, listed: list[RunStatus]) -> str | None:
     return f"The finished runs have no current report: {write} writes it."
 
 
-def _submit(sweep: Sweep, arrays: Sequence[str], code: Path, placement: Placement, say: Callable[[str], None]) -> None:
+def _submit(sweep: Sweep, arrays: Sequence[str], code: Path, placement: Placement) -> None:
     """Submit the job, and record which arrays it waits for."""
     covered = [path.parent.name for path in _records(sweep.dir)]
     job = Afterwards(ReportJob(str(sweep.dir.path)), tuple(sorted(set(arrays))), placement)
@@ -109,7 +112,7 @@ def _submit(sweep: Sweep, arrays: Sequence[str], code: Path, placement: Placemen
         job_id = submit_afterwards(job, sweep.dir, code, sweep.cluster)
     except ClusterError as exc:
         write = f"`{verb_command('report', sweep.dir)}`"
-        say(f"No job will write the report ({exc}). The same command tries again later, and {write} writes it.")
+        log.warning(f"No job will write the report ({exc}). The same command tries again later, and {write} writes it.")
         return
     write_record(sweep.dir.report_record, ReportJobRecord(job=job_id, arrays=covered, submitted=time.time()))
 

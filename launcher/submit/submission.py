@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,9 +43,8 @@ def submit(plan: Plan) -> LocalQueue:
     return open_queue(packs, code, plan.sweep.cluster)
 
 
-def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
-    """Write everything that the plan's packs need and put them into Slurm's queue; `say` gets a line if Slurm
-    does not answer at once.
+def submit_to_slurm(plan: Plan) -> Submitted:
+    """Write everything that the plan's packs need and put them into Slurm's queue.
 
     Raises:
         BadInput: the disk refuses; no job was submitted.
@@ -55,7 +54,7 @@ def submit_to_slurm(plan: Plan, say: Callable[[str], None]) -> Submitted:
     code = _write_all(plan)
     assert plan.slots is not None, "a plan for this machine"
     requests = array_requests(job_names(sweep.dir), plan.packs, plan.slots, max_array_size())
-    return ArraySubmitter(sweep.dir, code, sweep.cluster, say).submit(requests)
+    return ArraySubmitter(sweep.dir, code, sweep.cluster).submit(requests)
 
 
 def _write_all(plan: Plan) -> Path:

@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from json_lines import read_lines
 from train.store.layout import RunDir, SweepDir
-from train.store.storage import read_lines
 
 SWEEP, WARM_SWEEP = "product", "product-warm"
 # Steps.

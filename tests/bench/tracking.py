@@ -21,9 +21,9 @@ from pathlib import Path
 
 import psutil
 
+from json_lines import read_lines
 from train.store.layout import SweepDir
 from train.store.lease import read_lease
-from train.store.storage import read_lines
 from wandb_server import KEY, Mode, WandbServer
 
 ROUNDS = 3

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from json_lines import read_lines
 from launcher.cli import VERBS
 from stand_in import SMALL, Program, install, wait_for
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import process_started, read_lease
-from train.store.storage import read_json, read_lines
+from train.store.storage import read_json
 
 
 @pytest.fixture(scope="session")

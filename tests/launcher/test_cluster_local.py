@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from json_lines import read_lines
 from launcher.cluster.local import LocalJob, LocalQueue, log_files, refuse_too_few_gpus, start_job, visible_gpus
 from launcher.config import ClusterConfig
 from launcher.track.logs import LogTailer
@@ -14,7 +15,7 @@ from stand_in import install, put_command, wait_for
 from train.errors import BadInput
 from train.store.layout import PackDir, RunDir, SweepDir
 from train.store.lease import process_started, read_lease
-from train.store.storage import make_folder, read_json, read_lines, write_json, write_text
+from train.store.storage import make_folder, read_json, write_json, write_text
 
 
 @pytest.fixture(scope="module")

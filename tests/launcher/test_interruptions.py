@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 import launcher
+from json_lines import read_lines
 from stand_in import Program, wait_for
 from train.config import ModelConfig
 from train.store.layout import CacheDir, RunDir, SweepDir
-from train.store.storage import read_json, read_lines
+from train.store.storage import read_json
 
 pytestmark = pytest.mark.slow
 

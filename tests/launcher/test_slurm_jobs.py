@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from json_lines import read_lines
 from launcher.cluster.arrays import ArrayRequest, JobNames, job_names
 from launcher.cluster.commands import CommandRefused, NoAnswer
 from launcher.cluster.requests import Placement
@@ -29,7 +30,7 @@ from train.runtime.slurm import killed_for_memory
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import acquire
 from train.store.line_file import append_records
-from train.store.storage import make_folder, read_lines, write_json, write_text
+from train.store.storage import make_folder, write_json, write_text
 
 NO_CONTACT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from json_lines import read_lines
 from launcher.records import RunStatus
 from launcher.track.jobs import jobs_of, look_up, newest_job_per_run
 from launcher.track.tracker import track
 from real_cluster import Cluster
 from train.store.layout import RunDir, SweepDir
 from train.store.lease import read_lease
-from train.store.storage import Record, read_json, read_lines
+from train.store.storage import Record, read_json
 
 STEPS = 120
 EVAL_STEPS = 5

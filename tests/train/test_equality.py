@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import packs
-from train.store.storage import read_lines
+from json_lines import read_lines
 
 
 def largest_relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

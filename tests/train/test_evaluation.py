@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import packs
+from json_lines import read_lines
 from train.data.token_table import TokenizedData, TokenTable
 from train.store.layout import RunDir
-from train.store.storage import read_lines
 
 
 def reference(model: Any, table: TokenTable) -> tuple[float, float]:

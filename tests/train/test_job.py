@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 
+from json_lines import read_lines
 from train.config import DataConfig, ModelConfig, parse_run_config
 from train.data.source import data_fingerprint
 from train.runtime.activity import doing, read_activity
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import read_lease
-from train.store.storage import make_folder, read_json, read_lines, write_json, write_text
+from train.store.storage import make_folder, read_json, write_json, write_text
 
 pytestmark = pytest.mark.slow
 

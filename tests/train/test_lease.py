@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from json_lines import read_lines
 from train.errors import LeaseHeld
 from train.runtime.attempts import open_attempt
 from train.store import lease as lease_module
 from train.store.layout import RunDir
 from train.store.lease import STALE_SECONDS, Heartbeat, acquire, owns, process_started, read_lease, release
-from train.store.storage import append_lines, read_lines
+from train.store.storage import append_lines
 
 
 @pytest.fixture

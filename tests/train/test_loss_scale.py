@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import packs
+from json_lines import read_lines
 from train.config import RunConfig
 from train.runtime.attempts import cause_of
 from train.runtime.signals import StopFlag, Stopped
-from train.store.storage import read_lines
 from train.trainer.loop import PackLoop
 from train.trainer.optim import FIRST_LOSS_SCALE, GROWTH_INTERVAL_STEPS, SMALLEST_LOSS_SCALE
 

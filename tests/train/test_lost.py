@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from json_lines import read_lines
 from packs import make_loop, remains, run_config, run_dirs, tiny_base, train
 from train.runtime.signals import StopFlag
 from train.store.layout import RunDir
-from train.store.storage import read_lines
 
 CONFIGS = [
     run_config(),

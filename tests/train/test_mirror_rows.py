@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from json_lines import read_lines
 from mirrored import EVAL_STEPS, WrittenPack, without_pace
 from train.config import read_run_config
 from train.errors import StorageError
 from train.mirror.rows import RunRows
-from train.store.storage import append_lines, read_lines
+from train.store.storage import append_lines
 
 
 @pytest.fixture

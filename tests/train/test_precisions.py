@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import packs
+from json_lines import read_lines
 from train.config import QuantConfig, parse_run_config
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
@@ -23,7 +24,6 @@ from train.nn.attention import attend
 from train.nn.backends import EAGER, choose_kernels
 from train.nn.forward_context import ForwardContext
 from train.nn.packed_model import PackedModel, Placement, pack_model
-from train.store.storage import read_lines
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
 # by noise (measured: one sequence a step under dropout 0.5, 1.5e-5 in float32).

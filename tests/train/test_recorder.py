@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import packs
-from train.store.storage import read_lines
+from json_lines import read_lines
 
 STEP_SECONDS = 0.05
 

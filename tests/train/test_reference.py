@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, get_scheduler
 
 import packs
+from json_lines import read_lines
 from train.config import QuantConfig, RunConfig
 from train.data.sampling import examples_of_step
 from train.data.token_table import TokenizedData
-from train.store.storage import read_lines
 
 STEPS = 10
 CONFIGS = [

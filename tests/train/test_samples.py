@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import packs
+from json_lines import read_lines
 from train.runtime.signals import Stopped
 from train.store.layout import RunDir
-from train.store.storage import append_lines, read_lines
+from train.store.storage import append_lines
 from train.trainer.samples import answer_start, without_shared_lines
 
 

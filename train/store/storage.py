@@ -144,33 +144,9 @@ def read_json(path: Path) -> Any:
         StorageError: it is damaged. This project writes whole files only, so another program did it (a copy to a full disk, say).
     """
     try:
-        return parsed(path.read_bytes(), path)
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-
-
-def read_lines(path: Path) -> list[Record]:
-    """Every whole line of a growing JSON-lines file; a torn last line and a missing file count as nothing.
-
-    Raises:
-        StorageError: an earlier line is damaged.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole = content[: content.rfind(b"\n") + 1]
-    return [parsed(line, path) for line in whole.splitlines()]
-
-
-def parsed(content: bytes, path: Path) -> Any:
-    """The JSON document `content`, which was read from `path`.
-
-    Raises:
-        StorageError: it is not JSON.
-    """
-    try:
-        return json.loads(content)
     except ValueError as exc:
         raise StorageError(
             f"{path} is damaged: it is not valid JSON ({exc}). Restore it, or remove it and run the same command again."
