@@ -1,4 +1,7 @@
-"""The pages: every link and anchor resolves, and the messages that docs/troubleshooting.md is searched by are in the code."""
+"""The pages: every link and anchor resolves, and the messages that docs/troubleshooting.md is searched by are in the code.
+
+The maps for contributors name the files there are.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,22 @@ def test_troubleshooting_quotes_messages_of_the_code() -> None:
     pieces = [piece.strip(" :,;'=") for quote in quoted for piece in quote.split("…")]
     assert len(pieces) > 60
     assert [piece for piece in pieces if len(piece) > 6 and piece not in texts] == []
+
+
+ROOMS = [init.parent for name in ("launcher", "train") for init in (SOURCE_DIR / name).rglob("__init__.py")]
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: str(room.relative_to(SOURCE_DIR)))
+def test_a_rooms_docstring_names_each_of_its_modules(room: Path) -> None:
+    map_of_room = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in room.glob("*.py")} - {"__init__", "__main__"}
+    assert {module for module in modules if not re.search(rf"\b{module}\b", map_of_room)} == set()
+
+
+def test_contributing_names_files_that_exist() -> None:
+    text = (SOURCE_DIR / "CONTRIBUTING.md").read_text().partition("## Where does it belong?")[2]
+    named = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|js|yaml|md))`", text)
+    folders = [SOURCE_DIR / name for name in ("train", "launcher", "tests", "conf", "docs")]
+    files = [f"/{path.relative_to(SOURCE_DIR)}" for folder in folders for path in folder.rglob("*.*")]
+    assert len(named) > 40
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == []
