@@ -1,7 +1,14 @@
 """The entry point of a job: one process, one pack, from leases to results.
 
-Light until the handlers stand: whoever starts the job gives it a path, and torch is imported inside. Every way to end is one of the
-causes in `train.store.causes`, written to every run of the pack. A job that Slurm stops asks to be queued again once all is saved.
+Nothing heavy is imported before the signal handlers are set: the job is started with a path, and torch is imported inside. Every way
+to end is one of the causes in `train.store.causes`, and is written to every run of the pack. A job that Slurm stops asks to be queued
+again once everything is saved.
+
+The requeue fence: on Slurm the second copy of a job may start while the first still runs on a node that Slurm has lost.
+
+    t =  0 s   the second copy replaces the first one's leases, and begins to import torch
+    t = 10 s   at the latest the first copy's heartbeat finds other owners, and the process ends without another write
+    t = 25 s   `FENCE_SECONDS` are over: the second copy begins to read checkpoints and to write
 """
 
 from __future__ import annotations
@@ -49,17 +56,17 @@ Leases = list[tuple[RunDir, Lease]]
 
 @dataclass(frozen=True)
 class PackJob:
-    """The callable that a cluster runs. It holds only the path of the pack's file, so that unpickling it imports nothing heavy."""
+    """The callable that a cluster runs. It holds only the path of the pack's file, so unpickling it imports nothing heavy."""
 
     pack_file: str
 
     def __call__(self) -> str:
-        """Train the pack; the cause of the end is returned for the log, what counts is in the run folders."""
+        """Train the pack. The cause of the end is returned for the log alone; other readers use the run folders."""
         stop = StopFlag().install()
         process = detect_process()
         folder = PackDir(Path(self.pack_file).parent)
         if process.rank > 0:
-            # What the main process says is enough; warnings of this one are its own.
+            # The main process logs the progress for all. Warnings differ from process to process.
             log_to(sys.stdout, logging.WARNING)
             return _train_along(folder, stop, process)
         log_to(sys.stdout)
@@ -67,12 +74,12 @@ class PackJob:
             return self._train_as_main_process(folder, stop, process)
         finally:
             if process.size > 1:
-                # The other processes need not wait for this one any more.
+                # Processes that still wait for this one would otherwise wait until their time is up.
                 with suppress(StorageError):
                     publish_rendezvous(folder, None)
 
     def _train_as_main_process(self, folder: PackDir, stop: StopFlag, process: ProcessInfo) -> str:
-        """Train the pack as the process that answers for its runs."""
+        """Train the pack as the process that holds the leases of its runs and writes their files."""
         pack = read_existing(Path(self.pack_file), PackRecord)
         unfinished = [run for run in pack.run_dirs() if not run.result.exists()]
         if not unfinished:
@@ -81,6 +88,7 @@ class PackJob:
         if all(run.cancel_request.exists() for run in unfinished):
             log.info("cancel was asked for; nothing to train")
             return Cause.CANCELLED
+        # None outside of Slurm: then nothing is requeued.
         job = this_job()
         wanted = [run for run in unfinished if not _is_left_alone(run)]
         taken = _take_leases(wanted, stop)
@@ -93,8 +101,10 @@ class PackJob:
                 StopSignalListener(taken.leases, functools.partial(_stop_reason, job)) as listener,
                 ActivityPublisher(folder, activity, taken.leases[0][1]),
             ):
+                # The listener has asked the cluster already when the loop wants to know.
                 stop.explain = listener.cause
                 cause = _train(folder, CacheDir(Path(pack.cache)), taken, process, stop, activity)
+            # First, so that the mirror sends the rest while this process waits for the controller.
             mirror.finish()
             _requeue_if_stopped(job, cause, [run for run, _ in taken.leases])
         return cause
@@ -102,7 +112,7 @@ class PackJob:
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """What every task of an array runs: it finds its pack by its place in the array's record."""
+    """What every task of an array runs: task i trains pack i of the array's record."""
 
     record_file: str
 
@@ -116,7 +126,7 @@ class ArrayTask:
 class TakenLeases:
     """The runs that this process may train.
 
-    `safe_at` is the time (monotonic, seconds) from which on no earlier copy of this job can be writing to their folders.
+    `safe_at` is the time (monotonic, seconds) after which no earlier copy of this job writes to their folders.
     """
 
     leases: Leases
@@ -124,7 +134,7 @@ class TakenLeases:
 
 
 def _train_along(folder: PackDir, stop: StopFlag, process: ProcessInfo) -> str:
-    """Train with the main process, which answers for the runs."""
+    """Train together with the main process, which writes the files of the runs."""
     prepare_torch(CacheDir(Path(read_pack(folder).cache)).compiled)
     with heavy_imports():
         from train.trainer.pack import train_as_worker_process
@@ -133,10 +143,13 @@ def _train_along(folder: PackDir, stop: StopFlag, process: ProcessInfo) -> str:
 
 
 def _is_left_alone(run: RunDir) -> bool:
-    """Whether this job has ended with the run, tried it often enough, or cannot read its files; the log says why."""
+    """Whether this job is not to train the run: it ended the run for good, tried it often enough, or cannot read its files.
+
+    The reason is logged.
+    """
     try:
         attempts = read_records(run.attempts, AttemptLine)
-        # A folder that is gone is for whoever takes its lease to name.
+        # A folder that is gone is reported when its lease is taken.
         if run.path.exists():
             read_run_config(run.config)
     except DamagedFile as exc:
@@ -158,6 +171,7 @@ def _take_leases(runs: list[RunDir], stop: StopFlag) -> TakenLeases:
     leases: Leases = []
     superseded = False
     logged: set[str] = set()
+    # A node that is lost right before its job is requeued leaves leases that look alive for `STALE_SECONDS` more.
     give_up_at = time.monotonic() + (STALE_SECONDS + 10 if this_job() else 0)
     while runs:
         busy = []
@@ -165,8 +179,10 @@ def _take_leases(runs: list[RunDir], stop: StopFlag) -> TakenLeases:
             before = read_lease(run)
             try:
                 leases.append((run, open_attempt(run)))
+                # It was alive and gave way nevertheless, so it is that of an earlier copy of this job.
                 superseded |= before is not None and before.alive()
             except LeaseHeld as exc:
+                # Once, although it is tried every second.
                 if str(exc) not in logged:
                     log.warning(exc)
                 logged.add(str(exc))
@@ -174,16 +190,17 @@ def _take_leases(runs: list[RunDir], stop: StopFlag) -> TakenLeases:
             # The folder is gone or full: the others train without it.
             except StorageError as exc:
                 log.warning(exc)
+        # With some runs in hand it does not wait for the others: the jobs that train them will end them.
         if leases or time.monotonic() > give_up_at or stop.signal_name:
             break
         runs = busy
         time.sleep(1)
-    # A copy of this job that lost its leases notices within `FENCE_SECONDS` and ends.
+    # See the fence in the module's docstring. The time that importing torch takes counts.
     return TakenLeases(leases, time.monotonic() + (FENCE_SECONDS if superseded else 0))
 
 
 def _end_without_leases(job: SlurmJob | None, runs: list[RunDir], stop: StopFlag) -> str:
-    """The end of a job that got no run; one that was stopped while it waited for them is queued again like any other."""
+    """The end of a job that got no run. If it was stopped while it waited for them, it is queued again like any other job."""
     if stop.signal_name is None:
         return "nothing to train"
     cause, _ = _stop_reason(job, stop.signal_name)
@@ -192,7 +209,7 @@ def _end_without_leases(job: SlurmJob | None, runs: list[RunDir], stop: StopFlag
 
 
 def _requeue_if_stopped(job: SlurmJob | None, cause: str, runs: list[RunDir]) -> None:
-    """On Slurm: have a job that was stopped queued again, if any of its runs still has something to train."""
+    """On Slurm: queue a stopped job again, if any of its runs still has something to train."""
     unfinished = any(not run.result.exists() and not run.cancel_request.exists() for run in runs)
     if job and cause in STOPPED_AND_REQUEUED and unfinished:
         requeue(job)
@@ -209,11 +226,13 @@ def _train(
         with heavy_imports():
             from train.trainer.pack import train_as_main_process
 
+        # The fence.
         while time.monotonic() < taken.safe_at:
             stop.check()
             time.sleep(0.5)
         train_as_main_process(taken.leases, folder, cache, process, stop, activity)
     except Exception as exc:
+        # A stop is an ordinary end, without anything to trace.
         if not isinstance(exc, Stopped):
             traceback.print_exception(exc, file=sys.stderr)
         cause, detail = cause_of(exc)
@@ -225,12 +244,14 @@ def _train(
 
 
 def _write_end(run: RunDir, lease: Lease, cause: Cause, detail: str) -> None:
-    """Write the cause to a run that did not come to train, or whose session could not write its own."""
+    """Write the cause to a run whose session has not done so: it did not begin to train, or could not write."""
+    # A session that wrote its end has released the lease.
     if not owns(run, lease):
         return
     try:
-        step, why = last_step(run), stop_cause(run, cause, detail)
-        append_records(run.attempts, [attempt_line(run, lease, why, step, step)])
+        step = last_step(run)
+        line = attempt_line(run, lease, stop_cause(run, cause, detail), step, step)
+        append_records(run.attempts, [line])
     except StorageError as exc:
         log.warning(exc)
     release(run, lease)
@@ -246,7 +267,7 @@ def _stop_reason(job: SlurmJob | None, signal_name: str) -> tuple[Cause, str]:
 def main() -> None:
     """``python -m train.job PACK_JSON`` trains one pack in this process."""
     cause = PackJob(sys.argv[1])()
-    # Every process says how it ended, also those that leave the rest to the main process.
+    # Every process logs how it ended, also those that leave other messages to the main process.
     log_to(sys.stdout)
     log.info(cause)
 

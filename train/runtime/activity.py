@@ -1,8 +1,8 @@
-"""What a job is doing just now, and how long it took to come to its first step.
+"""What a job is doing now, and how long it took until its first step.
 
-Whatever works says in turn what it does and how much of that is done: assignments in memory, so a step costs nothing.
-`ActivityPublisher` tells those who look into the pack's folder, from this host or another: a thread rewrites a small file at most
-every `POST_SECONDS`, and only if something has changed, so it writes nothing during steps. Light: the launcher reads it.
+Each part of the job notes what it does and how much of that is done. These are assignments in memory, so a step costs nothing.
+`ActivityPublisher` makes it visible in the pack's folder, on this host and others: a thread rewrites a small file at most every
+`POST_SECONDS`, and only if something has changed, so it writes nothing during steps. Light: the launcher reads it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ log = logging.getLogger("lorapack.runtime")
 POST_SECONDS = 2.0
 TRAINING = "training"
 
-# What, how much of it is done, and of how much; 0 of 0 where nothing is counted.
+# What, how much of it is done, and of how much; 0 of 0 if nothing is counted. For example ("evaluating", 12, 64).
 Now = tuple[str, int, int]
 
 
 class FirstStep(TypedDict):
-    """How long it took from the start of the process to the first step, and doing what, in seconds."""
+    """Seconds from the start of the process to the first step: in total, and by activity."""
 
     seconds_to_first_step: float
     start_seconds: dict[str, float]
@@ -39,7 +39,7 @@ class FirstStep(TypedDict):
 class Activity:
     """What one process of a job does, from the start of the process on.
 
-    `age` is how many seconds ago the process started, where somebody knows better than the system.
+    `age` is how many seconds ago the process started; None asks the system.
     """
 
     def __init__(self, age: float | None = None) -> None:
@@ -53,13 +53,15 @@ class Activity:
         self.now = (what, 0, total)
 
     def advance(self, pieces: int = 1) -> None:
-        """So many pieces more are done."""
+        """So many more pieces are done."""
+        # Several processes may count more pieces than there are: each adds its share for all of them.
         what, done, total = self.now
         self.now = (what, min(total, done + pieces), total)
 
     def first_step(self) -> FirstStep:
-        """Say that the first step is done, and how long that took; the same for `RunDir.pace`, in seconds."""
+        """Log that the first step is done, and how long that took; returns the same for `RunDir.pace`."""
         self._account()
+        # {"importing": 11.8, "loading": 0.4, "evaluating": 0.1, "training": 0.3}: what was called training is the first step.
         parts = {name: round(seconds, 3) for name, seconds in self._seconds.items()}
         parts["first_step"] = parts.pop(TRAINING, 0.0)
         total = sum(parts.values())
@@ -68,14 +70,14 @@ class Activity:
         return {"seconds_to_first_step": round(total, 3), "start_seconds": parts}
 
     def _account(self) -> None:
-        """Give the time since the last call to what was done in it."""
+        """Add the time since the last call to the activity that took it."""
         now = time.monotonic()
         self._seconds[self.now[0]] = self._seconds.get(self.now[0], 0.0) + now - self._since
         self._since = now
 
 
 class ActivityPublisher(PeriodicThread):
-    """A thread that keeps `PackDir.activity` up to date for the process that holds `lease`, and removes it at the end."""
+    """A thread that keeps `PackDir.activity` up to date for the process with `lease`, and removes the file at the end."""
 
     def __init__(self, pack: PackDir, activity: Activity, lease: Lease) -> None:
         super().__init__("activity", POST_SECONDS)
@@ -89,7 +91,7 @@ class ActivityPublisher(PeriodicThread):
         now = self._activity.now
         if now == self._published:
             return
-        # Nothing depends on it; what does will say what is wrong.
+        # Nothing depends on this file. A full disk is reported by the writes that matter.
         with suppress(StorageError, OSError):
             write_note(self._path, self._note(*now).model_dump())
             self._published = now
@@ -105,7 +107,7 @@ class ActivityPublisher(PeriodicThread):
 
 
 def read_activity(pack: PackDir) -> ActivityNote | None:
-    """What a job of the pack last said, None where there is nothing."""
+    """What a job of the pack noted last; None if there is no note."""
     try:
         return read_record(pack.activity, ActivityNote)
     # It is not flushed, so a power cut can leave an empty file.
@@ -114,12 +116,13 @@ def read_activity(pack: PackDir) -> ActivityNote | None:
 
 
 def doing(note: ActivityNote | None, lease: Lease | None) -> str | None:
-    """``evaluating 12/64``: what the process with this lease does besides steps.
+    """``evaluating 12/64``: what the process with this lease does other than steps.
 
-    None while it makes steps, where another process wrote the note, and where the lease's process is dead.
+    None while it makes steps, if another process wrote the note, and if the lease's process is dead.
     """
     if note is None or lease is None or note.doing == TRAINING or not lease.alive():
         return None
+    # A process that was killed leaves its note behind, and the next attempt has not written its own yet.
     if (note.host, note.pid, note.pid_started) != (lease.host, lease.pid, lease.pid_started):
         return None
     return f"{note.doing} {note.done}/{note.total}" if note.total else note.doing

@@ -1,14 +1,22 @@
 """Attempts: a run folder is taken by one process, and every attempt leaves one line that says how it ended.
 
-`train.store.causes` lists the causes. A process that was killed or lost its node cannot write its line; the next attempt finds
-the dead lease and writes it: with the cause that the dead one noted when it was asked to stop (`train.runtime.signals`), that of
-Slurm's accounting where it was killed for its memory, else ``node_fail``. Light: imports no torch.
+`train.store.causes` lists the causes. A process that was killed or lost its node cannot write its line. The next attempt finds the dead
+lease and writes the line. Its cause is the one that the dead process noted when it was asked to stop (`train.runtime.signals`),
+``out_of_memory`` if Slurm's accounting says so, and ``node_fail`` otherwise. Light: imports no torch.
 
-When to give up (`give_up_reason`). A run is tried again as long as it gets anywhere, however often it is preempted. An attempt is
-fruitless if the next one has to begin where it began (`saved_step` did not grow). Two fruitless attempts in a row that computed steps
-and lost them hold the run. Attempts that never computed a step (preempted while the model loads, say) are cheap and often somebody
-else's doing: of those that end at the same step a few are allowed, by the cause of the last. A job counts only its own attempts,
-so that `resume` begins anew; the launcher counts all.
+When to give up (`give_up_reason`): a run is tried again as long as it advances, however often it is preempted. An attempt is fruitless
+if the next one has to begin where it began (`saved_step` did not grow).
+
+- Two fruitless attempts in a row that computed steps and lost them hold the run.
+- Attempts that computed no step (preempted while the model loads, say) are cheap and often not the run's fault. Of those that end at
+  the same step as many are allowed as the cause of the last one has `patience`.
+
+A job counts only its own attempts, so that `resume` starts counting from 0; the launcher counts all. An example:
+
+    attempt  begins at  saved_step  cause
+    1        0          40          preempted   it advanced
+    2        40         40          preempted   fruitless; it came to step 57 and saved nothing
+    3        40         40          timeout     fruitless; it came to step 52: the second that lost steps, so the run is held
 """
 
 from __future__ import annotations
@@ -30,12 +38,12 @@ from train.store.record_file import read_record
 from train.store.records import StopNote
 
 LOST_STEPS_PATIENCE = 2
-# Details and causes that say that somebody wanted the run to stop.
+# Causes and details of attempts that the user ended on purpose. They say nothing about the run, so they are not counted.
 USER_STOPS = {"SIGINT", Cause.CANCELLED}
 
 
 def open_attempt(run: RunDir) -> Lease:
-    """Take the run folder for this process, and account for a predecessor that died without a word.
+    """Take the run folder for this process, and write the line of a predecessor that died before it could.
 
     Raises:
         LeaseHeld: another live process trains the run.
@@ -44,6 +52,7 @@ def open_attempt(run: RunDir) -> Lease:
     before = read_lease(run)
     job = this_job()
     lease = acquire(run, job=job_id(), attempt=_next_number(attempts, before), restarts=job.restarts if job else 0)
+    # A predecessor may also have died after its line, before it gave the lease back.
     if before is not None and all(line.attempt != before.attempt for line in attempts):
         why = _cause_of_loss(run, before)
         line = attempt_line(run, before, why, None, last_step(run), ended=before.heartbeat)
@@ -53,7 +62,7 @@ def open_attempt(run: RunDir) -> Lease:
 
 
 def give_up_reason(attempts: Sequence[AttemptLine], job: str | None = None) -> str | None:
-    """Why another attempt would be a waste, None if it would not: see the rule above.
+    """Why another attempt would be a waste; None if it would not. See the rule above.
 
     `attempts` in the order of their ends; `job` counts only that job's.
     """
@@ -62,12 +71,15 @@ def give_up_reason(attempts: Sequence[AttemptLine], job: str | None = None) -> s
     if not fruitless:
         return None
     last = fruitless[-1]
+    # `trained` adds up as 0 and 1.
     if sum(line.trained for line in fruitless) >= LOST_STEPS_PATIENCE:
         return (
             f"two attempts in a row could save nothing beyond step {_saved_step(last)}, the last ended by {last.cause}"
         )
-    came_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].job)
-    ends = len(fruitless) + came_there
+    # The attempt before these ended at the same step too: it advanced to there. In the table above that is attempt 1, so attempts 1 and
+    # 2 make 2 ends at step 40.
+    advanced_to_there = len(fruitless) < len(counted) and job in (None, counted[-len(fruitless) - 1].job)
+    ends = len(fruitless) + advanced_to_there
     follows = consequence(last.cause)
     if ends >= (follows.patience if follows else 2):
         return f"{ends} attempts in a row ended at step {_saved_step(last)}, the last by {last.cause}"
@@ -77,6 +89,7 @@ def give_up_reason(attempts: Sequence[AttemptLine], job: str | None = None) -> s
 def _fruitless_tail(attempts: list[AttemptLine], job: str | None) -> list[AttemptLine]:
     """The attempts at the end that left the run where they found it."""
     tail: list[AttemptLine] = []
+    # Attempt i began where attempt i - 1 had saved. Saved steps 40, 40, 40 give 0, 40, 40, (40), so the last two are fruitless.
     begun = [0, *map(_saved_step, attempts)]
     for line, before in reversed([*zip(attempts, begun, strict=False)]):
         if _saved_step(line) > before or job not in (None, line.job):
@@ -86,7 +99,7 @@ def _fruitless_tail(attempts: list[AttemptLine], job: str | None) -> list[Attemp
 
 
 def _saved_step(line: AttemptLine) -> int:
-    """Where the attempt left the run; a diverged one lost its last checkpoints, so that it may be less than before."""
+    """Where the attempt left the run. A diverged one lost its last checkpoints, so this may be less than before."""
     return line.last_step if line.saved_step is None else line.saved_step
 
 
@@ -101,7 +114,7 @@ def _left_a_pace(run: RunDir, lease: Lease) -> bool:
 
 
 def _stop_note(run: RunDir) -> StopNote | None:
-    """What the process that held the run noted when it was asked to stop; a note that it could not finish counts for nothing."""
+    """What the process that held the run noted when it was asked to stop; None if there is no note or it is incomplete."""
     try:
         return read_record(run.stop_note, StopNote)
     except DamagedFile:
@@ -109,8 +122,9 @@ def _stop_note(run: RunDir) -> StopNote | None:
 
 
 def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause | str, str]:
-    """Why a process left a lease behind and no line: by what it noted when it was asked to stop."""
+    """Why a process left a lease behind and no line."""
     note = _stop_note(run)
+    # A note of an earlier attempt has another token.
     if note is not None and note.token == dead.token:
         return note.cause, f"{note.detail}; killed before it could save"
     if this_job() is not None and killed_for_memory(dead.job):
@@ -131,9 +145,9 @@ def attempt_line(
     last_step: int,
     ended: float | None = None,
 ) -> AttemptLine:
-    """The line of one ended attempt; `why` is its cause and the detail, `first_step` None where nobody knows.
+    """The line of one ended attempt; `why` is its cause and the detail, `first_step` is None if it is unknown.
 
-    The attempt is this process's own and ends now, or that of a process that is gone, which `ended` at that Unix time.
+    The attempt is this process's own and ends now, or it is that of a dead process, which `ended` at that Unix time.
     `saved_step` is where the next attempt will begin; `trained` says whether this one computed any step.
     """
     device = device_in_use() if ended is None else "unknown"
@@ -171,30 +185,31 @@ def cause_of(error: Exception) -> tuple[Cause, str]:
 
 
 def stop_cause(run: RunDir, cause: Cause, detail: str | None) -> tuple[Cause, str | None]:
-    """The cause for one run of a job that was asked to stop: its user's wish outweighs what the job was told."""
-    wished = cause in STOPPED_AND_REQUEUED | {Cause.CANCELLED} and run.cancel_request.exists()
-    return (Cause.CANCELLED, "cancel was asked for") if wished else (cause, detail)
+    """The cause for one run of a job that was asked to stop: ``cancelled`` if its user cancelled the run, whatever stopped the job."""
+    cancelled = cause in STOPPED_AND_REQUEUED | {Cause.CANCELLED} and run.cancel_request.exists()
+    return (Cause.CANCELLED, "cancel was asked for") if cancelled else (cause, detail)
 
 
 def device_in_use() -> str:
-    """The GPU that this process computes on, or cpu; torch is not imported for the question."""
+    """The GPU that this process computes on, or cpu. It does not import torch: without torch nothing is computed."""
     torch = sys.modules.get("torch")
     return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_initialized() else "cpu"
 
 
 def last_step(run: RunDir) -> int:
-    """The last step that the journal speaks of."""
+    """The step of the journal's last line; 0 if there is none."""
     lines = journal_tail(run.journal)
     return lines[-1]["step"] if lines else 0
 
 
 def job_id() -> str:
-    """The id of the job that this process belongs to, as its user knows it; a local job may run inside a Slurm allocation."""
+    """The id of this process's job, as its user knows it. A local job may run inside a Slurm allocation, whose id it does not take."""
     job = this_job()
     return job.id if job else os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch's words for it and Python's; torch is not imported for the question."""
+    """Whether torch or Python ran out of memory; by name, so that torch is not imported for the question."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    # torch's allocator for the CPU raises a plain RuntimeError with these words.
     return named or "can't allocate memory" in str(error)

@@ -52,7 +52,7 @@ def detect_process() -> ProcessInfo:
 
 
 def publish_rendezvous(pack: PackDir, port: int | None) -> None:
-    """Tell the other processes of this job where the main one listens; None means that there is nothing to do.
+    """Publish where the main process of this job listens; None tells the other processes that there is nothing to do.
 
     Raises:
         StorageError: the pack's folder cannot be written.
@@ -61,24 +61,26 @@ def publish_rendezvous(pack: PackDir, port: int | None) -> None:
 
 
 def wait_for_rendezvous(pack: PackDir, stop: Callable[[], None]) -> int:
-    """Where the main process of this job listens.
+    """Wait for the port on which the main process of this job listens.
 
     Raises:
-        NothingToDo: there is nothing to do.
-        LorapackError: the main process does not come.
+        NothingToDo: the main process has nothing to do.
+        LorapackError: the main process did not publish it in time.
     """
     give_up_at = time.monotonic() + JOIN_SECONDS
     while time.monotonic() < give_up_at:
         stop()
-        found = read_record(pack.rendezvous, RendezvousRecord)
-        if found is not None and found.job == _this_start():
-            if found.port is None:
+        rendezvous = read_record(pack.rendezvous, RendezvousRecord)
+        # An earlier start of the job may have left its file, whose port is closed or another program's by now.
+        if rendezvous is not None and rendezvous.job == _this_start():
+            if rendezvous.port is None:
                 raise NothingToDo
-            return found.port
+            return rendezvous.port
         time.sleep(POLL_SECONDS)
     raise LorapackError(f"process 0 of this job did not start within {JOIN_SECONDS:.0f} s; see its log.")
 
 
 def _this_start() -> str:
-    """A name of this start of the job, so that what an earlier one left is not believed. torchrun's processes share its run id."""
+    """A name for this start of the job, the same in all of its processes: for example ``4711/2`` after the second requeue."""
+    # torchrun's processes share its run id, but not a job id.
     return f"{os.environ.get('TORCHELASTIC_RUN_ID') or job_id()}/{os.environ.get('SLURM_RESTART_COUNT', 0)}"

@@ -1,7 +1,17 @@
-"""The handler sets a flag; the loop acts.
+"""Stop signals: the handler sets a flag, and the training loop acts on it.
 
-Slurm's warnings (USR1, USR2, TERM) and a user's Ctrl-C (INT) ask a job to stop. The handler only
-remembers the first of them; whoever works polls `StopFlag.check` between micro-batches, rows and files.
+Slurm's warnings (USR1, USR2, TERM) and a user's Ctrl-C (INT) ask a job to stop. The handler only remembers the first of them. Code that
+may take long calls `StopFlag.check` between micro-batches, rows and files.
+
+The main thread may need seconds until its next check, for example in a large matrix product or a save. A thread
+(`StopSignalListener`) hears the signal at once and notes its cause on the disk, for the case that the process is killed before it
+ends:
+
+    t =  0.0 s   Slurm sends SIGTERM; the flag is set, and every run gets a note ``preempted: SIGTERM``
+    t =  0.3 s   the controller has answered; the note now says ``preempted: a job of higher priority takes its place``
+    t =  1.1 s   the micro-batch ends, `check` raises `Stopped`, and all runs are saved
+    t =  4.0 s   the attempts' lines are written, with the cause of the note
+    t = 30.0 s   Slurm kills what is left; the next attempt would take the cause from the note
 """
 
 from __future__ import annotations
@@ -29,14 +39,14 @@ Explain = Callable[[str], tuple[Cause, str]]
 
 
 class Stopped(Exception):
-    """Raised by `StopFlag.check`, outside of the handler, where a job can end without saving anything."""
+    """Raised by `StopFlag.check`, outside of the handler, at points at which nothing is half done."""
 
     def __init__(self, signal_name: str, explain: Explain) -> None:
         super().__init__(signal_name)
         self._explain = explain
 
     def cause(self) -> tuple[Cause, str]:
-        """The cause of the attempt's end, and its detail; asking the cluster for it may take seconds, so save first."""
+        """The cause of the attempt's end, and its detail. Asking the cluster for it may take seconds, so save first."""
         return self._explain(str(self))
 
 
@@ -48,7 +58,7 @@ class StopFlag:
         self.explain: Explain = lambda name: (Cause.PREEMPTED, name)
 
     def install(self) -> StopFlag:
-        """Set the handlers, instead of those that submitit set; call it before anything heavy is imported, in the main thread."""
+        """Replace submitit's handlers by this flag's. Call it in the main thread, before anything heavy is imported."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
@@ -60,15 +70,19 @@ class StopFlag:
             raise Stopped(self.signal_name, self.explain)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        # The first one counts: Slurm sends SIGUSR2 before the time limit and SIGTERM at the limit, and the cause is the former.
         self.signal_name = self.signal_name or signal.Signals(number).name
 
 
-# The longest that the end of an attempt waits to learn its cause.
+# The longest that the end of an attempt waits to learn its cause: one command to the controller, and a little.
 ANSWER_SECONDS = 12.0
 
 
 class StopSignalListener:
-    """Notes the first stop signal in every leased run, with its cause by `explain`. Use it in the main thread, handlers set."""
+    """Notes the first stop signal in every leased run, with its cause by `explain`.
+
+    Enter it in the main thread, after `StopFlag.install`.
+    """
 
     def __init__(self, leases: Sequence[tuple[RunDir, Lease]], explain: Explain) -> None:
         self._leases = leases
@@ -79,7 +93,10 @@ class StopSignalListener:
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
 
     def __enter__(self) -> StopSignalListener:
+        # Python's handlers run in the main thread, between two of its bytecodes. But the C handler writes the signal's number to this
+        # pipe at once, even while the main thread computes.
         self._read_end, self._write_end = os.pipe()
+        # The C handler must never wait for a reader.
         os.set_blocking(self._write_end, False)
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._thread.start()
@@ -95,7 +112,7 @@ class StopSignalListener:
         """Why the job was asked to stop by that signal: the cause of the attempt's end, and its detail."""
         if self._heard.is_set() and self._known.wait(ANSWER_SECONDS) and self._cause is not None:
             return self._cause
-        # It came before this object listened.
+        # The signal came before this object listened.
         return self._explain(signal_name)
 
     def _listen(self) -> None:
@@ -104,7 +121,7 @@ class StopSignalListener:
             stops = [signal.Signals(number) for number in numbers if number in STOP_SIGNALS]
             if stops:
                 self._heard.set()
-                # Asking for the cause may take longer than the process has left.
+                # First a note without the cluster's answer, which may take longer than the process has left.
                 self._note(stops[0].name, Cause.PREEMPTED, stops[0].name)
                 self._cause = self._explain(stops[0].name)
                 self._note(stops[0].name, *self._cause)

@@ -1,6 +1,6 @@
-"""What a job knows of the Slurm that runs it, and the one thing that it asks for: to be queued again.
+"""What a job asks the Slurm that runs it: why it was stopped, and to be queued again.
 
-Measured on 22.05: ``scontrol requeue`` takes up a job that its user has just cancelled, and a job that exits while it is being
+Measured on 22.05: ``scontrol requeue`` also requeues a job that its user has just cancelled, and a job that exits while it is being
 preempted is not requeued. So a job first asks what is happening to it, and ends only once its requeue was granted.
 
 Light on purpose: it runs before torch is imported. Everything here tolerates a controller that does not answer.
@@ -23,21 +23,21 @@ from train.store.causes import Cause
 log = logging.getLogger("lorapack.runtime")
 
 COMMAND_TIMEOUT_SECONDS = 10.0
-# How long before the time limit a job is warned: time to end an evaluation step and to save.
+# At most this long before its time limit a job is warned: time to end an evaluation step and to save.
 MOST_WARNING_SECONDS = 120
 LIVE_STATES = {"RUNNING", "SIGNALING"}
 # Slurm's warning comes up to half a minute early or late.
 NEAR_THE_LIMIT_SECONDS = MOST_WARNING_SECONDS + 60
-# Between the clocks of controller and node.
+# How far apart the clocks of controller and node may be.
 CLOCKS_APART_SECONDS = 5.0
 # Between tries to reach a controller that does not answer.
 LONGEST_PAUSE_SECONDS = 16.0
 # The longest that a job waits to be ended if the controller never answers.
 END_WAIT_SECONDS = 600.0
 
-# Slurm's commands on a machine without a cluster.
+# What Slurm's commands write on a machine without a cluster.
 NOT_CONFIGURED = "Could not establish a configuration source"
-# What Slurm's clients write where the answer got lost or the controller is away; an order may have been carried out all the same.
+# What Slurm's clients write if the answer was lost or the controller is away. The command may have been carried out nevertheless.
 NO_CONTACT = (
     "Socket timed out",
     "Unable to contact slurm controller",
@@ -50,7 +50,7 @@ NO_CONTACT = (
     "Problem talking to the database",
     "in standby mode",
     NOT_CONFIGURED,
-    # From scontrol requeue if the controller is dead.
+    # From ``scontrol requeue`` if the controller is dead.
     "Unexpected message received",
 )
 
@@ -65,9 +65,9 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class JobFacts:
-    """What the controller says of a job: its state, how often it was started anew, and the clock times in Unix seconds.
+    """What the controller knows of a job: its state, how often it was requeued, and times in Unix seconds.
 
-    `limit_at` is when the time limit ends it (None without a limit); `preempted` that a job of higher priority wants its place.
+    `limit_at` is when its time limit ends it (None without a limit); `preempted` says that a job of higher priority takes its place.
     """
 
     state: str
@@ -77,31 +77,35 @@ class JobFacts:
 
 
 def warning_seconds(limit_minutes: int) -> int:
-    """How long before its time limit a job shall be warned (``--signal=USR2@…``)."""
+    """How long before its time limit a job is warned (``--signal=USR2@…``): 100 s of 5 minutes, 120 s of 6 minutes or more."""
     return min(MOST_WARNING_SECONDS, 20 * limit_minutes)
 
 
 def this_job() -> SlurmJob | None:
-    """The Slurm job of this process, None outside of one. A job of `cluster=local` inside an allocation is no Slurm job."""
+    """The Slurm job of this process; None outside of one. A job of `cluster=local` inside an allocation is not a Slurm job."""
     if "SUBMITIT_LOCAL_JOB_ID" in os.environ or "SLURM_JOB_ID" not in os.environ:
         return None
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    # Slurm gives an array's task a job id of its own too. Users and ``squeue`` know it as 4711_3.
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
     return SlurmJob(name, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
 
 
 def job_facts(job: SlurmJob) -> JobFacts | None:
-    """What the controller says of the job, None if it says nothing."""
+    """What the controller knows of the job; None if it does not answer."""
     answer = _scontrol("show", "job", "--oneliner", job.id)
     return parse_job(answer.stdout) if answer is not None and answer.returncode == 0 else None
 
 
 def parse_job(line: str) -> JobFacts | None:
-    """The facts in a line of ``scontrol show job --oneliner``."""
+    """The facts in a line of ``scontrol show job --oneliner``; None if it has no job."""
+    # "JobId=17 JobState=RUNNING Restarts=0 TimeLimit=01:00:00 …": names up to the first "=", values up to the next space.
     values = dict(re.findall(r"(\S+?)=(\S*)", line))
     if "JobState" not in values:
         return None
-    start, limit = _unix_time(values.get("StartTime", "")), _seconds(values.get("TimeLimit", ""))
+    start = _unix_time(values.get("StartTime", ""))
+    limit = _seconds(values.get("TimeLimit", ""))
     return JobFacts(
         state=values["JobState"],
         restarts=int(values.get("Restarts") or 0),
@@ -111,15 +115,23 @@ def parse_job(line: str) -> JobFacts | None:
 
 
 def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now: float) -> tuple[Cause, str]:
-    """Why Slurm asks a job to stop: the cause of the attempt's end, and the detail for its line."""
-    # Our own warning is the only USR2 on most clusters.
+    """Why Slurm asks a job to stop: the cause of the attempt's end, and the detail for its line.
+
+    For example, with a limit at 12:00:00:
+
+        SIGUSR2 at 11:58:05, RUNNING      115 s before the limit, less than 180 s: timeout
+        SIGTERM at 11:30:00, RUNNING      far from the limit, and not preempted: preempted, since Slurm gives no reason
+        SIGTERM at 11:59:58, COMPLETING   ended 2 s before the limit, less than 5 s: timeout
+        SIGTERM at 11:58:05, COMPLETING   ended 115 s before the limit, so by scancel: cancelled
+    """
+    # No answer. On most clusters only our own warning is sent as USR2.
     if facts is None:
         return (Cause.TIMEOUT if signal_name == "SIGUSR2" else Cause.PREEMPTED), signal_name
     if facts.preempted:
         return Cause.PREEMPTED, f"{signal_name}: a job of higher priority takes its place"
     if facts.restarts > job.restarts:
         return Cause.PREEMPTED, f"{signal_name}: Slurm puts it back into the queue"
-    # It ended at the limit, or by scancel before that.
+    # A warning comes well before the limit, while the job runs. A job that has ended did so at the limit, or by scancel before it.
     ended = facts.state not in LIVE_STATES
     near = CLOCKS_APART_SECONDS if ended else NEAR_THE_LIMIT_SECONDS
     if facts.limit_at is not None and facts.limit_at - now < near:
@@ -130,12 +142,13 @@ def cause_of_signal(signal_name: str, job: SlurmJob, facts: JobFacts | None, now
 
 
 def requeue(job: SlurmJob) -> None:
-    """Put the job back into the queue, so that it may end now; if that is refused, the log says what the user can do.
+    """Put the job back into the queue, so that it may end now. If that is refused, the log says what the user can do.
 
-    While the controller does not answer, the job waits to be ended: Slurm requeues what it kills for a job of higher priority, but not
-    what ended by itself.
+    While the controller does not answer, the job waits to be ended: Slurm requeues a job that it kills for one of higher priority, but
+    not a job that ended by itself.
     """
     facts = job_facts(job)
+    # Slurm has counted a restart that this process does not know of, so the job is in the queue already.
     if facts is not None and facts.restarts > job.restarts:
         log.info("Slurm puts this job back into the queue by itself")
         return
@@ -155,17 +168,18 @@ def requeue(job: SlurmJob) -> None:
 
 @functools.cache
 def killed_for_memory(job: str) -> bool:
-    """Whether Slurm's books say that it killed a job for using more memory than it had asked for; no if nobody can tell."""
+    """Whether Slurm's accounting says that it killed a job for using more memory than requested; False if it does not answer."""
     answer = _ask("sacct", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
     if answer is None or answer.returncode != 0:
         return False
-    # A step that is killed leaves a job that FAILED.
+    # The first line is the job, the others are its steps. If a step is killed, the job itself is FAILED.
     whole, *steps = answer.stdout.splitlines() or [""]
     return whole == "OUT_OF_MEMORY" or (whole == "FAILED" and "OUT_OF_MEMORY" in steps)
 
 
 def _ask_for_requeue(job: SlurmJob) -> subprocess.CompletedProcess[str] | None:
-    """The controller's answer, None if there was none for as long as it was waited for."""
+    """The controller's answer; None if it did not answer within `END_WAIT_SECONDS`."""
+    # Pauses of 0, 1, 2, 4, 8, 16, 16, … seconds.
     for pause in (0.0, *backoff(1.0, LONGEST_PAUSE_SECONDS, total=END_WAIT_SECONDS)):
         time.sleep(pause)
         # There is no scontrol in a container, for example.
@@ -182,7 +196,7 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def _ask(command: str, *words: str) -> subprocess.CompletedProcess[str] | None:
-    """A finished command of Slurm's; None if there is none (in a container, say) or it hangs."""
+    """A finished command of Slurm's; None if it does not exist (in a container, say) or does not end in time."""
     if shutil.which(command) is None:
         return None
     try:
@@ -199,7 +213,7 @@ def _ask(command: str, *words: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def _unix_time(stamp: str) -> float | None:
-    """Slurm's local time stamp, None for ``None`` and ``Unknown``."""
+    """Slurm's local time stamp in Unix seconds; None for ``None`` and ``Unknown``."""
     try:
         return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
@@ -207,7 +221,7 @@ def _unix_time(stamp: str) -> float | None:
 
 
 def _seconds(limit: str) -> float | None:
-    """``[days-]hours:minutes:seconds`` in seconds, None for ``UNLIMITED``."""
+    """``[days-]hours:minutes:seconds`` in seconds: 1-02:00:00 is 93,600; None for ``UNLIMITED``."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
     if match is None:
         return None

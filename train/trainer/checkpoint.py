@@ -1,7 +1,14 @@
-"""A run's checkpoints: what must survive is one object, and a file that does not match its manifest is never resumed from.
+"""A run's checkpoints: one folder per saved step, with a manifest. A checkpoint that does not match its manifest is never used.
 
 A checkpoint belongs to a run, not to its pack: its tensors are the run's own, unpadded, so that unfinished runs can be packed
 differently later. No pickle (CVE-2025-32434, CVE-2026-24747).
+
+    step-00000040/state.safetensors   weights and AdamW's averages (none at step 0)
+    step-00000040/state.json          `Progress`
+    step-00000040/MANIFEST.json       size and SHA-256 of the two, written last
+
+Three things protect a checkpoint. A folder gets its name only when it is complete. The manifest finds files that were damaged later.
+The newest two are kept, so that a damaged one has a predecessor.
 """
 
 from __future__ import annotations
@@ -37,10 +44,9 @@ MANIFEST = "MANIFEST.json"
 class Progress(FileRecord):
     """The numbers of a run after `step` optimizer steps.
 
-    `journal_bytes` and `samples_bytes` are the lengths of these files then: a resume cuts them back to that. `seconds` were
-    spent by all attempts so far, `gpu_seconds` is the run's share of its packs' GPUs. `evaluated_step` was the last one
-    to be evaluated.
-    `applied`, `good_steps`, `loss_scale` and `alive` are the run's entries of `PackedAdamW`'s tensors of these names.
+    `journal_bytes` and `samples_bytes` are the lengths of these files at that time: a resume cuts them back to that. `seconds` were
+    spent by all attempts so far, `gpu_seconds` is the run's share of its packs' GPUs. `evaluated_step` is the step of the last
+    evaluation. `applied`, `good_steps`, `loss_scale` and `alive` are the run's entries of `PackedAdamW`'s tensors of these names.
     """
 
     step: int
@@ -55,7 +61,7 @@ class Progress(FileRecord):
     alive: bool
     best_eval_loss: float | None
     best_eval_step: int | None
-    # In checkpoints from before there were samples.
+    # Checkpoints of runs from before there were samples lack the key.
     samples_bytes: int = 0
 
 
@@ -89,18 +95,21 @@ class Checkpoint:
 
 
 def save_checkpoint(run: RunDir, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint and drop all but the newest two.
+    """Write a checkpoint and delete all but the newest two.
 
     Raises:
-        StorageError: it could not be written; the ones before are untouched.
+        StorageError: it could not be written; the earlier ones are unchanged.
     """
+    # `write_folder` renames the folder last, so a kill at any line leaves either no checkpoint of this step or a whole one.
     with write_folder(run.checkpoint(checkpoint.progress.step)) as folder, storage_errors(folder):
         if checkpoint.tensors:
             save_file(checkpoint.tensors, folder / TENSORS)
         write_record(folder / NUMBERS, checkpoint.progress)
+        # From the files' bytes on the disk, not from what was meant to be written.
         files = [file for file in (folder / TENSORS, folder / NUMBERS) if file.exists()]
         manifest = [ManifestEntry(f.name, f.stat().st_size, _sha256(f.read_bytes())) for f in files]
         write_json(folder / MANIFEST, _MANIFEST.dump_python(manifest))
+    # Only now: until the new one has its name, the older ones are needed.
     for old in run.checkpoint_steps()[:-KEPT]:
         shutil.rmtree(run.checkpoint(old))
 
@@ -113,6 +122,7 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
     """
     folder = run.checkpoint(step)
     try:
+        # Each file is read once: what is checked is what is used.
         contents = {}
         for entry in _MANIFEST.validate_json((folder / MANIFEST).read_bytes(), strict=True):
             content = (folder / entry.name).read_bytes()
@@ -120,6 +130,7 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
                 return None
             contents[entry.name] = content
         progress = parse_record(contents[NUMBERS], Progress, folder / NUMBERS)
+        # The journal was cut or restored from an older copy. It could not be continued from here without a gap.
         if run.journal.stat().st_size < progress.journal_bytes:
             return None
         return Checkpoint(progress, load(contents[TENSORS]) if TENSORS in contents else {})
@@ -130,7 +141,11 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
 
 
 def to_bytes(states: Sequence[Checkpoint | None]) -> bytes:
-    """States of several runs as one message: the length of a JSON document, the document, and tensors as safetensors."""
+    """States of several runs as one message: the length of a JSON document, the document, and tensors as safetensors.
+
+    For example two runs, the second of which begins: 8 bytes with 310, ``[{"format": 1, "step": 40, …}, null]`` (310 bytes), and the
+    tensors ``0/theta/…``, ``0/exp_avg/…``, ``0/exp_avg_sq/…``.
+    """
     numbers = json.dumps([None if state is None else state.progress.model_dump() for state in states]).encode()
     tensors = {f"{i}/{name}": t for i, state in enumerate(states) if state for name, t in state.tensors.items()}
     return len(numbers).to_bytes(8, "little") + numbers + save(tensors)
@@ -150,23 +165,26 @@ def from_bytes(message: bytes) -> list[Checkpoint | None]:
 
 
 def sound_checkpoints(run: RunDir) -> dict[int, Checkpoint]:
-    """Every sound checkpoint by step; damaged ones are moved aside and named in a warning in the log."""
-    found: dict[int, Checkpoint] = {}
+    """Every undamaged checkpoint by step. Damaged ones are renamed, and logged as a warning."""
+    sound: dict[int, Checkpoint] = {}
     for step in run.checkpoint_steps():
         checkpoint = load_checkpoint(run, step)
         if checkpoint is not None:
-            found[step] = checkpoint
+            sound[step] = checkpoint
         else:
             aside = _set_aside(run.checkpoint(step))
             log.warning(f"{run.path.name}: the checkpoint of step {step} is damaged; set aside as {aside.name}")
-    return found
+    return sound
 
 
 def common_step(steps_per_run: list[set[int]]) -> int | None:
-    """The newest step of which every run has a checkpoint, None if there is none.
+    """The newest step of which every run has a checkpoint; None if there is none.
 
-    Runs of a pack that resume at the same step repeat the very batches of the uninterrupted job, so that even the last bit is the
-    same; from different steps each run is still right, to rounding.
+    Runs of a pack that resume at the same step repeat exactly the batches of the uninterrupted job, so that even the last bit is the
+    same. From different steps each run is still correct, up to rounding.
+
+    For example, a job of two runs was killed between their saves at step 60: run 0 has {40, 60}, run 1 has {20, 40}. Both resume at
+    step 40, and run 0 computes the steps 41 to 60 again. This is why the newest two are kept.
     """
     common = set.intersection(*steps_per_run) if steps_per_run else set()
     return max(common, default=None)

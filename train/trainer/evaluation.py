@@ -1,7 +1,7 @@
 """Teacher-forced evaluation of many runs at once over their held-out rows.
 
-A row counts as answered exactly if each of its learnt tokens is the arg-max given the right ones before it: that is when greedy
-decoding gives the whole answer, so exact match costs no generation.
+A row counts as answered exactly if each of its target tokens is the arg-max given the correct tokens before it. In exactly this case
+greedy decoding gives the whole answer, so exact match needs no generation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from train.trainer.context import JobContext
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss (nats per learnt token) and the share of rows answered exactly."""
+    """Mean loss (nats per target token) and the share of rows answered exactly."""
 
     loss: float
     exact_match: float
@@ -35,30 +35,33 @@ def evaluate(
     micro_batch_tokens: int,
     job: JobContext,
 ) -> dict[int, Evaluation]:
-    """Evaluate the runs in the rows of `tables`, each over its own table; the processes of the job share the rows.
+    """Evaluate the runs in `tables` (held-out rows by run index), each over its own table; the processes of the job share the rows.
 
-    `job.activity` learns how many of all rows are done; of several processes one counts for all.
+    `job.activity` shows how many of all rows are done; each process counts its own share for all of them.
 
     Raises:
         Stopped: the job was asked to stop; nothing has changed.
     """
-    sequences = [s for row, table in tables.items() for s in sequences_of(row, table, np.arange(len(table)))]
+    sequences = [s for run, table in tables.items() for s in sequences_of(run, table, np.arange(len(table)))]
     if sequences:
         job.activity.begin("evaluating", len(sequences))
     losses = torch.zeros(pack_size, dtype=torch.float64)
     exact_rows = torch.zeros(pack_size, dtype=torch.int64)
     for chunk in job.group.micro_batches(sequences, micro_batch_tokens, job.stop):
         batch = MicroBatch(chunk, pack_size, base.device)
-        found = target_losses(base.hidden_states(batch)[batch.target_positions], base.head, batch.targets, weights=None)
-        losses += sums_per_run(found.losses, batch).cpu()
+        hidden = base.hidden_states(batch)[batch.target_positions]
+        outcome = target_losses(hidden, base.head, batch.targets, weights=None)
+        losses += sums_per_run(outcome.losses, batch).cpu()
         by_sequence, run_of_sequence = batch.targets_by_sequence
-        answered = by_sequence.pad(found.correct).all(dim=1)
+        # [sequences, longest]: padding counts as correct. Two sequences with 3 and 2 targets, the last one of the first wrong:
+        # [[1, 1, 0], [1, 1, pad]] -> [False, True]; if both are of run 1 of 2, `bincount` of [1] adds [0, 1] to the exact rows.
+        answered = by_sequence.pad(outcome.correct).all(dim=1)
         exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
         job.activity.advance(len(chunk) * job.group.size)
     job.group.all_reduce(losses, exact_rows)
     return {
-        row: Evaluation(float(losses[row]) / tables[row].num_targets(), int(exact_rows[row]) / len(table))
-        for row, table in tables.items()
+        run: Evaluation(float(losses[run]) / table.num_targets(), int(exact_rows[run]) / len(table))
+        for run, table in tables.items()
     }
 
 
@@ -69,11 +72,12 @@ def evaluate_untrained(
     micro_batch_tokens: int,
     job: JobContext,
 ) -> dict[int, Evaluation]:
-    """Evaluate runs whose B is still zero: the bare base answers, once for all that share a table.
+    """Evaluate runs whose B is still zero, with the base alone: once for all runs that share a table.
 
     `base` must carry no adapters. Raises as `evaluate` does.
     """
-    first_row = {id(table): row for row, table in reversed(tables.items())}
-    shared = {row: tables[row] for row in first_row.values()}
-    found = evaluate(base, shared, pack_size, micro_batch_tokens, job)
-    return {row: found[first_row[id(table)]] for row, table in tables.items()}
+    # Reversed, so that the first run with a table is the one that stays: tables {0: t, 1: u, 2: t} give {t: 0, u: 1}.
+    first_run = {id(table): run for run, table in reversed(tables.items())}
+    shared = {run: tables[run] for run in first_run.values()}
+    evaluations = evaluate(base, shared, pack_size, micro_batch_tokens, job)
+    return {run: evaluations[first_run[id(table)]] for run, table in tables.items()}

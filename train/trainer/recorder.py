@@ -1,7 +1,14 @@
-"""From the device to the journals: steps are collected without waiting for the GPU and written together every second or so.
+"""From the device to the journals: steps are collected without waiting for the GPU, and written together about once a second.
 
-The numbers of a step set out for the host when the step is recorded; whoever writes them waits for their arrival alone, while the
-GPU works on the next step.
+The host runs ahead of the GPU: it queues the work of a step, and the copy of the step's numbers to the host behind it. Writing a step
+waits for its copy. So the loop keeps the newest step back when it writes:
+
+    the host has queued steps 5, 6, 7, 8; the GPU works on step 8
+    flush(keep=1) writes 5, 6 and 7, whose copies have arrived, so it does not wait
+    flush()       also writes 8: it waits until the GPU has finished, and the GPU then waits for the host to queue step 9
+
+A run that diverged is noticed when its step is written. On the device it was stopped in that very step (`PackedAdamW`), so the delay
+costs computation but changes no number.
 """
 
 from __future__ import annotations
@@ -34,10 +41,10 @@ class StepRecord:
 
 
 class StepRecorder:
-    """Holds the steps that no journal has yet. Only `flush` waits for the device.
+    """Holds the steps that are not in a journal yet. Only `flush` waits for the device.
 
-    `began` says whether anything was written yet; the first time `activity` learns that a step is done. Speeds count the tokens of
-    every step between two writings, of the one that is held back too: it was computed in that time.
+    `began` says whether anything was written yet; the first writing also notes in `activity` that a step is done. A speed counts the
+    tokens of every step recorded between two writings, including the one that is kept back: most of it was computed in that time.
     """
 
     def __init__(self, device: torch.device, with_loss_scale: bool, activity: Activity) -> None:
@@ -53,17 +60,18 @@ class StepRecorder:
         self._speeds: dict[int, float] = {}
 
     def add(self, record: StepRecord) -> None:
-        """Remember a step."""
+        """Record a step, and queue the copy of its numbers to the host."""
         self._pending.append((record, _Fetched(record)))
         self._computed.update(record.tokens)
 
     @property
     def seconds_since_flush(self) -> float:
-        """How long the journals have been waiting."""
+        """How long ago the journals were last written."""
         return time.monotonic() - self._flushed
 
     def flush(self, sessions: Sequence[RunSession], keep: int = 0) -> None:
-        """Write what is pending to the journals, but for the newest `keep` steps; runs that diverged meanwhile learn it here."""
+        """Write the recorded steps to the journals, except the newest `keep`; a run that diverged in one of them is marked here."""
+        # 4 pending and keep=1: 3 are due. 1 pending and keep=1: none is.
         at = max(0, len(self._pending) - keep)
         due = self._pending[:at]
         self._pending = self._pending[at:]
@@ -74,14 +82,16 @@ class StepRecorder:
                 self._write(session, pending, numbers)
             self._note_pace(sessions, pending)
         self._flushed = time.monotonic()
-        # Nothing waits to be measured: the next pace counts from here.
+        # No tokens are counted, so what follows until the next step (an evaluation, a save) does not count as training time.
         if not self._computed:
             self._paced = self._flushed
 
     def _write(self, session: RunSession, pending: list[StepRecord], numbers: list[_HostNumbers]) -> None:
+        """Write the steps of one run: up to its divergence, if it diverged in one of them."""
         run = session.run_index
         lines: list[StepLine] = []
         for record, host in zip(pending, numbers, strict=True):
+            # The step of the divergence gets no line of its own: the divergence line has its number.
             if not host.alive[run]:
                 session.note(lines)
                 session.note_divergence(record.steps[run], _why_diverged(host.losses[run], host.grad_norms[run]))
@@ -107,7 +117,9 @@ class StepRecorder:
     def _note_pace(self, sessions: Sequence[RunSession], pending: list[StepRecord]) -> None:
         now = time.monotonic()
         self._measure_speeds(now)
-        at, pack_speed, memory = time.time(), sum(self._speeds.values()), peak_memory_gib(self._device)
+        written_at = time.time()
+        pack_speed = sum(self._speeds.values())
+        memory = peak_memory_gib(self._device)
         start: dict[str, Any] = {}
         if not self.began:
             self.began = True
@@ -116,7 +128,7 @@ class StepRecorder:
             line = PaceLine(
                 step=pending[-1].steps[session.run_index],
                 attempt=session.lease.attempt,
-                time=at,
+                time=written_at,
                 tokens_per_second=self._speeds[session.run_index],
                 seconds=now - self._started,
                 pack_tokens_per_second=pack_speed,
@@ -126,7 +138,12 @@ class StepRecorder:
             session.note_pace(line)
 
     def _measure_speeds(self, now: float) -> None:
-        """Tokens per second since the last time; where only the step that was held back then is written, what was measured then."""
+        """Tokens per second of each run since the last pace.
+
+        Nothing was recorded since then if only the step that was kept back is written now. Its tokens were counted, so the speeds of
+        the last pace still hold.
+        """
+        # 3 steps of 800 tokens in 1.2 s: 2,000 tokens per second.
         if self._computed:
             elapsed = max(now - self._paced, 1e-9)
             self._speeds = {run: tokens / elapsed for run, tokens in self._computed.items()}
@@ -144,29 +161,33 @@ class _HostNumbers:
 
 
 class _Fetched:
-    """A step's device values on their way to the host."""
+    """A step's device values while they are copied to the host."""
 
     def __init__(self, record: StepRecord) -> None:
         outcome = record.outcome
         values = (record.losses, outcome.grad_norm, outcome.alive, outcome.loss_scale)
-        there = torch.stack([value.to(record.losses.dtype) for value in values])
-        self._here = there
-        self._arrived: torch.cuda.Event | None = None
-        if there.device.type == "cuda":
-            self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        # [4, runs], so that one copy takes all of them.
+        on_device = torch.stack([value.to(record.losses.dtype) for value in values])
+        self._on_host = on_device
+        self._copied: torch.cuda.Event | None = None
+        if on_device.device.type == "cuda":
+            # A copy does not block the host only if its target is pinned memory.
+            pinned = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self._on_host = pinned.copy_(on_device, non_blocking=True)
+            # The event is behind the copy in the stream, but before the next step: waiting for it does not wait for that step.
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def numbers(self) -> _HostNumbers:
-        """Wait for them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        losses, grad_norms, alive, loss_scales = self._here.tolist()
+        """Wait for the copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        losses, grad_norms, alive, loss_scales = self._on_host.tolist()
         return _HostNumbers(losses, grad_norms, [value > 0 for value in alive], loss_scales)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory in use so far: tensors on a GPU, the whole process on a CPU."""
+    """The most memory in use so far, in GiB: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
     # Linux counts KiB.

@@ -1,4 +1,4 @@
-"""Sample answers: at every evaluation each run answers the same few held-out prompts, for people to read beside the numbers."""
+"""Sample answers: at every evaluation each run answers the same few held-out prompts, for people to read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AnswerDecoder:
 
 def load_answer_decoder(model: ModelConfig, model_dir: Path) -> AnswerDecoder:
     """The tokenizer of a staged model, as far as answers need it."""
-    # Here, since runs without samples need no tokenizer.
+    # Imported here, since runs without samples need no tokenizer.
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
@@ -52,55 +52,60 @@ class Question:
 
 
 class Sampler:
-    """Asks the runs of a pack. What all prompts of a table begin or end with, such as a system prompt, is left off their text."""
+    """Asks the runs of a pack their questions. Lines that all prompts share, such as a system prompt, are left out of the text."""
 
     def __init__(self, decoder: AnswerDecoder, micro_batch_tokens: int, job: JobContext) -> None:
         self._decoder = decoder
         self._micro_batch_tokens = micro_batch_tokens
         self._activity = job.activity
-        # The main process answers alone. If it stopped here, it would leave the others waiting; they agree on a stop with it
-        # between micro-batches.
+        # The main process answers alone. If it stopped here, the others would wait for it: processes agree on a stop between
+        # micro-batches. So with several processes it gets a flag that is never set.
         self._stop = job.stop if job.group.size == 1 else StopFlag()
+        # By table and number of prompts, which several runs may share.
         self._questions: dict[tuple[int, int], list[Question]] = {}
 
     def ask(self, base: PackedModel, sessions: Sequence[RunSession], pack_size: int) -> dict[int, list[SampleAnswer]]:
-        """Every session's questions with its answers, by row of the pack, from `base` with the adapters that it carries now.
+        """Every session's questions with its answers, by run index, from `base` with the adapters that it carries now.
 
         Raises:
             Stopped: the job was asked to stop; nothing has changed.
         """
         asked = {session.run_index: self.questions(session) for session in sessions}
-        prompts = {row: [question.tokens for question in own] for row, own in asked.items() if own}
+        prompts = {run: [question.tokens for question in questions] for run, questions in asked.items() if questions}
         if not prompts:
             return {}
-        most = max(session.config.train.sample_tokens for session in sessions)
         self._activity.begin("answering", sum(map(len, prompts.values())))
-        bounds = GenerationLimits(most, self._decoder.ends, self._micro_batch_tokens)
-        answers = generate(base, prompts, pack_size, bounds, self._stop, self._activity.advance)
-        limits = {session.run_index: session.config.train.sample_tokens for session in sessions}
+        # All runs generate together, as long as the longest needs; each answer is then cut to its own run's limit.
+        tokens_of_run = {session.run_index: session.config.train.sample_tokens for session in sessions}
+        limits = GenerationLimits(max(tokens_of_run.values()), self._decoder.ends, self._micro_batch_tokens)
+        answers = generate(base, prompts, pack_size, limits, self._stop, self._activity.advance)
         return {
-            row: [
-                self._sample(question, answer[: limits[row]]) for question, answer in zip(asked[row], own, strict=True)
+            run: [
+                self._sample(question, answer[: tokens_of_run[run]])
+                for question, answer in zip(asked[run], answers_of_run, strict=True)
             ]
-            for row, own in answers.items()
+            for run, answers_of_run in answers.items()
         }
 
     def ask_untrained(
         self, base: PackedModel, sessions: Sequence[RunSession], pack_size: int
     ) -> dict[int, list[SampleAnswer]]:
-        """`ask` for runs whose B is still zero: the bare base answers, once for all with the same questions."""
+        """`ask` for runs whose B is still zero, with the base alone: once for all runs with the same questions."""
+        # Reversed, so that the first session with these questions is the one that stays.
         first = {_same_questions(session): session for session in reversed(sessions)}
-        found = self.ask(base, list(first.values()), pack_size)
-        rows = {session.run_index: first[_same_questions(session)].run_index for session in sessions}
-        return {row: found[other] for row, other in rows.items() if other in found}
+        answers = self.ask(base, list(first.values()), pack_size)
+        asked_as = {session.run_index: first[_same_questions(session)].run_index for session in sessions}
+        return {run: answers[other] for run, other in asked_as.items() if other in answers}
 
     def questions(self, session: RunSession) -> list[Question]:
-        """The rows that the run is asked: as many as it wants, spread evenly over its held-out rows."""
-        table, count = session.data.eval, session.config.train.sample_prompts
+        """The questions of a run: as many as it wants, spread evenly over its held-out rows (3 of 9 rows: 0, 4 and 8)."""
+        table = session.data.eval
+        count = session.config.train.sample_prompts
+        # Tables are shared by runs and live as long as the job, so their identity will do.
         key = (id(table), count)
         if key not in self._questions:
             rows = sorted({int(row) for row in np.linspace(0, len(table) - 1, min(count, len(table)))})
-            self._questions[key] = self._without_what_all_share([self._question(table, row) for row in rows])
+            self._questions[key] = self._without_shared_lines([self._question(table, row) for row in rows])
         return self._questions[key]
 
     def _question(self, table: TokenTable, row: int) -> Question:
@@ -108,7 +113,7 @@ class Sampler:
         start = answer_start(labels)
         return Question(row, tokens[:start], self._decoder.decode(tokens[:start]), self._decoder.decode(tokens[start:]))
 
-    def _without_what_all_share(self, questions: list[Question]) -> list[Question]:
+    def _without_shared_lines(self, questions: list[Question]) -> list[Question]:
         texts = without_shared_lines([question.prompt for question in questions])
         return [Question(q.row, q.tokens, text, q.expected) for q, text in zip(questions, texts, strict=True)]
 
@@ -129,22 +134,28 @@ def _same_questions(session: RunSession) -> tuple[int, int, int]:
 
 
 def answer_start(labels: np.ndarray) -> int:
-    """Where the last learnt stretch of a row begins, from the second token on; where nothing is masked, half of the row asks."""
-    learnt = labels != IGNORED_LABEL
-    if learnt.all():
+    """Index of the first token of the last trained part of a row, at least 1. If nothing is masked, half of the row is the prompt."""
+    trained = labels != IGNORED_LABEL
+    if trained.all():
         return max(1, len(labels) // 2)
-    begins = np.flatnonzero(learnt[1:] & ~learnt[:-1]) + 1
+    # A part begins where a trained token follows a masked one. A conversation with two answers:
+    #   labels   -100 -100   5    6  -100   7    8    2
+    #   trained     0    0   1    1     0   1    1    1
+    #   begins = [1, 4] + 1 = [2, 5], so the prompt is the first 5 tokens.
+    begins = np.flatnonzero(trained[1:] & ~trained[:-1]) + 1
     return int(begins[-1]) if len(begins) else 1
 
 
 def without_shared_lines(texts: list[str]) -> list[str]:
     """`texts` without the lines that all of them begin with, and those that all end with; a single text stays whole."""
-    lines = [text.splitlines() for text in texts]
     if len(texts) < 2:
         return texts
-    before = _shared(lines)
-    after = _shared([own[before:][::-1] for own in lines])
-    kept = ["\n".join(own[before : len(own) - after]).strip() for own in lines]
+    lines_of = [text.splitlines() for text in texts]
+    before = _shared(lines_of)
+    # Only of what is left, so that no line is counted from both ends.
+    after = _shared([lines[before:][::-1] for lines in lines_of])
+    kept = ["\n".join(lines[before : len(lines) - after]).strip() for lines in lines_of]
+    # One text may be the beginning of the others: nothing of it would be left.
     return kept if all(kept) else texts
 
 
