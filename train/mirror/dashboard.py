@@ -68,7 +68,7 @@ def make_dashboard(sweep: SweepDir, axes: list[SweptAxis]) -> str:
         )
     _hand_over(reach)
     entity = run.entity or reach.entity
-    assert entity is not None, "a key that a server knows belongs to somebody"
+    assert entity is not None, "a key that a server knows has an owner"
     return _save(build(sweep.path.name, axes, entity, run.project), sweep, reach.server)
 
 

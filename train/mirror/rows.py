@@ -27,7 +27,7 @@ from train.store.journal import JournalLine, PaceLine, SampleAnswer, SamplesLine
 from train.store.layout import RunDir
 from train.store.record_file import parse_record
 
-# The journal's names -> W&B's, where a slash makes a section. transformers' Trainer calls them so too.
+# The journal's names -> W&B's, in which a slash makes a section. transformers' Trainer uses the same names.
 JOURNAL_NAMES = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -126,7 +126,7 @@ class RunRows:
         """Every row that is complete and was not given yet, in order.
 
         Args:
-            ended: nobody trains the run, so its last steps get no pace.
+            ended: no process trains the run any more, so its last steps get no pace.
             final: the journal is complete, so its last step gets no evaluation.
         """
         # The journal first. What the trainer wrote to the other files before the journal's last line is there by then.

@@ -102,7 +102,7 @@ def announce(text: str) -> None:
     if not announced.exists() or announced.read_text() != text:
         log.info(text)
         announced.write_text(text)
-    # Nobody who waits for the end of the job's output is to wait for this process too.
+    # A reader that waits for the end of the job's output must not wait for this process too.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 

@@ -48,6 +48,7 @@ def open_attempt(run: RunDir) -> Lease:
     Raises:
         LeaseHeld: another live process trains the run.
     """
+    # Read before `acquire`, which replaces the dead lease and with it what it says of its process.
     attempts = read_records(run.attempts, AttemptLine)
     before = read_lease(run)
     job = this_job()
@@ -55,6 +56,7 @@ def open_attempt(run: RunDir) -> Lease:
     # A predecessor may also have died after its line, before it gave the lease back.
     if before is not None and all(line.attempt != before.attempt for line in attempts):
         why = _cause_of_loss(run, before)
+        # The last heartbeat is the last time at which the dead process is known to have lived.
         line = attempt_line(run, before, why, None, last_step(run), ended=before.heartbeat)
         append_records(run.attempts, [line])
     run.stop_note.unlink(missing_ok=True)
@@ -127,6 +129,7 @@ def _cause_of_loss(run: RunDir, dead: Lease) -> tuple[Cause | str, str]:
     # A note of an earlier attempt has another token.
     if note is not None and note.token == dead.token:
         return note.cause, f"{note.detail}; killed before it could save"
+    # The kernel kills without a signal that a process could note. Only Slurm's accounting knows.
     if this_job() is not None and killed_for_memory(dead.job):
         return (
             Cause.OUT_OF_MEMORY,

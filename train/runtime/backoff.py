@@ -11,7 +11,8 @@ def backoff(first: float, longest: float, *, factor: float = 2.0, total: float =
 
     ``backoff(1, 16, total=60)`` is 1, 2, 4, 8, 16, 16, 16.
     """
-    pause, waited = first, 0.0
+    pause = first
+    waited = 0.0
     while waited < total:
         yield pause
         waited += pause

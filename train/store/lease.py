@@ -87,7 +87,7 @@ class Lease(FileRecord):
 
     def superseded_by(self, job: str, restarts: int) -> bool:
         """Whether this is an earlier copy of the same job: Slurm has given up its node, so it must not continue."""
-        # On the same host `alive` knows for certain, and two live copies there would be a mistake that nobody should override.
+        # On the same host `alive` is certain: if the earlier copy runs there, its lease must not be replaced.
         return self.job == job and self.restarts < restarts and self.host != socket.gethostname()
 
 
@@ -155,7 +155,7 @@ class Heartbeat(PeriodicThread):
             if token in _released:
                 continue
             owner = _token(path)
-            # None is a file that cannot be read just now, so nobody else is known to own it.
+            # None: the file cannot be read just now, so no other owner is known.
             if owner not in (None, token):
                 log.error(f"{path}: another process owns this folder now; ending without another write")
                 # Not sys.exit: it would end this thread alone, and handlers at exit might write.
@@ -194,8 +194,8 @@ def _take(path: Path, mine: Lease, what: str) -> None:
     Raises:
         LeaseHeld: a live process has it.
     """
-    # It loops because the owner may go, or another may come, between creating and reading. Each turn that fails means that somebody
-    # else made progress, so it ends.
+    # It loops because the owner may release the lease, or another process may create one, between `_create` and `_read`. A turn fails
+    # only if another process succeeded, so the loop ends.
     while not _create(path, mine):
         held = _read(path)
         if held is not None and held.alive() and not held.superseded_by(mine.job, mine.restarts):
@@ -227,7 +227,7 @@ def _succeed(path: Path, dead_token: str | None, mine: Lease, what: str) -> bool
     claim = path.with_name(f".{path.name}.{dead_token or 'unreadable'}.claim")
     _take(claim, mine, what)
     try:
-        # The second look, now that nobody else may replace this very lease.
+        # The second look, now that no other process may replace this very lease.
         if not path.exists() or _token(path) != dead_token:
             return False
         with storage_errors(path):

@@ -1,4 +1,4 @@
-"""Whether other users could write into a folder: jobs run code from the sweep's folder, so nobody else may put code there.
+"""Whether other users could write into a folder: jobs run code from the sweep's folder, so no other user may put code there.
 
 Checked are the owner, the permissions and POSIX ACLs (acl(5)). Linux keeps an ACL in an extended attribute: a version, then for each
 entry a tag, its permissions and its user or group. Parent folders are not checked: on a cluster they often belong to a project and

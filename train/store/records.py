@@ -124,7 +124,7 @@ class StopNote(FileRecord):
 
 
 class ActivityNote(FileRecord):
-    """``activity.json``: what the process `pid` on `host` does besides steps, and how much of it is done; 0 of 0 is not counted."""
+    """``activity.json``: what the process `pid` on `host` does other than steps, and how much of it is done; 0 of 0 is not counted."""
 
     host: str
     pid: int

@@ -78,6 +78,7 @@ def write_folder(path: Path) -> Iterator[Path]:
         try:
             make_folder(temporary)
             yield temporary
+            # Content before names, here too: every file, then the folder that names them, then, after the rename, its parent.
             for file in temporary.rglob("*"):
                 sync_folder(file)
             sync_folder(temporary)
@@ -245,6 +246,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries (or a file's content) to the disk."""
+    # A folder can only be opened for reading, and that is enough to flush it.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -134,8 +134,10 @@ def load_checkpoint(run: RunDir, step: int) -> Checkpoint | None:
         if run.journal.stat().st_size < progress.journal_bytes:
             return None
         return Checkpoint(progress, load(contents[TENSORS]) if TENSORS in contents else {})
+    # It is not damaged, so it must not be set aside.
     except NewerFormat:
         raise
+    # Whatever a damaged file can lead to: missing, cut, not JSON, keys or tensors that do not fit.
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, DamagedFile):
         return None
 
@@ -153,6 +155,7 @@ def to_bytes(states: Sequence[Checkpoint | None]) -> bytes:
 
 def from_bytes(message: bytes) -> list[Checkpoint | None]:
     """The inverse of `to_bytes`."""
+    # The document ends where the tensors begin: 8 + 310 = 318 in the example.
     end = 8 + int.from_bytes(message[:8], "little")
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in load(message[end:]).items():
@@ -191,6 +194,7 @@ def common_step(steps_per_run: list[set[int]]) -> int | None:
 
 
 def _set_aside(folder: Path) -> Path:
+    # The name no longer begins with "step-", so `checkpoint_steps` does not list it. One from an earlier time gives way.
     aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return folder.rename(aside)

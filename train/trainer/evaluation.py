@@ -53,8 +53,9 @@ def evaluate(
         outcome = target_losses(hidden, base.head, batch.targets, weights=None)
         losses += sums_per_run(outcome.losses, batch).cpu()
         by_sequence, run_of_sequence = batch.targets_by_sequence
-        # [sequences, longest]: padding counts as correct. Two sequences with 3 and 2 targets, the last one of the first wrong:
-        # [[1, 1, 0], [1, 1, pad]] -> [False, True]; if both are of run 1 of 2, `bincount` of [1] adds [0, 1] to the exact rows.
+        # [sequences, longest]: the filler repeats a sequence's first target, so it does not change `all`. Two sequences with 3 and 2
+        # targets, the last of the first one wrong: [[1, 1, 0], [1, 1, filler 1]] -> [False, True]. If both belong to run 1 of 2,
+        # `bincount` of [1] adds [0, 1] to the exact rows.
         answered = by_sequence.pad(outcome.correct).all(dim=1)
         exact_rows += torch.bincount(run_of_sequence[answered], minlength=pack_size).cpu()
         job.activity.advance(len(chunk) * job.group.size)

@@ -71,6 +71,7 @@ class RunWriter:
 
     def begin(self, header: JournalHeader) -> None:
         """Start the journal from nothing."""
+        # A run without any sound checkpoint may have files from attempts that were killed early.
         with storage_errors(self.dir.journal):
             self.dir.journal.unlink(missing_ok=True)
             self.dir.samples.unlink(missing_ok=True)
@@ -130,6 +131,7 @@ class RunWriter:
 
     def end_diverged(self, reason: str | None, first_step: int, diverged_step: int) -> None:
         """End a run that diverged. `resume` has to start before the divergence, so checkpoints from there on are removed."""
+        # Diverged at step 57, with checkpoints of 40 and 60 (its pack trained on): that of 60 goes.
         with storage_errors(self.dir.checkpoints):
             for step in [step for step in self.dir.checkpoint_steps() if step >= diverged_step]:
                 shutil.rmtree(self.dir.checkpoint(step))
@@ -138,6 +140,7 @@ class RunWriter:
 
     def end(self, cause: Cause, detail: str | None, first_step: int, last_step: int) -> None:
         """Write the attempt's line and give the folder back, unless another process owns it by now."""
+        # Another process may have taken this one for dead. Then it has written this attempt's line already.
         if owns(self.dir, self.lease):
             self._append_attempt(*stop_cause(self.dir, cause, detail), first_step, last_step)
             release(self.dir, self.lease)

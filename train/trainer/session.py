@@ -36,6 +36,7 @@ def guard_storage(write: Callable[Concatenate[RunSession, P], None]) -> Callable
 
     @wraps(write)
     def guarded(session: RunSession, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        # After a refused write the files may have a gap, so nothing may be added to them.
         if session.storage_error is not None:
             return
         try:
@@ -89,6 +90,7 @@ class RunSession:
     @property
     def evaluation_due(self) -> bool:
         """Before the first step, every `train.eval_steps` and after the last; once each."""
+        # 0 leaves out the evaluations between the first and the last.
         every = self.config.train.eval_steps
         due = self.step in (0, self.total_steps) or (every > 0 and self.step % every == 0)
         return due and self.evaluated_step != self.step
@@ -119,6 +121,7 @@ class RunSession:
     @guard_storage
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: journal and samples of later steps will be written again, so they are cut off."""
+        # Before the files: a run that is lost here ends at the step of its checkpoint.
         self._restore(checkpoint.progress)
         divergence = self.writer.rewind(checkpoint.progress)
         if divergence is not None:
@@ -172,6 +175,7 @@ class RunSession:
         # Its pack may train the others on for long. Each of those steps finds the run diverged again.
         if self.diverged is not None:
             return
+        # The line first: once `diverged` is set, `note` writes no more.
         self.note([DivergenceLine(step=step, diverged=reason)])
         self.diverged = reason
         self.diverged_step = step
@@ -226,6 +230,7 @@ class RunSession:
             tokens=self.tokens,
             seconds=self.seconds,
             gpu_hours=self.gpu_seconds / 3600,
+            # A run may end in its first tick of the clock.
             tokens_per_second=self.tokens / max(self.seconds, 1e-9),
         )
         self.writer.complete(adapter, self.config, self.first_step, totals, environment)
@@ -242,6 +247,7 @@ class RunSession:
 
     def mark_lost(self, error: Exception) -> None:
         """End a run whose folder cannot be written. It keeps its row in the pack, so that the others' numbers stay bit for bit."""
+        # First: whatever is tried below, no guarded write follows.
         self.storage_error = error
         log.error(f"{self.dir.path.name} ends: storage: {error}")
         self.writer.end_lost(error, self.first_step, self.step)
