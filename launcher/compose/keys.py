@@ -222,7 +222,7 @@ def _one_type(annotation: Any, bounds: list[Any], *, alone: bool) -> str:
     if annotation is bool:
         return "true or false" if alone else "true, false"
     if get_origin(annotation) is list:
-        return f"list of {_plural(get_args(annotation)[0])}"
+        return f"list of {_plain_name(get_args(annotation)[0])}s"
     if get_origin(annotation) is dict:
         return f"{{name: {_one_type(get_args(annotation)[1], [], alone=True)}}}"
     if _is_section(annotation):
@@ -232,10 +232,6 @@ def _one_type(annotation: Any, bounds: list[Any], *, alone: bool) -> str:
 
 def _plain_name(annotation: Any) -> str:
     return {int: "integer", float: "number", str: "string"}.get(annotation, "value")
-
-
-def _plural(annotation: Any) -> str:
-    return f"{_plain_name(annotation)}s"
 
 
 def _bounds_words(bounds: list[Any]) -> str:

@@ -126,7 +126,8 @@ def nearest_key(name: str) -> str | None:
     wanted = name.lower().replace("-", "_").lstrip("+~_")
     section, _, last = wanted.rpartition(".")
     if section.startswith("cluster.partitions."):
-        near = _near(last, _partition_keys(), 0.6)
+        partition_keys = [name.rpartition(".")[2] for name in key_fields() if ANY_NAME in name]
+        near = _near(last, partition_keys, 0.6)
         return f"{section}.{near}" if near else None
     names, words = _known_names(), _known_words()
     exact = names.get(wanted) or words.get(wanted) or words.get(last)
@@ -226,10 +227,6 @@ def _known_words() -> dict[str, str]:
     last_parts = [name.rpartition(".")[2] for name in keys]
     unique = {last: name for last, name in zip(last_parts, keys, strict=True) if last_parts.count(last) == 1}
     return unique | SYNONYMS | {section: section for section in section_classes()}
-
-
-def _partition_keys() -> list[str]:
-    return [name.rpartition(".")[2] for name in key_fields() if ANY_NAME in name]
 
 
 def assignment(target: str, value: str | None) -> str:

@@ -15,7 +15,7 @@ from launcher.estimate.workload import SizingInputs
 from launcher.plan.decision import RunDecision, decide
 from launcher.plan.packing import pack_id
 from launcher.plan.routing import Routed, Router
-from launcher.records import Forecast, JobSlots, Pack, Plan, PlannedRun, Run, Sweep, Verdict
+from launcher.records import JobSlots, Pack, Plan, PlannedRun, Run, Sweep, Verdict
 from launcher.track.jobs import JobRecord, arrays_in_queue, jobs_of, look_up, newest_job_per_run
 from train.store.layout import CacheDir, RunDir, SweepDir
 
@@ -55,7 +55,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "id": pack.id,
                 "partition": pack.partition,
                 "runs": list(pack.runs),
-                "forecast": _forecast_json(pack.forecast),
+                "forecast": {
+                    key: value if value is None else round(value, 4) for key, value in asdict(pack.forecast).items()
+                },
             }
             for pack in plan.packs
         ],
@@ -138,7 +140,3 @@ def _run_json(planned: PlannedRun) -> dict[str, Any]:
         "overrides": run.axes,
         "pack": planned.pack,
     }
-
-
-def _forecast_json(forecast: Forecast) -> dict[str, float | None]:
-    return {key: value if value is None else round(value, 4) for key, value in asdict(forecast).items()}

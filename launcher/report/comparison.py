@@ -7,6 +7,7 @@ same name.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
 from launcher.records import State
@@ -90,6 +91,17 @@ class Group:
     half_width: float | None
 
 
+class LeadVerdict(StrEnum):
+    """How the best configuration's lead compares with the noise between seeds.
+
+    larger -> the lead is beyond the noise; within -> seeds alone could make it; unknown -> too few seeds, or runs, to tell.
+    """
+
+    LARGER = "larger"
+    WITHIN = "within"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True)
 class Noise:
     """Whether the best configuration's lead is larger than the noise between seeds, in numbers and in words.
@@ -97,7 +109,7 @@ class Noise:
     lead, low, high: the difference of mean eval losses with its 95 % interval. command: what to run to find out more.
     """
 
-    verdict: Literal["larger", "within", "unknown"]
+    verdict: LeadVerdict
     text: str
     lead: float | None = None
     low: float | None = None

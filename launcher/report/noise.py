@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from launcher.report.axes import SEED, axes_label
-from launcher.report.comparison import Axis, FinishedRun, Group, Noise, UnfinishedRun
+from launcher.report.comparison import Axis, FinishedRun, Group, LeadVerdict, Noise, UnfinishedRun
 from train.config import DataConfig
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom. Above 30 the normal distribution's 1.96 is within 4 %.
@@ -56,19 +56,19 @@ def judge_noise(groups: Sequence[Group], *, sweep: str, commands: Sequence[str],
     """
     more = more_seeds_command(sweep, commands, seeds)
     if not groups:
-        return Noise("unknown", "No run has finished yet, so there is nothing to compare.")
+        return Noise(LeadVerdict.UNKNOWN, "No run has finished yet, so there is nothing to compare.")
     if len(groups) == 1:
-        return Noise("unknown", _spread_text(groups[0]), command=None if len(groups[0].runs) > 1 else more)
+        return Noise(LeadVerdict.UNKNOWN, _spread_text(groups[0]), command=None if len(groups[0].runs) > 1 else more)
     best, second = groups[0], groups[1]
     lead = second.mean - best.mean
     if best.deviation is None or second.deviation is None:
-        return Noise("unknown", _one_seed_text(best, second, lead), lead, command=more)
+        return Noise(LeadVerdict.UNKNOWN, _one_seed_text(best, second, lead), lead, command=more)
     half_width = _welch_half_width(best, second)
     low, high = lead - half_width, lead + half_width
     text = _lead_text(best, second, low, high)
     if low > 0:
-        return Noise("larger", text, lead, low, high)
-    return Noise("within", text, lead, low, high, more)
+        return Noise(LeadVerdict.LARGER, text, lead, low, high)
+    return Noise(LeadVerdict.WITHIN, text, lead, low, high, more)
 
 
 def more_seeds_command(sweep: str, commands: Sequence[str], seeds: Sequence[int]) -> str:

@@ -217,3 +217,11 @@ def test_resume_takes_the_settings_of_the_newest_plan_that_can_be_read(sweep: Ol
     frozen = frozen_sweep(sweep.dir)
     assert len(frozen.runs) == len(sweep.dir.runs())
     assert any(str(path) in message for message in frozen.left_out)
+
+
+def test_a_damaged_record_of_the_report_job_is_named(sweep: OldSweep) -> None:
+    path = sweep.dir.report_record
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[]\n")
+    assert rows(sweep.status().document, set()) == rows(said_then("status-empty-queue"), set())
+    assert f"{path} is damaged" in sweep("status").out

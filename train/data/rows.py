@@ -62,7 +62,9 @@ def parse_row(values: Any, form: RowFormat, where: str) -> Row:
 def _parse_alpaca(values: Values, where: str) -> AlpacaRow:
     for column in ("instruction", "output"):
         if column not in values:
-            raise BadInput(f"{where}: column {column!r} is missing (columns: {_columns(values)}); {COLUMNS_HELP}.")
+            raise BadInput(
+                f"{where}: column {column!r} is missing (columns: {', '.join(map(repr, values)) or 'none'}); {COLUMNS_HELP}."
+            )
     instruction = _text(values["instruction"], "instruction", where)
     # A missing and a null input are no input; 0 or [] is a mistake.
     input = "" if values.get("input") is None else _text(values["input"], "input", where)
@@ -109,7 +111,3 @@ def _text(value: Any, column: str, where: str) -> str:
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _columns(values: Values) -> str:
-    return ", ".join(map(repr, values)) or "none"

@@ -27,6 +27,7 @@ from train.runtime.activity import Activity
 from train.runtime.attempts import cause_of
 from train.runtime.rendezvous import NothingToDo, ProcessInfo
 from train.runtime.signals import StopFlag, Stopped
+from train.store.causes import Cause
 from train.store.journal import JournalHeader
 from train.store.layout import CacheDir, PackDir, RunDir
 from train.store.lease import Lease
@@ -198,7 +199,7 @@ def train_as_worker_process(pack: PackDir, stop: StopFlag, process: ProcessInfo)
         cause, detail = cause_of(exc)
         group.report_failure(cause, detail)
         return f"{cause}: {detail}"
-    return "done"
+    return Cause.DONE
 
 
 def _leases_to_bytes(leases: Leases) -> bytes:
