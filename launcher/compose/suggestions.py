@@ -89,6 +89,8 @@ ABSENT = {
     "Every step is logged, so no key is needed.": "logging_steps log_interval log_steps log_every_n_steps logging_strategy",
     "The time limit of a job follows from the forecast; 'python -m launcher plan ...' shows it.": "time timeout timeout_min "
     "time_limit time_min walltime minutes hours",
+    "The type of GPU belongs to a partition: cluster.partitions.NAME.gpu=a100; 'python -m launcher doctor' shows the names and "
+    "types.": "gpu gpu_type gres",
     "The base is held in 4 bit (quant=nf4) or in train.dtype (quant=none).": "load_in_8bit use_8bit 8bit int8",
     "LoRA, rsLoRA (lora.use_rslora) and LoRA+ (lora.loraplus_lr_ratio) can be trained; other variants cannot.": "use_dora dora "
     "init_lora_weights peft_type pissa modules_to_save",

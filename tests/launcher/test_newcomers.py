@@ -88,6 +88,7 @@ ABSENT = {
     "sweep.method=bayes": "Every combination is trained (sweep.grid)",
     "data.packing=true": "Sequences are never padded",
     "cluster.num_nodes=2": "A job has one node",
+    "cluster.gpu=a100": "The type of GPU belongs to a partition: cluster.partitions.NAME.gpu=a100",
 }
 HYDRAS_OWN = {
     "hydra.run.dir=out": "root=out",
