@@ -1,4 +1,4 @@
-"""What a job says of itself besides its journals: while it loads, evaluates, answers and saves."""
+"""What a job says of itself outside its journals: while it loads, evaluates, answers and saves."""
 
 import time
 from pathlib import Path
@@ -44,15 +44,15 @@ def test_a_pack_counts_every_row_answer_and_save(tmp_path: Path) -> None:
     loop.micro_batch_tokens = 40
     loop.run()
     assert all(done == total for _, done, total in diary.pages)
-    besides = [(what, total) for what, _, total in diary.pages if what != TRAINING]
+    not_steps = [(what, total) for what, _, total in diary.pages if what != TRAINING]
     rows, prompts = 10, 4
     # The base answers once.
     first = [("importing", 0), ("evaluating", rows), ("answering", prompts), ("saving", 2)]
-    assert besides[:4] == first
-    assert besides[4:7] == [("evaluating", rows), ("answering", prompts), ("saving", 2)]
+    assert not_steps[:4] == first
+    assert not_steps[4:7] == [("evaluating", rows), ("answering", prompts), ("saving", 2)]
 
 
-def test_the_way_to_the_first_step_is_told_once_and_whole(tmp_path: Path) -> None:
+def test_the_way_to_the_first_step_is_logged_once_and_whole(tmp_path: Path) -> None:
     began = time.monotonic()
     activity = Activity(age=5.0)
     loop = packs.make_loop(tmp_path, packs.tiny_base(), [packs.run_config()], activity=activity)
@@ -62,8 +62,8 @@ def test_the_way_to_the_first_step_is_told_once_and_whole(tmp_path: Path) -> Non
     assert line.startswith("first step done ")
     assert all(part in line for part in ("importing ", "evaluating ", "saving ", "first step "))
     assert float(line.partition("importing ")[2].partition(" s")[0]) >= 5.0
-    told = float(line.removeprefix("first step done ").partition(" s")[0])
-    assert 5.0 <= told <= 5.1 + time.monotonic() - began
+    total = float(line.removeprefix("first step done ").partition(" s")[0])
+    assert 5.0 <= total <= 5.1 + time.monotonic() - began
 
 
 def test_the_age_of_a_process_counts_from_its_start() -> None:
@@ -84,7 +84,7 @@ def test_a_published_activity_follows_changes_is_silent_otherwise_and_goes(
     monkeypatch.setattr(module, "POST_SECONDS", 0.01)
     activity = Activity()
 
-    def told(word: str | None) -> bool:
+    def shows(word: str | None) -> bool:
         deadline = time.monotonic() + 20
         while doing(read_activity(pack), lease) != word:
             assert time.monotonic() < deadline
@@ -92,12 +92,12 @@ def test_a_published_activity_follows_changes_is_silent_otherwise_and_goes(
         return True
 
     with ActivityPublisher(pack, activity, lease):
-        assert told("importing")
+        assert shows("importing")
         activity.begin("evaluating", 64)
         activity.advance(12)
-        assert told("evaluating 12/64")
+        assert shows("evaluating 12/64")
         activity.begin(TRAINING)
-        assert told(None)
+        assert shows(None)
         written = pack.activity.stat().st_ino
         time.sleep(0.2)
         assert pack.activity.stat().st_ino == written, "steps write nothing"
@@ -109,7 +109,7 @@ def test_a_folder_that_refuses_costs_the_job_nothing(tmp_path: Path, lease: Leas
         time.sleep(0.05)
 
 
-def test_nothing_stale_is_told(pack: PackDir, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_stale_is_shown(pack: PackDir, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
     with ActivityPublisher(pack, Activity(), lease):
         deadline = time.monotonic() + 20
         while (note := read_activity(pack)) is None:

@@ -101,7 +101,7 @@ def test_the_heartbeat_beats(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _hold_and_lose(path: str) -> None:
-    """Take a lease, lose it to somebody else, and write on as if nothing had happened."""
+    """Take a lease, lose it to another process, and continue to write as if nothing had happened."""
     lease_module.HEARTBEAT_SECONDS = 0.02
     run = RunDir(Path(path))
     with Heartbeat([(run, open_attempt(run))]):
@@ -138,7 +138,7 @@ def _race(path: str, barrier: object, winners: object) -> None:
 
 
 @pytest.mark.slow
-def test_of_many_that_want_a_dead_lease_one_wins(run: RunDir) -> None:
+def test_one_of_many_rivals_takes_over_a_dead_lease(run: RunDir) -> None:
     context = multiprocessing.get_context("fork")
     for _ in range(20):
         acquire(run, job="dead", attempt=1)
@@ -155,7 +155,7 @@ def test_of_many_that_want_a_dead_lease_one_wins(run: RunDir) -> None:
         rewrite(run, pid_started=1)
 
 
-def test_who_looked_before_another_took_over_takes_nothing_away(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_rival_does_not_replace_the_new_owner(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     acquire(run, job="dead", attempt=1)
     rewrite(run, pid_started=1)
     dead = read_lease(run)
@@ -170,7 +170,7 @@ def test_who_looked_before_another_took_over_takes_nothing_away(run: RunDir, mon
     assert [file.name for file in run.path.iterdir()] == [run.lease.name]
 
 
-def test_who_died_while_taking_over_is_succeeded_too(run: RunDir) -> None:
+def test_a_process_that_died_while_taking_over_is_replaced_too(run: RunDir) -> None:
     acquire(run, job="dead", attempt=1)
     rewrite(run, pid_started=1)
     dead = json.loads(run.lease.read_text())
@@ -180,7 +180,7 @@ def test_who_died_while_taking_over_is_succeeded_too(run: RunDir) -> None:
     assert [file.name for file in run.path.iterdir()] == [run.lease.name]
 
 
-def test_who_is_about_to_take_over_is_let_do_so(run: RunDir) -> None:
+def test_a_takeover_in_progress_is_left_alone(run: RunDir) -> None:
     acquire(run, job="dead", attempt=1)
     rewrite(run, pid_started=1)
     dead = json.loads(run.lease.read_text())
@@ -195,7 +195,7 @@ def test_a_process_is_known_by_its_start_time() -> None:
     assert process_started(2**22 + 1) is None
 
 
-def test_a_lease_that_was_given_back_may_be_another_ones_while_its_heart_still_beats(
+def test_a_released_lease_may_get_another_owner_while_the_heartbeat_runs(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cancelled run leaves its pack, and may be resumed elsewhere before the pack ends."""

@@ -111,9 +111,7 @@ def test_a_mirror_that_is_killed_leaves_no_torn_folder(
     assert_arrived(server, pack)
 
 
-def test_our_sync_beside_a_job_that_is_offline(
-    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_sync_while_a_job_is_offline(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute nodes without internet, watched from the login node."""
     pack = WrittenPack(tmp_path, 2, max_steps=40, mode="auto")
     with pack.job(cause="done"):

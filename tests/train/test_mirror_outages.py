@@ -34,7 +34,7 @@ class Case:
         else:
             self.server.mode = self.outage  # type: ignore[assignment]
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         if self.outage == "down":
             self.server.start()
         self.server.mode = "good"
@@ -64,9 +64,9 @@ class Cases:
         return time.monotonic() - ended
 
     def sync(self) -> None:
-        """Mend the servers, and bring every journal to its own."""
+        """Repair the servers, and bring every journal to its own."""
         for case in self.all:
-            case.mend()
+            case.repair()
             use_server(case.server, case.folder, self._monkeypatch)
             done = launcher(case.folder, "sync", f"root={case.folder}")
             assert done.returncode == 0, done.stdout + done.stderr

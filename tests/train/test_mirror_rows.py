@@ -94,7 +94,7 @@ def test_nothing_but_numbers_reaches_a_row(pack: WrittenPack) -> None:
     pack.train(2)
     append_lines(pack.runs[0].journal, [{"step": 3, "loss": 1.0, "grad_norm": None}, {"step": 4, "diverged": "nan"}])
     row = rows.take(ended=True, final=True)[-1]
-    assert row.step == 3, "what the divergence said is no row"
+    assert row.step == 3, "the divergence's reason is not a row"
     assert "train/grad_norm" not in row.values
     assert rows.diverged == "nan"
     assert len(read_lines(pack.runs[0].journal)) == 6

@@ -27,7 +27,7 @@ from train.trainer.process_group import SingleProcess, deal, open_process_group
 
 pytestmark = pytest.mark.timeout(900)
 
-# Machines that test other things besides are slow.
+# Machines that run other tests at the same time are slow.
 PATIENCE_SECONDS = 300
 FINAL = "final.safetensors"
 ENDLESS = [packs.run_config(train={"max_steps": 100_000, "save_steps": 5, "eval_steps": 0, "seed": s}) for s in (0, 1)]
@@ -283,5 +283,5 @@ def test_what_an_earlier_start_left_is_not_believed(tmp_path: Path, monkeypatch:
         wait_for_rendezvous(pack, StopFlag().check)
 
 
-def test_the_end_of_a_peer_has_the_cause_that_it_told() -> None:
+def test_the_end_of_a_peer_has_the_cause_that_it_reported() -> None:
     assert cause_of(PeerLost("out_of_memory", "why")) == ("out_of_memory", "why")

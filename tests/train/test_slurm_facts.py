@@ -32,7 +32,7 @@ def cause(
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("answer", "expected"),
     [
         # In the grace time.
         ({"signal": "SIGTERM", "after": 60, "preempt": "2026-11-24T23:44:00"}, "preempted"),
@@ -50,12 +50,12 @@ def cause(
             {"signal": "SIGTERM", "after": 7200 - 100, "state": "COMPLETING"},
             "cancelled",
         ),
-        # Somebody's kill.
+        # A kill by hand.
         ({"signal": "SIGTERM", "after": 60, "limit": "UNLIMITED"}, "preempted"),
     ],
 )
-def test_the_cause_is_what_happens_to_the_job(said: dict[str, object], told: str) -> None:
-    assert cause(**said) == told  # type: ignore[arg-type]
+def test_the_cause_is_what_happens_to_the_job(answer: dict[str, object], expected: str) -> None:
+    assert cause(**answer) == expected  # type: ignore[arg-type]
 
 
 def test_without_an_answer_the_signal_decides() -> None:
@@ -64,17 +64,17 @@ def test_without_an_answer_the_signal_decides() -> None:
     assert cause_of_signal("SIGTERM", JOB, None, 0.0)[0] == "preempted"
 
 
-def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_slurm_does_not_answer_the_job_waits_to_be_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the grace time of a preemption Slurm requeues what it kills, and not what ended by itself."""
     waits: list[float] = []
     monkeypatch.setattr("train.runtime.slurm.time.sleep", waits.append)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with captured_log() as said:
+    with captured_log() as logged:
         requeue(JOB)
     assert sum(waits) >= END_WAIT_SECONDS
-    assert "waits to be ended" in said[0]
-    assert "launcher resume" in said[-1]
-    for answer, told in [
+    assert "waits to be ended" in logged[0]
+    assert "launcher resume" in logged[-1]
+    for answer, expected in [
         ("echo Requested operation is disabled >&2; exit 1", "does not requeue"),
         ("exit 0", "put back"),
         (
@@ -85,9 +85,9 @@ def test_where_nobody_can_be_asked_the_job_waits_to_be_ended(tmp_path: Path, mon
         waits.clear()
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / "scontrol").chmod(0o755)
-        with captured_log() as said:
+        with captured_log() as logged:
             requeue(JOB)
-        assert told in said[-1]
+        assert expected in logged[-1]
         # Asked again soon; the rest is subprocess looking for its child.
         assert sum(wait for wait in waits if wait >= 1) <= 3
 

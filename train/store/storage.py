@@ -125,15 +125,20 @@ def append_lines(path: Path, records: list[Record]) -> None:
             os.close(handle)
 
 
-def _whole_lines(handle: int, tail_bytes: int = 1 << 16) -> int:
+def _whole_lines(handle: int, block_bytes: int = 1 << 16) -> int:
     """Cut a torn last line off an open file; the file's length after that."""
     size = os.fstat(handle).st_size
     # The usual case costs one byte: the file ends with a line end.
     if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
         return size
-    start = max(0, size - tail_bytes)
-    # size 100,000 and tail 65,536: start = 34,464. If the last line end is at 65,000 of the tail, end = 34,464 + 65,000 + 1 = 99,465.
-    end = start + os.pread(handle, tail_bytes, start).rfind(b"\n") + 1
+    # Backwards in blocks, since the torn line may be longer than one. Of 100,000 bytes the last block of 65,536 begins at 34,464. If
+    # its last line end is at 65,000 of the block, end = 34,464 + 65,000 + 1 = 99,465. Without any line end, nothing is left.
+    start = size
+    end = 0
+    while start > 0 and end == 0:
+        start = max(0, start - block_bytes)
+        line_end = os.pread(handle, block_bytes, start).rfind(b"\n")
+        end = start + line_end + 1 if line_end >= 0 else 0
     os.ftruncate(handle, end)
     return end
 
