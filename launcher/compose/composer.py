@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.compose.axes import RUN_GROUPS, Point, span
 from launcher.compose.naming import run_name, source_name, sweep_name
-from launcher.compose.overrides import Request, read_overrides
+from launcher.compose.overrides import ParsedOverrides, read_overrides
 from launcher.compose.tree import Composer, Values, resolved
 from launcher.config import ClusterConfig, FolderConfig
 from launcher.installation import conf_folders, find_groups, replaced_files
@@ -44,11 +44,11 @@ def compose(overrides: list[str]) -> Sweep:
 
 def _compose(overrides: list[str], folders: tuple[Path, ...]) -> Sweep:
     groups = find_groups(folders)
-    request = read_overrides(overrides, groups)
-    composer = Composer(request, folders, groups)
+    parsed = read_overrides(overrides, groups)
+    composer = Composer(parsed, folders, groups)
     axes = composer.axes()
     points = span(axes.grid, axes.zip, groups)
-    _refuse_fixed_axes(request, points[0])
+    _refuse_fixed_axes(parsed, points[0])
     runs = _distinct_runs(points, composer)
     settings = resolved(composer.values(points[0]))
     places = parse_section(FolderConfig, {key: settings[key] for key in FolderConfig.model_fields if key in settings})
@@ -123,11 +123,11 @@ def _missing_keys(values: Values, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def _refuse_fixed_axes(request: Request, point: Point) -> None:
+def _refuse_fixed_axes(parsed: ParsedOverrides, point: Point) -> None:
     """Refuse one value for a key that the sweep varies: one of the two would have no effect."""
-    both = sorted(request.keys & point.keys())
+    both = sorted(parsed.keys & point.keys())
     if both:
-        (value,) = (line.partition("=")[2] for line in request.lines if line.partition("=")[0].lstrip("+") == both[0])
+        (value,) = (line.partition("=")[2] for line in parsed.lines if line.partition("=")[0].lstrip("+") == both[0])
         axis = shlex.quote(f"sweep.grid={{{both[0]}:[{value}]}}")
         raise BadInput(
             f"{both[0]} is given one value, and it is an axis of the sweep; leave the value out, "

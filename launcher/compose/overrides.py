@@ -32,7 +32,7 @@ OWN_OPTIONS = {"model": "own", "data": "file"}
 
 
 @dataclass
-class Request:
+class ParsedOverrides:
     """What the command line asks for: `lines` for Hydra, and the axes that several values of one key make.
 
     `keys` are those with one value each, `given` all that have any.
@@ -54,37 +54,37 @@ def run_keys() -> list[str]:
     ]
 
 
-def read_overrides(overrides: list[str], groups: Groups) -> Request:
+def read_overrides(overrides: list[str], groups: Groups) -> ParsedOverrides:
     """Check `overrides` and split them into Hydra's lines and axes.
 
     Raises:
         BadInput: no ``key=value``, an unknown key or an unknown option, with the valid ones.
     """
     refuse_split_words(overrides)
-    request = Request()
+    parsed = ParsedOverrides()
     for text in overrides:
         _refuse_bare_option(text, groups)
         override = _parse(text)
         check_key(override, groups)
         key = override.key_or_group
         if not override.is_delete():
-            request.given.add(key)
+            parsed.given.add(key)
         if override.is_sweep_override():
-            request.axes[key] = _swept_values(override, groups)
-            check_axis_values(key, request.axes[key])
+            parsed.axes[key] = _swept_values(override, groups)
+            check_axis_values(key, parsed.axes[key])
         else:
-            request.keys.add(key)
-            request.lines.append(_hydra_line(override, groups))
+            parsed.keys.add(key)
+            parsed.lines.append(_hydra_line(override, groups))
             check_value(override)
-    return request
+    return parsed
 
 
-def own_options(given: Set[str], request: Request, groups: Groups) -> list[str]:
+def own_options(given: Set[str], parsed: ParsedOverrides, groups: Groups) -> list[str]:
     """Lines for Hydra that choose ``model=own`` and ``data=file`` where a source is among the `given` keys, but no option."""
     return [
         f"{group}={option}"
         for group, option in OWN_OPTIONS.items()
-        if f"{group}.source" in given and group not in request.given and option in groups.get(group, [])
+        if f"{group}.source" in given and group not in parsed.given and option in groups.get(group, [])
     ]
 
 

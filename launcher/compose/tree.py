@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.compose.axes import RUN_GROUPS, Point, flatten
-from launcher.compose.overrides import Request, own_options
+from launcher.compose.overrides import ParsedOverrides, own_options
 from launcher.config import SweepConfig
 from launcher.installation import Groups
 from train.errors import BadInput
@@ -34,10 +34,10 @@ PRIMARY = "lorapack-config"
 class Composer:
     """Composes the configuration of any point of the sweep; Hydra is asked once per combination of groups."""
 
-    def __init__(self, request: Request, folders: tuple[Path, ...], groups: Groups) -> None:
-        self._request = request
+    def __init__(self, parsed: ParsedOverrides, folders: tuple[Path, ...], groups: Groups) -> None:
+        self._parsed = parsed
         self._groups = groups
-        self._lines = request.lines + own_options(request.given, request, groups)
+        self._lines = parsed.lines + own_options(parsed.given, parsed, groups)
         self._folders = folders
         self._composed: dict[tuple[str, ...], tuple[Values, Values]] = {}
 
@@ -48,10 +48,10 @@ class Composer:
             if isinstance(sweep, dict) and isinstance(sweep.get(kind), dict):
                 sweep = sweep | {kind: flatten(sweep[kind])}
         axes = parse_section(SweepConfig, sweep, "sweep")
-        self._lines = self._request.lines + own_options(
-            self._request.given | axes.grid.keys() | axes.zip.keys(), self._request, self._groups
+        self._lines = self._parsed.lines + own_options(
+            self._parsed.given | axes.grid.keys() | axes.zip.keys(), self._parsed, self._groups
         )
-        return axes.model_copy(update={"grid": axes.grid | self._request.axes})
+        return axes.model_copy(update={"grid": axes.grid | self._parsed.axes})
 
     def sweep_file(self) -> str:
         """The chosen option of the group `sweep`."""
