@@ -30,8 +30,8 @@ class JobView:
         return int(self.id.partition("_")[0])
 
     @property
-    def place(self) -> int:
-        """Its place in the array, 0 for a plain job."""
+    def task_index(self) -> int:
+        """Its task index in the array, 0 for a plain job."""
         return int(self.id.partition("_")[2] or 0)
 
 
@@ -127,7 +127,7 @@ def _jobs(number: str) -> list[str]:
     if not tasks:
         return [job]
     ranges = [part.partition("-") for part in tasks.strip("[]").partition("%")[0].split(",")]
-    places = [
-        place for first, _, last in ranges if first.isdigit() for place in range(int(first), int(last or first) + 1)
+    indices = [
+        index for first, _, last in ranges if first.isdigit() for index in range(int(first), int(last or first) + 1)
     ]
-    return [f"{job}_{place}" for place in places]
+    return [f"{job}_{index}" for index in indices]

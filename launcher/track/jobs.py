@@ -60,7 +60,7 @@ def jobs_of(sweep: SweepDir) -> list[JobRecord]:
     runs = _runs_of_packs(sweep, packs)
     launcher_alive = _launcher_alive(sweep)
     damaged_arrays = DamageLog()
-    on_slurm = _places_on_slurm(sweep, damaged_arrays)
+    on_slurm = _array_tasks(sweep, damaged_arrays)
     lost = " ".join(damaged_arrays.messages) or None
     records = []
     for pack in packs:
@@ -146,7 +146,7 @@ def _view_of(job: JobRecord, views: dict[JobKey, JobView]) -> JobView | None:
     if job.id is not None:
         return views.get((job.slurm.name, job.id))
     task = job.slurm
-    named = (view for (name, _), view in views.items() if name == task.name and view.place == task.task)
+    named = (view for (name, _), view in views.items() if name == task.name and view.task_index == task.task)
     return min(named, key=lambda view: view.number, default=None)
 
 
@@ -162,20 +162,20 @@ def _seen(job: JobRecord, views: dict[JobKey, JobView], answered: bool) -> JobRe
     return replace(job, slurm=slurm, alive=alive, id=view.id, host=view.node)
 
 
-def _places_on_slurm(sweep: SweepDir, damage: DamageLog) -> dict[str, tuple[ArrayDir, ArrayRecord, int]]:
-    """For each pack that an array trains: the array, and the pack's place in it, by the name of the pack's folder."""
-    places = {}
+def _array_tasks(sweep: SweepDir, damage: DamageLog) -> dict[str, tuple[ArrayDir, ArrayRecord, int]]:
+    """For each pack that an array trains: the array, its record and the index of the task, by the name of the pack's folder."""
+    tasks = {}
     for path in sweep.arrays.glob("*/array.json"):
         record = damage.read(partial(read_record, path, ArrayRecord), None)
-        for place, pack_file in enumerate(record.packs if record is not None else ()):
+        for task_index, pack_file in enumerate(record.packs if record is not None else ()):
             assert record is not None
-            places[Path(pack_file).parent.name] = (ArrayDir(path.parent), record, place)
-    return places
+            tasks[Path(pack_file).parent.name] = (ArrayDir(path.parent), record, task_index)
+    return tasks
 
 
-def _on_slurm(pack: PackDir, array: ArrayDir, record: ArrayRecord, place: int) -> JobRecord:
-    number = record.job if len(record.packs) == 1 or record.job is None else f"{record.job}_{place}"
-    return JobRecord(pack, (), number, None, record.submitted, None, SlurmTask(array, record.name, place))
+def _on_slurm(pack: PackDir, array: ArrayDir, record: ArrayRecord, task_index: int) -> JobRecord:
+    number = record.job if len(record.packs) == 1 or record.job is None else f"{record.job}_{task_index}"
+    return JobRecord(pack, (), number, None, record.submitted, None, SlurmTask(array, record.name, task_index))
 
 
 def _local(pack: PackDir, launcher_alive: bool) -> JobRecord:

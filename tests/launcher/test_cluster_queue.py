@@ -33,7 +33,7 @@ def test_the_last_attempt_counts_in_sacct() -> None:
     )
     assert (views["rank.1a", "12_0"].raw_state, views["rank.1a", "12_0"].node) == ("COMPLETED", "t4-2")
     assert views["rank.1a", "12_1"].state.cause == "cancelled"
-    assert {view.place for view in views.values()} == {0, 1, 2, 3, 6}
+    assert {view.task_index for view in views.values()} == {0, 1, 2, 3, 6}
     assert {view.number for view in views.values()} == {12}
 
 
