@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from train.config import QuantConfig, RunConfig, parse_run_config
 from train.data.token_table import TokenizedData, TokenTable
 from train.lora.targets import adapted_modules
-from train.nn.packed_model import PackedModel, Placement, Residency, pack_model
+from train.nn.packed_model import DeviceSetup, PackedModel, Residency, pack_model
 from train.runtime.attempts import open_attempt
 from train.runtime.signals import StopFlag
 from train.store.layout import RunDir
@@ -69,7 +69,7 @@ def tiny_base(
     residency: Residency = "resident",
     device: torch.device = CPU,
 ) -> PackedModel:
-    return pack_model(tiny_llama(dtype), Placement(quant, device, residency, longest=64))
+    return pack_model(tiny_llama(dtype), DeviceSetup(quant, device, residency, longest=64))
 
 
 def random_table(rows: int, seed: int, longest: int = 24) -> TokenTable:

@@ -27,7 +27,7 @@ import packs
 from train.config import RunConfig
 from train.nn import decoder
 from train.nn.backends import choose_kernels
-from train.nn.packed_model import PackedModel, Placement, pack_model
+from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.trainer.loop import PackLoop
 from train.trainer.optim import PackedAdamW, StepOutcome
 
@@ -169,7 +169,7 @@ def main(given: list[str] | None = None) -> None:
     arguments = parser.parse_args(given)
     device, dtype = packs.DEVICES[-1], getattr(torch, arguments.dtype)
     kernels = choose_kernels(device, dtype, graphs=False)
-    base = pack_model(packs.tiny_llama(dtype), Placement(packs.NF4, device, "resident", longest=64, kernels=kernels))
+    base = pack_model(packs.tiny_llama(dtype), DeviceSetup(packs.NF4, device, "resident", longest=64, kernels=kernels))
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
             differences = march(base, packs.DIVERSE, seed, arguments.steps, Path(folder))

@@ -22,7 +22,7 @@ from train.model import base_cache
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.locking import locked
 from train.model.quantized import QuantizedBase, hollow_model
-from train.nn.packed_model import DenseWeight, NF4Weight, PackedModel, Placement, Residency, load_base, pack_model
+from train.nn.packed_model import DenseWeight, DeviceSetup, NF4Weight, PackedModel, Residency, load_base, pack_model
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import CacheDir
 from train.store.storage import make_folder, read_json
@@ -97,7 +97,7 @@ def test_what_is_read_is_what_was_quantized(
     logged: pytest.LogCaptureFixture,
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    expected = pack_model(loaded, Placement(quant, device, "nf4", 64))
+    expected = pack_model(loaded, DeviceSetup(quant, device, "nf4", 64))
     cache = cache_in(tmp_path / "cache")
     made = load(model_dir, cache, quant, dtype, device=device)
     (model_dir / "model.safetensors").unlink()
@@ -112,7 +112,7 @@ def test_what_is_read_is_what_was_quantized(
 def test_a_base_in_16_bits_is_that_of_its_files(model_dir: Path, tmp_path: Path, device: torch.device) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     base = load(model_dir, cache_in(tmp_path / "cache"), packs.SIXTEEN_BIT, torch.bfloat16, "resident", device)
-    assert_same(base, pack_model(loaded, Placement(packs.SIXTEEN_BIT, device, "resident", 64)))
+    assert_same(base, pack_model(loaded, DeviceSetup(packs.SIXTEEN_BIT, device, "resident", 64)))
     assert not (tmp_path / "cache").exists()
 
 
@@ -157,7 +157,7 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
     hollow = [hollow_model(plain, MODEL, torch.float32, quantized) for quantized in opened]
     assert_same(
         *(
-            pack_model(model, Placement(packs.NF4, packs.CPU, "nf4", 64), quantized)
+            pack_model(model, DeviceSetup(packs.NF4, packs.CPU, "nf4", 64), quantized)
             for model, quantized in zip(hollow, opened, strict=True)
         )
     )

@@ -28,7 +28,7 @@ from train.nn.backends import EAGER, Kernels
 from train.nn.gradients import add_gradients
 from train.nn.linear import PackedLinear
 from train.nn.loss import sums_per_run
-from train.nn.packed_model import PackedModel, Placement, pack_model
+from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 
 NEEDS_TRITON = pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
 SHAPE: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
     """Whichever decoder was chosen, against the model as transformers computes it, sequence by sequence."""
 
     plain = copy.deepcopy(model)
-    base = pack_model(model, Placement(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64))
+    base = pack_model(model, DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64))
     assert (base._decoder is not None) == ours
     table = packs.random_table(3, 0)
     batch = MicroBatch(sequences_of(0, table, range(3)), 1, packs.CPU)
@@ -101,7 +101,7 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
 
 def packed_llama(kernels: Kernels, device: torch.device = packs.CPU) -> PackedModel:
     """A small Llama in float32 that uses `kernels`."""
-    return pack_model(packs.tiny_llama(torch.float32), Placement(packs.SIXTEEN_BIT, device, "resident", 64, kernels))
+    return pack_model(packs.tiny_llama(torch.float32), DeviceSetup(packs.SIXTEEN_BIT, device, "resident", 64, kernels))
 
 
 def losses_and_gradient(base: PackedModel, folder: Path, token_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +221,7 @@ def test_a_micro_batch_that_became_another_computes_as_the_other(tmp_path: Path)
 def test_layers_of_a_fallback_are_packed_too() -> None:
     base = pack_model(
         random_model(Qwen3ForCausalLM, Qwen3Config(**SHAPE)),
-        Placement(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64),
+        DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64),
     )
     assert all(isinstance(layer, PackedLinear) for layer in base.linears.values())
     assert len(base.linears) == 14

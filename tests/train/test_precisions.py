@@ -23,7 +23,7 @@ from train.nn import attention
 from train.nn.attention import attend
 from train.nn.backends import EAGER, choose_kernels
 from train.nn.forward_context import ForwardContext
-from train.nn.packed_model import PackedModel, Placement, pack_model
+from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
 # by noise (measured: one sequence a step under dropout 0.5, 1.5e-5 in float32).
@@ -40,7 +40,7 @@ def base_as_in_training(
     dtype: torch.dtype, device: torch.device, quant: QuantConfig = packs.SIXTEEN_BIT
 ) -> PackedModel:
     kernels = choose_kernels(device, dtype)
-    return pack_model(packs.tiny_llama(dtype), Placement(quant, device, "resident", longest=64, kernels=kernels))
+    return pack_model(packs.tiny_llama(dtype), DeviceSetup(quant, device, "resident", longest=64, kernels=kernels))
 
 
 def losses(folder: Path) -> list[list[float]]:

@@ -48,7 +48,7 @@ class FusedRMSNorm(nn.Module):
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceSetup:
     """How a base is kept and run on a device.
 
     Attributes:
@@ -134,14 +134,14 @@ def load_base(
     Raises:
         BadInput: weights are missing, or the architecture computes something that the packed trainer would leave out.
     """
-    placement = Placement(spec.quant, spec.device, residency, longest, kernels)
+    setup = DeviceSetup(spec.quant, spec.device, residency, longest, kernels)
     if not spec.quant.load_in_4bit:
-        return pack_model(load_model(spec.model_dir, spec.model, spec.dtype, spec.device), placement)
+        return pack_model(load_model(spec.model_dir, spec.model, spec.dtype, spec.device), setup)
     quantized = bases.open(spec)
-    return pack_model(hollow_model(spec.model_dir, spec.model, spec.dtype, quantized), placement, quantized)
+    return pack_model(hollow_model(spec.model_dir, spec.model, spec.dtype, quantized), setup, quantized)
 
 
-def pack_model(model: PreTrainedModel, placement: Placement, quantized: QuantizedBase | None = None) -> PackedModel:
+def pack_model(model: PreTrainedModel, setup: DeviceSetup, quantized: QuantizedBase | None = None) -> PackedModel:
     """Freeze `model`, move it to its device, and exchange the parts that packs need exchanged.
 
     The linear weights of a `hollow_model` are in `quantized`.
@@ -149,16 +149,16 @@ def pack_model(model: PreTrainedModel, placement: Placement, quantized: Quantize
     Raises:
         BadInput: as for `load_base`.
     """
-    refuse_unsupported(model, placement.longest)
+    refuse_unsupported(model, setup.longest)
     model.requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
-    context = ForwardContext(placement.kernels)
+    context = ForwardContext(setup.kernels)
     linears: dict[str, PackedLinear] = {}
     frozen = frozen_linears(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name in frozen:
-            weight = _frozen_weight(name, module, placement, quantized)
-            bias = None if module.bias is None else module.bias.detach().to(placement.device)
+            weight = _frozen_weight(name, module, setup, quantized)
+            bias = None if module.bias is None else module.bias.detach().to(setup.device)
             linears[name] = PackedLinear(weight, bias, (module.out_features, module.in_features), context)
             model.set_submodule(name, linears[name])
         elif fused := _fused_norm(module):
@@ -166,21 +166,21 @@ def pack_model(model: PreTrainedModel, placement: Placement, quantized: Quantize
         # Attention modules get their context here: transformers passes the module to the attention function, and nothing of ours.
         elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             module.forward_context = context
-    model.to(placement.device).eval()
-    return PackedModel(model, linears, context, placement.longest)
+    model.to(setup.device).eval()
+    return PackedModel(model, linears, context, setup.longest)
 
 
 def _frozen_weight(
-    name: str, linear: nn.Linear, placement: Placement, quantized: QuantizedBase | None
+    name: str, linear: nn.Linear, setup: DeviceSetup, quantized: QuantizedBase | None
 ) -> DenseWeight | NF4Weight:
     """The frozen weight of one layer. A resident NF4 weight holds the quantized values in full width: the same numbers, unpacked."""
-    if not placement.quant.load_in_4bit:
-        return DenseWeight(linear.weight.detach().to(placement.device))
+    if not setup.quant.load_in_4bit:
+        return DenseWeight(linear.weight.detach().to(setup.device))
     if quantized is None:
-        packed, state = quantize(linear.weight.detach().to(placement.device), placement.quant)
+        packed, state = quantize(linear.weight.detach().to(setup.device), setup.quant)
     else:
         packed, state = quantized.linear(name)
-    return NF4Weight(packed, state) if placement.residency == "nf4" else DenseWeight(dequantize(packed, state))
+    return NF4Weight(packed, state) if setup.residency == "nf4" else DenseWeight(dequantize(packed, state))
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
