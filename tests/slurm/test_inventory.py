@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def test_the_doctor_says_what_the_cluster_is(cluster: Cluster, project: Path) ->
         "a100": ([{"type": "a100", "count": 4, "memory_gib": 40.0}], 1),
     }
     assert all(partition["open_to_you"] for partition in found["slurm"]["partitions"])
-    assert [advice for advice in found["advice"] if advice["level"] == "warning"] == []
+    warnings = [advice["text"] for advice in found["advice"] if advice["level"] == "warning"]
+    # The cluster in a box has GPUs in name only, and its tests mostly run with a CPU build of torch: doctor has to say so.
+    expected = ["cannot use GPUs"] if version("torch").endswith("+cpu") else []
+    assert len(warnings) == len(expected)
+    assert all(words in warning for words, warning in zip(expected, warnings, strict=True))
 
 
 def test_the_doctor_follows_every_setting(cluster: Cluster, project: Path) -> None:
