@@ -17,6 +17,7 @@ from train.lora.targets import adapted_modules
 from train.nn.packed_model import DeviceSetup, PackedModel, Residency, pack_model
 from train.runtime.attempts import open_attempt
 from train.runtime.signals import StopFlag
+from train.sizing import ComputePath
 from train.store.layout import RunDir
 from train.store.lease import Lease
 from train.store.storage import make_folder
@@ -68,8 +69,9 @@ def tiny_base(
     quant: QuantConfig = SIXTEEN_BIT,
     residency: Residency = "resident",
     device: torch.device = CPU,
+    path: ComputePath | None = None,
 ) -> PackedModel:
-    return pack_model(tiny_llama(dtype), DeviceSetup(quant, device, residency, longest=64))
+    return pack_model(tiny_llama(dtype), DeviceSetup(quant, device, residency, longest=64), path=path)
 
 
 def random_table(rows: int, seed: int, longest: int = 24) -> TokenTable:

@@ -34,6 +34,9 @@ from train.config import QuantConfig, TrainConfig
 
 Residency = Literal["nf4", "resident"]
 DeviceKind = Literal["cpu", "cuda"]
+# How a base is computed (`train.nn.packed_model`): by our decoder, by transformers' on flat tokens, or by transformers' on padded
+# sequences; in the order of their speed.
+ComputePath = Literal["own", "flat", "padded"]
 
 # Of the device: what a base in full width may take.
 RESIDENT_SHARE = 0.35

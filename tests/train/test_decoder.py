@@ -29,6 +29,7 @@ from train.nn.gradients import add_gradients
 from train.nn.linear import PackedLinear
 from train.nn.loss import sums_per_run
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
+from train.sizing import ComputePath
 
 NEEDS_TRITON = pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
 SHAPE: dict[str, Any] = {
@@ -86,7 +87,7 @@ def test_hidden_states_are_those_of_transformers(model: PreTrainedModel, ours: b
 
     plain = copy.deepcopy(model)
     base = pack_model(model, DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64))
-    assert (base._decoder is not None) == ours
+    assert base.path == ("own" if ours else "flat")
     table = packs.random_table(3, 0)
     batch = MicroBatch(sequences_of(0, table, range(3)), 1, packs.CPU)
     hidden = base.hidden_states(batch)
@@ -140,7 +141,7 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("train.nn.triton.functional.swiglu", broken)
-    assert packed_llama(EAGER)._decoder is not None
+    assert packed_llama(EAGER).path == "own"
     with pytest.raises(RuntimeError, match="no kernel image"):
         packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1])
 
@@ -148,7 +149,7 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.nn.triton.functional.swiglu", lambda gate, up: gate * up)
-    assert packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1])._decoder is None
+    assert packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1]).path == "flat"
 
 
 def test_fillers_change_nothing(tmp_path: Path) -> None:
@@ -225,3 +226,12 @@ def test_layers_of_a_fallback_are_packed_too() -> None:
     )
     assert all(isinstance(layer, PackedLinear) for layer in base.linears.values())
     assert len(base.linears) == 14
+
+
+@pytest.mark.parametrize("path", ["flat", "padded"])
+def test_every_path_gives_the_same_losses_and_gradients(path: ComputePath, tmp_path: Path) -> None:
+    expected = losses_and_gradient(packs.tiny_base(), tmp_path / "own")
+    found = losses_and_gradient(packs.tiny_base(path=path), tmp_path / path)
+    for mine, other in zip(found, expected, strict=True):
+        # transformers rounds the rotation to float32.
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)

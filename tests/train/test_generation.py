@@ -10,6 +10,7 @@ import torch
 import packs
 from train.nn.generation import GenerationLimits, generate
 from train.runtime.signals import StopFlag, Stopped
+from train.sizing import ComputePath
 from train.store.layout import RunDir
 
 MAX_TOKENS = 12
@@ -78,13 +79,10 @@ def test_in_half_precision_on_a_gpu_the_cache_changes_no_answer(tmp_path: Path) 
     assert sum(own == anew for own, anew in pairs) > 0.9 * len(pairs)
 
 
-@pytest.mark.parametrize("decoder", ["ours", "transformers'"])
-def test_the_bare_base_answers_as_transformers(decoder: str) -> None:
-    base = packs.tiny_base()
-    assert base._decoder is not None
-    if decoder != "ours":
-        # As for a model whose formulas are not Llama's.
-        base._decoder = None
+@pytest.mark.parametrize("path", ["own", "flat"])
+def test_the_bare_base_answers_as_transformers(path: ComputePath) -> None:
+    base = packs.tiny_base(path=path)
+    assert base.path == path
     found = generate(base, {0: PROMPTS}, 1, UNCLOSED, StopFlag())
     assert found == {0: [reference(None, prompt, set()) for prompt in PROMPTS]}
 

@@ -8,6 +8,7 @@
     folder        what a model folder must hold, and the shapes in the headers of its weights
     architecture  what `config.json` alone rules out, on the login node
     loading       decoder and tokenizer by transformers' loaders, and the checks on the meta device
+    anatomy       where decoder and layers of a model are, whatever its class
     nf4           the only file that knows bitsandbytes
     quantized     a base in 4 bits as tensors by name
     base_cache    bases quantized once per cluster

@@ -4,6 +4,7 @@ In reading order:
 
     backends         which kernels, dtype and memory a device offers; decided once per pack
     forward_context  what attention and adapters look up during a forward; the key-value cache of a generation
+    padding          between flat tokens and padded sequences, with gradients
     functional       RMSNorm, SwiGLU and rotary embedding with their gradients, by torch or by a Triton kernel
     grouped_mm       products of each run's tokens with that run's own matrices
     dropout          LoRA dropout as a pure function of seed, step, module, token and feature
@@ -11,6 +12,7 @@ In reading order:
     attention        causal attention that keeps sequences apart
     decoder          the description of Llama's decoder, and the test whether a model computes just that
     loss             the output head, and the cross-entropy of the targets with its gradient
+    transformers_decoder  transformers' own decoder, on flat tokens or on padded sequences
     packed_model     the base of a pack: loading, freezing and exchanging a model's parts
     gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph
     generation       greedy answers of many runs at once

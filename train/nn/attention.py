@@ -18,8 +18,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from train.data.micro_batch import MicroBatch, Padding
+from train.data.micro_batch import MicroBatch
 from train.nn.forward_context import ForwardContext
+from train.nn.padding import pad, unpad
 
 ATTENTION = "lorapack"
 # Autograd nodes whose backward adds up in any order unless told otherwise; see `_make_backward_deterministic`.
@@ -28,33 +29,6 @@ SPLIT_KEY_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0"}
 TRITON_HEAD_DIMS = (32, 64, 128)
 # FlashAttention's blocks: a larger bound only starts blocks that end at once.
 LONGEST_MULTIPLE = 128
-
-
-class _Pad(torch.autograd.Function):
-    """[T, H, D] -> [S, L, H, D]. Both directions are plain gathers, without atomics: the same bits every time."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: torch.Tensor, padding: Padding) -> torch.Tensor:
-        ctx.padding = padding
-        ctx.total = flat.shape[0]
-        return padding.pad(flat)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.padding.unpad(gradients[0], ctx.total), None
-
-
-class _Unpad(torch.autograd.Function):
-    """[S, L, H, D] -> [T, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: torch.Tensor, padding: Padding, total: int) -> torch.Tensor:
-        ctx.padding = padding
-        return padding.unpad(padded, total)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.padding.pad_with_zeros(gradients[0]), None, None
 
 
 class _FlashVarlen(torch.autograd.Function):
@@ -183,7 +157,7 @@ def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Mic
     """`attend` by padded sequences."""
     # [T, heads, dim] -> [S, L, heads, dim] -> [S, heads, L, dim], as PyTorch's attention takes it.
     dtype = q.dtype
-    q, k, v = (_Pad.apply(x, batch.attention).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (pad(x, batch.attention).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         # In half precision PyTorch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
@@ -191,8 +165,7 @@ def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Mic
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     _make_backward_deterministic(out)
     out = out.to(dtype)
-    flat: torch.Tensor = _Unpad.apply(out.transpose(1, 2), batch.attention, batch.total)
-    return flat
+    return unpad(out.transpose(1, 2), batch.attention, batch.total)
 
 
 def packed_attention(

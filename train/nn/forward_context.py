@@ -74,12 +74,14 @@ class ForwardContext:
         kernels: which of the device's faster implementations to use.
         dropout_keys: [runs] the runs' random keys of this step, None while evaluating.
         cache: the tokens before, while answers are generated.
+        padding: how the sequences are padded while transformers' decoder runs on padded ones, else None.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self.dropout_keys: torch.Tensor | None = None
         self.cache: KeyValueCache | None = None
+        self.padding: Padding | None = None
         self._batch: MicroBatch | None = None
         self._cached: dict[Hashable, torch.Tensor] = {}
         self._anchor: torch.Tensor | None = None

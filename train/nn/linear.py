@@ -40,6 +40,7 @@ from train.model.nf4 import dequantize
 from train.nn.dropout import Dropout
 from train.nn.forward_context import ForwardContext
 from train.nn.grouped_mm import RunMatmul, run_matmul
+from train.nn.padding import pad, unpad
 
 
 class Weight(Protocol):
@@ -86,8 +87,18 @@ class PackedLinear(nn.Module):
         self.lora: StackedLora | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, in] -> [1, T, out], or without the first dimension: as transformers' decoders call it."""
-        return apply_linears(x.reshape(-1, x.shape[-1]), [self], None)[0].view(*x.shape[:-1], -1)
+        """As transformers' decoders call it: [1, T, in] -> [1, T, out], or without the first dimension.
+
+        While the context has padded sequences, x is [S, L, in], or the same without its first dimension, and only the real tokens are
+        multiplied: pads come back as repeated real tokens.
+        """
+        padding = self.context.padding
+        if padding is None:
+            return apply_linears(x.reshape(-1, x.shape[-1]), [self], None)[0].view(*x.shape[:-1], -1)
+        total = self.context.batch.total
+        flat = unpad(x.reshape(*padding.gather.shape, x.shape[-1]), padding, total)
+        y = pad(apply_linears(flat, [self], None)[0], padding)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def apply_linears(

@@ -1,21 +1,22 @@
 """The frozen base model of a pack: loaded once, quantized once, run on flat tokens, with a place for adapters in every linear layer.
 
-A Llama runs through our own decoder (`train.nn.decoder`). Every other decoder is transformers' own with three parts exchanged:
-attention (`train.nn.attention`), linear layers (`train.nn.linear`) and RMSNorm (one fused call, in float64 too, where
-transformers would round to float32).
+It runs by one of three paths:
+
+    own      our decoder (`train.nn.decoder`), with all kernels and CUDA graphs
+    flat     transformers' decoder on flat tokens, with attention (`train.nn.attention`), linear layers (`train.nn.linear`) and RMSNorm
+             exchanged (one fused call, in float64 too, where transformers would round to float32)
+    padded   transformers' decoder on right-padded sequences, with linear layers exchanged
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from train.config import QuantConfig
@@ -31,7 +32,8 @@ from train.nn.decoder import llama_decoder
 from train.nn.forward_context import ForwardContext, KeyValueCache
 from train.nn.linear import DenseWeight, NF4Weight, PackedLinear
 from train.nn.loss import Head
-from train.sizing import Residency
+from train.nn.transformers_decoder import Decoder, FlatDecoder, PaddedDecoder
+from train.sizing import ComputePath, Residency
 
 
 class FusedRMSNorm(nn.Module):
@@ -70,11 +72,17 @@ class PackedModel:
     Attributes:
         linears: every linear layer that an adapter may be added to, by name; `shapes` gives its (out, in) features.
         longest: no sequence has more tokens.
+        path: how the decoder is computed.
         parameters: how many the base has, quantized ones included.
     """
 
     def __init__(
-        self, model: PreTrainedModel, linears: dict[str, PackedLinear], context: ForwardContext, longest: int
+        self,
+        model: PreTrainedModel,
+        linears: dict[str, PackedLinear],
+        context: ForwardContext,
+        longest: int,
+        path: ComputePath | None = None,
     ) -> None:
         self.model = model
         self.linears = linears
@@ -88,13 +96,13 @@ class PackedModel:
         linear_parameters = sum(out_features * in_features for out_features, in_features in self.shapes.values())
         biases = sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None)
         self.parameters = linear_parameters + biases + sum(parameter.numel() for parameter in model.parameters())
-        self._decoder = llama_decoder(model, context)
+        self.path, self._decoder = _choose_path(model, context, path)
         self._recomputes = False
 
     @property
     def supports_cuda_graphs(self) -> bool:
         """Whether the same shapes always launch the same kernels without asking the host, so that a CUDA graph can replay them."""
-        return self.context.kernels.cuda_graphs and self._decoder is not None and not self._recomputes
+        return self.context.kernels.cuda_graphs and self.path == "own" and not self._recomputes
 
     def members(self) -> set[tuple[int, ...]]:
         """The distinct groups of runs that adapt a layer."""
@@ -110,20 +118,24 @@ class PackedModel:
     ) -> torch.Tensor:
         """The last hidden state [T, hidden] of every token; `dropout_keys` [runs] turn dropout on, `cache` holds earlier tokens."""
         self.context.set(batch, dropout_keys, cache)
-        if self._decoder is not None:
-            return self._decoder(batch)
-        output = self.model.base_model(batch.tokens[None], position_ids=batch.positions[None], use_cache=False)
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
+        return self._decoder(batch)
 
     def checkpoint_activations(self) -> None:
         """Keep only the decoder layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
         self._recomputes = True
-        if self._decoder is not None:
-            self._decoder.checkpoint_activations()
-            return
-        for layer in self.model.base_model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        self._decoder.checkpoint_activations()
+
+
+def _choose_path(
+    model: PreTrainedModel, context: ForwardContext, path: ComputePath | None
+) -> tuple[ComputePath, Decoder]:
+    """The decoder by `path`, or by the fastest path that computes what transformers does."""
+    own = llama_decoder(model, context) if path in (None, "own") else None
+    if own is not None:
+        return "own", own
+    if path == "padded":
+        return path, PaddedDecoder(model, context)
+    return "flat", FlatDecoder(model, context)
 
 
 def load_base(
@@ -141,17 +153,23 @@ def load_base(
     return pack_model(hollow_model(spec.model_dir, spec.model, spec.dtype, quantized), setup, quantized)
 
 
-def pack_model(model: PreTrainedModel, setup: DeviceSetup, quantized: QuantizedBase | None = None) -> PackedModel:
+def pack_model(
+    model: PreTrainedModel,
+    setup: DeviceSetup,
+    quantized: QuantizedBase | None = None,
+    path: ComputePath | None = None,
+) -> PackedModel:
     """Freeze `model`, move it to its device, and exchange the parts that packs need exchanged.
 
-    The linear weights of a `hollow_model` are in `quantized`.
+    The linear weights of a `hollow_model` are in `quantized`. Without a `path`, the fastest that computes what transformers does.
 
     Raises:
         BadInput: as for `load_base`.
     """
     refuse_unsupported(model, setup.longest)
     model.requires_grad_(False)
-    model.set_attn_implementation(ATTENTION)
+    if path != "padded":
+        model.set_attn_implementation(ATTENTION)
     context = ForwardContext(setup.kernels)
     linears: dict[str, PackedLinear] = {}
     frozen = frozen_linears(model)
@@ -161,13 +179,13 @@ def pack_model(model: PreTrainedModel, setup: DeviceSetup, quantized: QuantizedB
             bias = None if module.bias is None else module.bias.detach().to(setup.device)
             linears[name] = PackedLinear(weight, bias, (module.out_features, module.in_features), context)
             model.set_submodule(name, linears[name])
-        elif fused := _fused_norm(module):
+        elif path != "padded" and (fused := _fused_norm(module)):
             model.set_submodule(name, fused)
         # Attention modules get their context here: transformers passes the module to the attention function, and nothing of ours.
         elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             module.forward_context = context
     model.to(setup.device).eval()
-    return PackedModel(model, linears, context, setup.longest)
+    return PackedModel(model, linears, context, setup.longest, path)
 
 
 def _frozen_weight(

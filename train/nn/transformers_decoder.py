@@ -1,0 +1,77 @@
+"""transformers' own decoder as a path of a pack: on flat tokens, or on right-padded sequences.
+
+    flat     [1, T]  all tokens of all runs in one row; `train.nn.attention` keeps sequences apart. Right where nothing but attention
+                     mixes tokens.
+    padded   [S, L]  a sequence per row, pads at its end. Right for every causal decoder, whatever mixes its tokens: no token sees
+                     what comes after it, so pads change nothing before them, and no loss reads what they compute.
+
+Tokens 11 12 13 and 21 are [[11 12 13 21]] with positions 0 1 2 0 on the flat path, and [[11 12 13] [21 21 21]] on the padded one, where
+a pad repeats its own sequence's first token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from train.data.micro_batch import MicroBatch
+from train.model.anatomy import decoder_layers, text_decoder
+from train.nn.forward_context import ForwardContext
+from train.nn.padding import unpad
+
+
+class Decoder(Protocol):
+    """Embedding, layers and the last norm of a packed model, by one of the paths."""
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """The last hidden state [T, hidden] of every token."""
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
+
+
+class FlatDecoder:
+    """transformers' decoder on flat tokens."""
+
+    def __init__(self, model: PreTrainedModel, context: ForwardContext) -> None:
+        self._layers = decoder_layers(model)
+        self._decoder = text_decoder(model)
+        self._context = context
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """The last hidden state [T, hidden] of every token."""
+        output = self._decoder(batch.tokens[None], position_ids=batch.positions[None], use_cache=False)
+        hidden: torch.Tensor = output[0][0]
+        return hidden
+
+    def checkpoint_activations(self) -> None:
+        """As `Decoder.checkpoint_activations`."""
+        _checkpoint_layers(self._layers)
+
+
+class PaddedDecoder:
+    """transformers' decoder on right-padded sequences, with a fresh state for each."""
+
+    def __init__(self, model: PreTrainedModel, context: ForwardContext) -> None:
+        self._layers = decoder_layers(model)
+        self._decoder = text_decoder(model)
+        self._context = context
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """The last hidden state [T, hidden] of every token."""
+        self._context.padding = batch.attention
+        output = self._decoder(batch.attention.pad(batch.tokens), use_cache=False)
+        return unpad(output[0], batch.attention, batch.total)
+
+    def checkpoint_activations(self) -> None:
+        """As `Decoder.checkpoint_activations`."""
+        _checkpoint_layers(self._layers)
+
+
+def _checkpoint_layers(layers: torch.nn.ModuleList) -> None:
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
