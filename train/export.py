@@ -33,6 +33,7 @@ from train.log import log_to
 from train.lora.peft_files import read_adapter
 from train.lora.targets import adapted_modules
 from train.model.folder import save_model
+from train.model.linears import frozen_linears
 from train.model.loading import load_tokenizer
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
@@ -69,8 +70,9 @@ def tuned_model(
     folder, code = stage_model(config.model, cache), config.model.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=code)
     targets = adapted_modules(config.lora, list(adapter))
+    linears = frozen_linears(model)
     for name, (a, b) in adapter.items():
-        add_product(model.get_submodule(name).weight, a, b, targets[name].scaling)
+        add_product(linears[name].weight, a, b, targets[name].scaling)
     return model.eval(), load_tokenizer(folder, config.model)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from train.config import ModelConfig, QuantConfig
+from train.model.linears import frozen_linears
 from train.model.loading import PLAIN_ATTENTION, load_decoder
 from train.model.nf4 import quantize, state_from
 
@@ -51,12 +52,6 @@ class QuantizedBase:
         return self._read(name).to(self._device)
 
 
-def frozen_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every linear layer that can be adapted: all but the output embedding."""
-    head = model.get_output_embeddings()
-    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-
-
 def load_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The unquantized model; on a GPU its weights go there straight from their files."""
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
@@ -74,9 +69,9 @@ def quantized_tensors(
     tensors: dict[str, torch.Tensor] = {}
     for name, linear in frozen_linears(model).items():
         stop()
-        packed, state = quantize(linear.weight.detach().to(device), quant)
+        packed, state = quantize(linear.weight.to(device), quant)
         # Frees it, so that the model in full width and its quantized copy are never both in memory.
-        linear.weight = None  # type: ignore[assignment]
+        linear.drop_weight()
         parts = state.as_dict(packed=True)
         tensors |= {f"{name}.weight": packed.cpu()} | {f"{name}.weight.{p}": t.cpu() for p, t in parts.items()}
     return tensors | {name: tensor.detach().cpu() for name, tensor in _distinct(model.state_dict(keep_vars=True))}

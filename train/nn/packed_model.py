@@ -23,9 +23,10 @@ from train.config import QuantConfig
 from train.data.micro_batch import MicroBatch
 from train.lora.parameters import PackedAdapters
 from train.model.base_cache import BaseCache, BaseSpec
+from train.model.linears import FrozenLinear, frozen_linears
 from train.model.loading import refuse_unsupported
 from train.model.nf4 import dequantize, quantize
-from train.model.quantized import QuantizedBase, frozen_linears, hollow_model, load_model
+from train.model.quantized import QuantizedBase, hollow_model, load_model
 from train.nn.attention import ATTENTION
 from train.nn.backends import EAGER, Kernels
 from train.nn.decoder import llama_decoder
@@ -174,10 +175,10 @@ def pack_model(
     linears: dict[str, PackedLinear] = {}
     frozen = frozen_linears(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name in frozen:
-            weight = _frozen_weight(name, module, setup, quantized)
-            bias = None if module.bias is None else module.bias.detach().to(setup.device)
-            linears[name] = PackedLinear(weight, bias, (module.out_features, module.in_features), context)
+        if linear := frozen.get(name):
+            weight = _frozen_weight(name, linear, setup, quantized)
+            bias = None if linear.bias is None else linear.bias.to(setup.device)
+            linears[name] = PackedLinear(weight, bias, linear.shape, context)
             model.set_submodule(name, linears[name])
         elif path != "padded" and (fused := _fused_norm(module)):
             model.set_submodule(name, fused)
@@ -189,13 +190,13 @@ def pack_model(
 
 
 def _frozen_weight(
-    name: str, linear: nn.Linear, setup: DeviceSetup, quantized: QuantizedBase | None
+    name: str, linear: FrozenLinear, setup: DeviceSetup, quantized: QuantizedBase | None
 ) -> DenseWeight | NF4Weight:
     """The frozen weight of one layer. A resident NF4 weight holds the quantized values in full width: the same numbers, unpacked."""
     if not setup.quant.load_in_4bit:
-        return DenseWeight(linear.weight.detach().to(setup.device))
+        return DenseWeight(linear.weight.to(setup.device).contiguous())
     if quantized is None:
-        packed, state = quantize(linear.weight.detach().to(setup.device), setup.quant)
+        packed, state = quantize(linear.weight.to(setup.device), setup.quant)
     else:
         packed, state = quantized.linear(name)
     return NF4Weight(packed, state) if setup.residency == "nf4" else DenseWeight(dequantize(packed, state))
