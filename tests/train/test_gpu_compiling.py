@@ -69,7 +69,8 @@ for dtype in ("bf16", "fp32"):
     for kernel in (functional._swiglu, functional._swiglu_backward):
         compiled(kernel, dtype, DIM=11008, BLOCK=functional.BLOCK)
     compiled(functional._rotary, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
-    compiled(functional._cross_entropy, dtype, VOCAB=152_064, BLOCK=functional.VOCAB_BLOCK, num_warps=8)
+    for cap in (0.0, 30.0):
+        compiled(functional._cross_entropy, dtype, VOCAB=152_064, BLOCK=functional.VOCAB_BLOCK, CAP=cap, num_warps=8)
 factors = dict.fromkeys("rate decay clip beta1 beta2 correction1 root_correction2 eps".split(), "*fp32")
 compiled(functional._adamw, "fp32", types=factors, BLOCK=functional.BLOCK)
 print(json.dumps(found))

@@ -121,15 +121,16 @@ def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("words", [40, 5000])
-def test_the_loss_and_its_gradient(words: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_loss_and_its_gradient(words: int, dtype: torch.dtype, cap: float | None) -> None:
     """Logits of the padding of a vocabulary are -inf; the target is the best word of the first row."""
     logits = 3 * numbers(9, words, dtype=dtype)
     logits[:, -3:] = -torch.inf
     targets = torch.arange(9, device=DEVICE) * (words // 10)
     targets[0] = logits[0].argmax()
     weights = torch.arange(9.0, device=DEVICE)
-    expected = loss.cross_entropy(logits.clone(), targets, weights)
-    losses, correct, gradient = kernels.cross_entropy(logits, targets, weights)
+    expected = loss.cross_entropy(logits.clone(), targets, weights, cap)
+    losses, correct, gradient = kernels.cross_entropy(logits, targets, weights, cap)
     torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-5)
     assert torch.equal(correct, expected[1])
     assert correct[0]

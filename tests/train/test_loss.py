@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy, linear
 import packs
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
-from train.nn.loss import CHUNK_TOKENS, Head, sums_per_run, target_losses
+from train.nn.head import Head
+from train.nn.loss import CHUNK_TOKENS, sums_per_run, target_losses
 
 
 def head_of(weight: torch.Tensor) -> Head:

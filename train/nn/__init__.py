@@ -11,7 +11,8 @@ In reading order:
     linear           frozen linear layers that add each token's own adapter
     attention        causal attention that keeps sequences apart
     decoder          the description of Llama's decoder, and the test whether a model computes just that
-    loss             the output head, and the cross-entropy of the targets with its gradient
+    head             the output head, with what a model does to its logits, measured
+    loss             the cross-entropy of the targets with its gradient
     transformers_decoder  transformers' own decoder, on flat tokens or on padded sequences
     packed_model     the base of a pack: loading, freezing and exchanging a model's parts
     gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph

@@ -31,8 +31,8 @@ from train.nn.attention import ATTENTION
 from train.nn.backends import EAGER, Kernels
 from train.nn.decoder import llama_decoder
 from train.nn.forward_context import ForwardContext, KeyValueCache
+from train.nn.head import model_head
 from train.nn.linear import DenseWeight, NF4Weight, PackedLinear
-from train.nn.loss import Head
 from train.nn.transformers_decoder import Decoder, FlatDecoder, PaddedDecoder
 from train.sizing import ComputePath, Residency
 
@@ -90,7 +90,7 @@ class PackedModel:
         self.shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         self.context = context
         self.longest = longest
-        self.head = Head(model.get_output_embeddings().weight)
+        self.head = model_head(model)
         self.dtype = self.head.dtype
         self.device = self.head.device
         # The weights of packed linear layers are not parameters of the model any more, so they are counted by their shapes.

@@ -113,10 +113,19 @@ def _rotary(
 
 
 @triton.jit
-def _cross_entropy(logits, targets, weights, losses, correct, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def _soft_cap(z, CAP: tl.constexpr):
+    """`train.nn.head.soft_cap`: cap * tanh(z / cap), where tanh(x) = 2 sigmoid(2 x) - 1; -inf stays, a word that there is not."""
+    return tl.where(z == -float("inf"), z, CAP * (2 * tl.sigmoid(2 * z / CAP) - 1))
+
+
+@triton.jit
+def _cross_entropy(
+    logits, targets, weights, losses, correct, VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr
+):
     """One target: its loss, whether it is the first of the largest logits, and the gradient, which overwrites the logits.
 
     Two passes over the row. The first finds log(sum(exp)) with a running maximum (arXiv 1805.02867), the second writes the gradient.
+    With `CAP` above 0 the row has the numbers before the soft cap, and gets their gradient.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * VOCAB
@@ -125,6 +134,8 @@ def _cross_entropy(logits, targets, weights, losses, correct, VOCAB: tl.constexp
     for at in range(0, VOCAB, BLOCK):
         is_word = offsets + at < VOCAB
         wide = tl.load(logits + at + offsets, mask=is_word, other=-float("inf")).to(tl.float32)
+        if CAP > 0:
+            wide = _soft_cap(wide, CAP)
         block_max, place = tl.max(wide, 0, return_indices=True)
         # Only a strictly larger logit replaces the best one: the first of equals wins, as in torch.argmax.
         best = tl.where(block_max > running_max, place + at, best)
@@ -137,15 +148,23 @@ def _cross_entropy(logits, targets, weights, losses, correct, VOCAB: tl.constexp
     target = tl.load(targets + row)
     weight = tl.load(weights + row)
     target_logit = tl.load(logits + target).to(tl.float32)
+    if CAP > 0:
+        target_logit = _soft_cap(target_logit, CAP)
     # Every warp has to have read the target's logit before any warp overwrites it below.
     tl.debug_barrier()
     tl.store(losses + row, log_normalizer - target_logit)
     tl.store(correct + row, best == target)
     for at in range(0, VOCAB, BLOCK):
         is_word = offsets + at < VOCAB
-        wide = tl.load(logits + at + offsets, mask=is_word, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits + at + offsets, mask=is_word, other=-float("inf")).to(tl.float32)
+        wide = z
+        if CAP > 0:
+            wide = _soft_cap(z, CAP)
         probability = tl.exp(wide - log_normalizer)
         found = (probability - (offsets + at == target).to(tl.float32)) * weight
+        if CAP > 0:
+            # 1 - tanh(x)^2 = 4 s (1 - s) with s = sigmoid(2 x), and 1 - s = sigmoid(-2 x); zero at -inf.
+            found *= 4 * tl.sigmoid(2 * z / CAP) * tl.sigmoid(-2 * z / CAP)
         tl.store(logits + at + offsets, found.to(logits.dtype.element_ty), mask=is_word)
 
 
@@ -254,15 +273,15 @@ def _rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    z: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`train.nn.loss.cross_entropy` of [n, vocab]; the gradient overwrites the logits."""
-    rows, vocab = logits.shape
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    correct = logits.new_empty(rows, dtype=torch.bool)
+    """`train.nn.loss.cross_entropy` of [n, vocab]; the gradient overwrites z."""
+    rows, vocab = z.shape
+    losses = z.new_empty(rows, dtype=torch.float32)
+    correct = z.new_empty(rows, dtype=torch.bool)
     block = min(VOCAB_BLOCK, triton.next_power_of_2(vocab))
-    _cross_entropy[(rows,)](logits, targets, weights, losses, correct, VOCAB=vocab, BLOCK=block, num_warps=8)
-    return losses, correct, logits
+    _cross_entropy[(rows,)](z, targets, weights, losses, correct, VOCAB=vocab, BLOCK=block, CAP=cap or 0.0, num_warps=8)
+    return losses, correct, z
 
 
 def adamw(
