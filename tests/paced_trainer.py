@@ -110,7 +110,9 @@ def main(pack_files: list[Path]) -> None:
         config = read_run_config(run.config)
         seldom = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 1_000_000})})
         targets = adapted_modules(config.lora, list(base.shapes))
-        flag.sessions.append(RunSession(seldom, data, targets, RunWriter(run, open_attempt(run))))
+        flag.sessions.append(
+            RunSession(seldom, data, targets, RunWriter(run, open_attempt(run), packs.stock_peft(base)))
+        )
     with ExitStack() as stack:
         for file, pack in zip(pack_files, contents, strict=True):
             stack.enter_context(mirrored(file, pack))

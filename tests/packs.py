@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from train.config import QuantConfig, RunConfig, parse_run_config
+from train.config import ModelConfig, QuantConfig, RunConfig, parse_run_config
 from train.data.token_table import TokenizedData, TokenTable
+from train.lora.peft_forms import StockPeft
 from train.lora.targets import adapted_modules
 from train.nn.packed_model import DeviceSetup, PackedModel, Residency, pack_model
 from train.runtime.attempts import open_attempt
@@ -72,6 +73,17 @@ def tiny_base(
     path: ComputePath | None = None,
 ) -> PackedModel:
     return pack_model(tiny_llama(dtype), DeviceSetup(quant, device, residency, longest=64), path=path)
+
+
+def stock_peft(base: PackedModel) -> StockPeft:
+    """PEFT over the model that `base` was made from."""
+
+    def skeleton() -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = type(base.model)(base.model.config)
+        return model
+
+    return StockPeft(ModelConfig(name="tiny", source="builtin:tiny"), skeleton)
 
 
 def random_table(rows: int, seed: int, longest: int = 24) -> TokenTable:
@@ -147,14 +159,15 @@ def make_loop(
     job = JobContext(**surroundings)
     data = data or random_data()
     sessions: list[RunSession] = []
+    peft = stock_peft(base)
     for i, config in enumerate(configs):
         run = RunDir(make_folder(folder / f"run{i}-x"))
         if not run.result.exists():
             targets = adapted_modules(config.lora, list(base.shapes))
             if job.group.is_main:
-                sessions.append(Recording(config, data, targets, RunWriter(run, open_attempt(run))))
+                sessions.append(Recording(config, data, targets, RunWriter(run, open_attempt(run), peft)))
             else:
-                sessions.append(RunSession(config, data, targets, NullRunWriter(run, NO_LEASE)))
+                sessions.append(RunSession(config, data, targets, NullRunWriter(run, NO_LEASE, peft)))
     return build_loop(base, sessions, micro_batch_tokens, decoder, job)
 
 

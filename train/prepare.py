@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,12 +83,14 @@ def prepare(request: Json, cache: CacheDir) -> Json:
         The stats of the data, and ``model_dir``, the model's folder.
 
     Raises:
-        BadInput: the model or the data cannot be used, or the model lacks what an adapter of ``loras`` targets.
+        BadInput: the model or the data cannot be used, or the model lacks what an adapter of ``loras`` targets, or PEFT could not
+            load such an adapter.
         StorageError: the cache cannot be written.
     """
     # Imported here because they are heavy.
     from train.data.loading import load_tokenized, summary
-    from train.model.loading import check_decoder
+    from train.lora.peft_forms import StockPeft
+    from train.model.loading import check_decoder, stock_skeleton
     from train.model.staging import stage_model
 
     model = parse_section(ModelConfig, request["model"], "model")
@@ -95,9 +98,11 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     model_dir = stage_model(model, cache)
     check_decoder(model_dir, model, data.max_length)
     modules = linear_modules(model_dir)
+    peft = StockPeft(model, partial(stock_skeleton, model_dir, model))
     # Before tokenizing, which may take minutes.
-    for lora in request["loras"]:
-        adapted_modules(parse_section(LoraConfig, lora, "lora"), modules)
+    for section in request["loras"]:
+        lora = parse_section(LoraConfig, section, "lora")
+        peft.check(lora, adapted_modules(lora, modules))
     stats = load_tokenized(data, model, model_dir, cache).stats
     log.info(f"{data.name} for {model.name}: {summary(stats)}")
     return stats | {"model_dir": str(model_dir)}

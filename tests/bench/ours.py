@@ -38,8 +38,10 @@ from bench.start import bench_cache
 from train.config import RunConfig, parse_run_config
 from train.data.token_table import TokenizedData
 from train.log import log_to
+from train.lora.peft_forms import StockPeft
 from train.lora.targets import adapted_modules
 from train.model.base_cache import BaseCache
+from train.model.loading import stock_skeleton
 from train.nn.packed_model import PackedModel
 from train.runtime.attempts import open_attempt
 from train.sizing import Fit
@@ -131,10 +133,12 @@ def built_loop(bench: DeviceModel, setting: Setting, folder: Path) -> Iterator[P
     """A pack of new runs over the bench's base, in run folders below `folder`."""
     base, fit = bench.base_for(setting)
     sessions = []
+    model = run_config(bench.folder, setting, seed=0).model
+    peft = StockPeft(model, partial(stock_skeleton, bench.folder, model))
     for i in range(setting.runs):
         run, config = RunDir(make_folder(folder / f"run{i}-x")), run_config(bench.folder, setting, seed=i)
         targets = adapted_modules(config.lora, list(base.shapes))
-        sessions.append(RunSession(config, bench.rows, targets, RunWriter(run, open_attempt(run))))
+        sessions.append(RunSession(config, bench.rows, targets, RunWriter(run, open_attempt(run), peft)))
     loop = build_loop(base, sessions, fit.micro_batch_tokens, None, JobContext())
     try:
         yield loop

@@ -10,6 +10,7 @@ import torch
 import packs
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
+from train.errors import LorapackError
 from train.nn.packed_model import PackedModel
 
 CASES = {"plain": 0, "dropout": 1, "all-linear, rsLoRA": 2, "mlp": 3, "one layer": 5, "patterns": 6, "regex": 7}
@@ -38,3 +39,14 @@ def test_peft_gives_the_trainers_logits(case: int, tmp_path: Path) -> None:
     tuned = logits(peft.PeftModel.from_pretrained(model, packs.run_dirs(tmp_path)[0].adapter).eval())
     torch.testing.assert_close(ours, tuned, atol=1e-5, rtol=0)
     assert float((tuned - untuned).abs().max()) > 0.01
+
+
+def test_an_adapter_that_is_not_the_trained_one_is_not_written(tmp_path: Path) -> None:
+    loop = packs.make_loop(tmp_path, packs.tiny_base(torch.float32), [packs.run_config()])
+    del loop.sessions[0].targets["model.layers.1.self_attn.v_proj"]
+    with pytest.raises(LorapackError, match=r"model\.layers\.1\.self_attn\.v_proj.* is in the file and not expected"):
+        loop.run()
+    run = packs.run_dirs(tmp_path)[0]
+    assert not run.adapter.exists()
+    assert not run.result.exists()
+    assert run.checkpoint_steps()

@@ -13,14 +13,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from test_peft_files import TOKENS, random_adapter
+from test_peft_files import TOKENS, write_random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from train.config import ModelConfig, RunConfig, parse_run_config
 from train.data.rendering import alpaca_prompt
 from train.errors import BadInput
 from train.export import Chat, chat, main, merge_run, prompt_text
-from train.lora.peft_files import write_adapter
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
 from train.store.layout import CacheDir, RunDir
@@ -48,7 +47,7 @@ def finished_run(path: Path, model: ModelConfig, model_dir: Path) -> RunDir:
     run, config = RunDir(make_folder(path)), run_config(model)
     write_text(run.config, yaml.safe_dump(config.model_dump()))
     with write_folder(run.adapter) as folder:
-        write_adapter(folder, config.lora, config.model, random_adapter(config.lora, model_dir))
+        write_random_adapter(folder, config.lora, model, model_dir)
     return run
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from test_targets import CASES, lora
 from transformers import AutoModelForCausalLM
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
 from train.lora.peft_files import read_adapter, write_adapter
+from train.lora.peft_forms import StockPeft
 from train.lora.targets import adapted_modules
 from train.model.folder import linear_shapes
+from train.model.loading import stock_skeleton
 from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
@@ -38,6 +41,18 @@ def random_adapter(config: LoraConfig, folder: Path) -> Tensors:
     }
 
 
+def peft_config(config: LoraConfig, model: ModelConfig, folder: Path, tensors: Tensors) -> PeftLoraConfig:
+    peft = StockPeft(model, partial(stock_skeleton, folder, model))
+    return peft.config(config, adapted_modules(config, list(linear_shapes(folder))), tensors)
+
+
+def write_random_adapter(to: Path, config: LoraConfig, model: ModelConfig, model_dir: Path) -> Tensors:
+    """A random adapter of the model in `model_dir`, which is also written to the folder `to`."""
+    adapter = random_adapter(config, model_dir)
+    write_adapter(to, peft_config(config, model, model_dir, adapter), adapter)
+    return adapter
+
+
 @torch.no_grad()
 def logits_with(config: LoraConfig, adapter: Tensors, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The base's logits, and those with scaling * B A added to its weights."""
@@ -54,8 +69,7 @@ def logits_with(config: LoraConfig, adapter: Tensors, folder: Path) -> tuple[tor
 def test_stock_peft_computes_what_the_file_says(case: str, tiny_model: Tiny, tmp_path: Path) -> None:
     model, _, folder = tiny_model
     config = lora(**CASES[case], lora_dropout=0.3, loraplus_lr_ratio=4.0)
-    adapter = random_adapter(config, folder)
-    write_adapter(tmp_path, config, model, adapter)
+    adapter = write_random_adapter(tmp_path, config, model, folder)
     bare, expected = logits_with(config, adapter, folder)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)(TOKENS).logits
     assert (expected - bare).abs().max() > 0.1
@@ -66,9 +80,8 @@ def test_what_is_written_is_read(tiny_model: Tiny, tmp_path: Path) -> None:
     model, _, folder = tiny_model
     config = lora(["q_proj", "down_proj"])
     adapter = random_adapter(config, folder)
-    write_adapter(
-        tmp_path, config, model, {n: (a.double(), b.double().T.contiguous().T) for n, (a, b) in adapter.items()}
-    )
+    other_layout = {n: (a.double(), b.double().T.contiguous().T) for n, (a, b) in adapter.items()}
+    write_adapter(tmp_path, peft_config(config, model, folder, adapter), other_layout)
     read = read_adapter(tmp_path)
     assert read.keys() == adapter.keys()
     for name, pair in adapter.items():
@@ -77,28 +90,23 @@ def test_what_is_written_is_read(tiny_model: Tiny, tmp_path: Path) -> None:
             assert torch.equal(ours, back)
 
 
-def test_the_configuration_names_the_base(tmp_path: Path) -> None:
+def test_the_configuration_names_the_base(tiny_model: Tiny) -> None:
+    _, _, folder = tiny_model
+    config = lora("all-linear")
     model = ModelConfig(name="m", source="org/name", revision="v1")
-    write_adapter(
-        tmp_path, lora("all-linear"), model, {"model.layers.0.mlp.up_proj": (torch.ones(8, 2), torch.ones(3, 8))}
-    )
-    written: dict[str, Any] = json.loads((tmp_path / "adapter_config.json").read_text())
-    expected = {
+    written = peft_config(config, model, folder, random_adapter(config, folder))
+    expected: dict[str, Any] = {
         "base_model_name_or_path": "org/name",
         "revision": "v1",
         "task_type": "CAUSAL_LM",
         "peft_type": "LORA",
         "inference_mode": True,
-        # Spelled out for readers that do not know all-linear.
-        "target_modules": ["up_proj"],
+        # Spelled out for readers that do not know all-linear, in an order that every process shares.
+        "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        "target_parameters": None,
+        "fan_in_fan_out": False,
     }
-    assert expected.items() <= written.items()
-
-
-def test_targets_are_written_in_an_order_that_every_process_shares(tmp_path: Path) -> None:
-    names = ["v_proj", "q_proj", "up_proj", "k_proj", "o_proj", "down_proj", "gate_proj"]
-    write_adapter(tmp_path, lora(names), ModelConfig(name="m", source="a/b"), {})
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
+    assert expected.items() <= written.to_dict().items()
 
 
 def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def load_decoder(folder: Path, model: ModelConfig, **how: Any) -> PreTrainedMode
     return decoder
 
 
+def stock_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
+    """The model in `folder` on the meta device, as its users get it from transformers: names and shapes without weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return skeleton
+
+
 def check_decoder(folder: Path, model: ModelConfig, longest: int) -> None:
     """Refuse a model that a job over sequences of at most `longest` tokens could not train, without loading its weights.
 

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from train.config import RunConfig, read_run_config
@@ -18,8 +19,10 @@ from train.data.loading import load_tokenized
 from train.data.source import data_fingerprint, tokens_key
 from train.data.token_table import TokenizedData
 from train.errors import BadInput
+from train.lora.peft_forms import StockPeft
 from train.lora.targets import adapted_modules, parameter_line, trainable_parameters
 from train.model.base_cache import BaseCache
+from train.model.loading import stock_skeleton
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
 from train.nn.packed_model import PackedModel
@@ -68,8 +71,9 @@ def train_pack(leases: Leases, cache: CacheDir, job: JobContext) -> None:
     job.stop.check()
     log.info(f"ready after {time.monotonic() - started:.1f} s")
     writer = RunWriter if job.group.is_main else NullRunWriter
+    peft = StockPeft(configs[0].model, partial(stock_skeleton, model_dir, configs[0].model))
     sessions = [
-        RunSession(config, table, adapted_modules(config.lora, list(base.shapes)), writer(run, lease))
+        RunSession(config, table, adapted_modules(config.lora, list(base.shapes)), writer(run, lease, peft))
         for (run, lease), config, table in zip(leases, configs, data, strict=True)
     ]
     samples_wanted = job.group.is_main and any(config.train.sample_prompts for config in configs)

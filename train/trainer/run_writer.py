@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
@@ -23,6 +23,8 @@ from train.config import RunConfig
 from train.errors import StorageError
 from train.lora.parameters import AdapterTensors
 from train.lora.peft_files import write_adapter
+from train.lora.peft_forms import StockPeft
+from train.lora.targets import Target
 from train.runtime.attempts import attempt_line, stop_cause
 from train.store.causes import Cause
 from train.store.journal import (
@@ -62,12 +64,14 @@ class RunTotals(TypedDict):
 class RunWriter:
     """Writes the folder `dir` of a run during the attempt that `lease` stands for.
 
-    A method raises `StorageError` or `OSError` if the folder refuses the write (full, deleted, out of reach).
+    `peft` says how the adapter's configuration is written. A method raises `StorageError` or `OSError` if the folder refuses the write
+    (full, deleted, out of reach).
     """
 
-    def __init__(self, run: RunDir, lease: Lease) -> None:
+    def __init__(self, run: RunDir, lease: Lease, peft: StockPeft) -> None:
         self.dir = run
         self.lease = lease
+        self._peft = peft
 
     def begin(self, header: JournalHeader) -> None:
         """Start the journal from nothing."""
@@ -116,11 +120,22 @@ class RunWriter:
         save_checkpoint(self.dir, checkpoint)
 
     def complete(
-        self, adapter: AdapterTensors, config: RunConfig, first_step: int, totals: RunTotals, environment: Environment
+        self,
+        adapter: AdapterTensors,
+        targets: Mapping[str, Target],
+        config: RunConfig,
+        first_step: int,
+        totals: RunTotals,
+        environment: Environment,
     ) -> None:
-        """Write the adapter and, last, the result; then give the folder back."""
+        """Write the adapter and, last, the result; then give the folder back.
+
+        Raises:
+            BadInput, LorapackError: PEFT would not load the adapter as it was trained (`StockPeft.config`). The checkpoints stay.
+        """
+        peft_config = self._peft.config(config.lora, targets, adapter)
         with write_folder(self.dir.adapter) as folder, storage_errors(folder):
-            write_adapter(folder, config.lora, config.model, adapter)
+            write_adapter(folder, peft_config, adapter)
         # Before the result, which counts the attempts.
         self._append_attempt(Cause.DONE, None, first_step, totals["steps"])
         write_record(self.dir.result, self._result(totals, environment))
@@ -207,7 +222,13 @@ class NullRunWriter(RunWriter):
         """Nothing."""
 
     def complete(
-        self, adapter: AdapterTensors, config: RunConfig, first_step: int, totals: RunTotals, environment: Environment
+        self,
+        adapter: AdapterTensors,
+        targets: Mapping[str, Target],
+        config: RunConfig,
+        first_step: int,
+        totals: RunTotals,
+        environment: Environment,
     ) -> None:
         """Nothing."""
 

@@ -233,7 +233,7 @@ class RunSession:
             # A run may end in its first tick of the clock.
             tokens_per_second=self.tokens / max(self.seconds, 1e-9),
         )
-        self.writer.complete(adapter, self.config, self.first_step, totals, environment)
+        self.writer.complete(adapter, self.targets, self.config, self.first_step, totals, environment)
 
     @guard_storage
     def end_diverged(self) -> None:
