@@ -8,6 +8,7 @@
     folder        what a model folder must hold, and the shapes in the headers of its weights
     architecture  what `config.json` alone rules out, on the login node
     linears       which modules are linear layers
+    experts       which parameters are stacks of experts
     loading       decoder and tokenizer by transformers' loaders, and the checks on the meta device
     anatomy       where decoder and layers of a model are, whatever its class
     nf4           the only file that knows bitsandbytes

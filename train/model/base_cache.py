@@ -32,7 +32,7 @@ from train.store.layout import BaseDir, CacheDir
 from train.store.storage import Record, make_folder, storage_errors, write_folder, write_json
 
 # Of the cached file: raise it when its names or their meaning change.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The first decides the bits, the second the names.
 VERSIONED = ("bitsandbytes", "transformers")
 # Of the disk, for checkpoints.

@@ -1,7 +1,8 @@
 """A base in 4 bits as tensors by name, and a model around them that never held its weights in full width.
 
 The names are those under which transformers saves a model with `BitsAndBytesConfig`: for each linear layer of the decoder the packed
-weight and bitsandbytes' own serialization of its `QuantState`, and everything else unchanged.
+weight and bitsandbytes' own serialization of its `QuantState`, and everything else unchanged. A stack of experts, which transformers
+leaves in full width, is the parts of an `NF4Stack` behind the parameter's name: model.layers.0.mlp.experts.down_proj.nf4.packed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from train.config import ModelConfig, QuantConfig
+from train.model.experts import ExpertStack, expert_stacks
 from train.model.linears import frozen_linears
 from train.model.loading import PLAIN_ATTENTION, load_decoder
-from train.model.nf4 import quantize, state_from
+from train.model.nf4 import NF4Stack, quantize, quantize_stack, state_from
+
+# Between the name of a stack of experts and that of one of its parts.
+STACK = ".nf4."
 
 
 class QuantizedBase:
@@ -37,15 +42,21 @@ class QuantizedBase:
         for name in names:
             # model.layers.0.mlp.up_proj.weight.absmax is the part "absmax" of up_proj, whose packed weight is …up_proj.weight.
             layer, weight, part = name.partition(".weight.")
-            if weight:
+            if weight and STACK not in name:
                 self._parts.setdefault(layer, []).append(part)
-        in_four_bits = {f"{layer}.weight" for layer in self._parts}
+        in_four_bits = {f"{layer}.weight" for layer in self._parts} | {name for name in names if STACK in name}
         self.others = [name for name in names if ".weight." not in name and name not in in_four_bits]
 
     def linear(self, name: str) -> tuple[torch.Tensor, Any]:
         """The packed weight of a linear layer and its `QuantState`, as `quantize` gave them."""
         parts = {part: self.tensor(f"{name}.weight.{part}") for part in self._parts[name]}
         return self.tensor(f"{name}.weight"), state_from(parts, self._device)
+
+    def stack(self, name: str, like: ExpertStack) -> NF4Stack:
+        """The experts of a parameter, as `quantize_stack` gave them; `like` is the parameter without its values."""
+        _, rows, columns = like.matrices.shape
+        parts = {part: self.tensor(f"{name}{STACK}{part}") for part in NF4Stack.PARTS}
+        return NF4Stack((rows, columns), like.weight.dtype, **parts)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its own name; `others` are those that belong to no layer in 4 bits, as ``state_dict`` names them."""
@@ -62,7 +73,7 @@ def load_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, device: 
 def quantized_tensors(
     model: PreTrainedModel, quant: QuantConfig, device: torch.device, stop: Callable[[], None] = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """All that a `QuantizedBase` reads, on the CPU, quantized on `device`; `model` loses its linear weights on the way.
+    """All that a `QuantizedBase` reads, on the CPU, quantized on `device`; `model` loses its linear weights and experts on the way.
 
     `stop` is called between layers and may raise.
     """
@@ -74,11 +85,16 @@ def quantized_tensors(
         linear.drop_weight()
         parts = state.as_dict(packed=True)
         tensors |= {f"{name}.weight": packed.cpu()} | {f"{name}.weight.{p}": t.cpu() for p, t in parts.items()}
+    for name, stack in expert_stacks(model).items():
+        stop()
+        parts = quantize_stack(stack.matrices.to(device), quant).tensors()
+        stack.drop_weight()
+        tensors |= {f"{name}{STACK}{part}": tensor.cpu() for part, tensor in parts.items()}
     return tensors | {name: tensor.detach().cpu() for name, tensor in _distinct(model.state_dict(keep_vars=True))}
 
 
 def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: QuantizedBase) -> PreTrainedModel:
-    """The model around `base`: complete but for the weights of its `frozen_linears`, which take no memory (device ``meta``)."""
+    """The model around `base`: complete but for the weights of its `frozen_linears` and `expert_stacks`, on device ``meta``."""
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         hollow: PreTrainedModel = AutoModelForCausalLM.from_config(

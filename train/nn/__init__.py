@@ -9,6 +9,8 @@ In reading order:
     grouped_mm       products of each run's tokens with that run's own matrices
     dropout          LoRA dropout as a pure function of seed, step, module, token and feature
     linear           frozen linear layers that add each token's own adapter
+    experts          mixtures of frozen experts: each token through the experts that it chose
+    expert_forms     which form of experts a module computes, and its exchange
     attention        causal attention that keeps sequences apart
     decoder          the description of Llama's decoder, and the test whether a model computes just that
     head             the output head, with what a model does to its logits, measured

@@ -5,6 +5,7 @@ dtype=auto          fp32     fp16         bf16
 flash_varlen        no       no           16 bit
 triton_attention    no       no           16 bit, if kernels can be compiled
 grouped_lora        no       no           16 bit, if kernels can be compiled
+grouped_experts     no       no           bf16, on sm_90 to sm_100
 fused_elementwise   no       no           16 bit and fp32, if kernels can be compiled
 cuda_graphs         no       no           bf16, if kernels can be compiled and there is memory for graphs
 """
@@ -25,6 +26,8 @@ from train.sizing import BaseSize, Device, Fit, choose_fit
 
 # What FlashAttention-2, Triton's matrix instructions and bfloat16 need.
 FIRST_CAPABILITY = (8, 0)
+# Where torch 2.11 has a kernel for `grouped_mm`. Elsewhere it loops over groups, and asks the host three times a layer.
+GROUPED_MM_MAJORS = (9, 10)
 MAX_ERROR_CHARS = 300
 
 
@@ -36,6 +39,7 @@ class Kernels:
         flash_varlen: attention takes flat sequences, by FlashAttention; else q, k and v are padded.
         triton_attention: attention by `train.nn.triton.attention` instead, for the head sizes that it supports.
         grouped_lora: adapters take flat runs (`train.nn.triton.grouped_mm`); else runs are padded for batched products.
+        grouped_experts: one launch multiplies the tokens of all experts of a layer (`torch.nn.functional.grouped_mm`).
         fused_elementwise: each formula is one kernel (`train.nn.triton.functional`).
         cuda_graphs: the steps of small packs are replayed as CUDA graphs (`train.nn.gradients`).
     """
@@ -43,6 +47,7 @@ class Kernels:
     flash_varlen: bool = False
     triton_attention: bool = False
     grouped_lora: bool = False
+    grouped_experts: bool = False
     fused_elementwise: bool = False
     cuda_graphs: bool = False
 
@@ -60,6 +65,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool =
         flash_varlen=sixteen_bit,
         triton_attention=triton,
         grouped_lora=triton,
+        grouped_experts=dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_MM_MAJORS,
         # These compute in float32, which is too little for float64.
         fused_elementwise=triton or (compiles and dtype == torch.float32),
         # Not float16: the fillers that complete a graph's shape could overflow a delicate base there.

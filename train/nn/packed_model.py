@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,13 +24,16 @@ from train.config import QuantConfig
 from train.data.micro_batch import MicroBatch
 from train.lora.parameters import PackedAdapters
 from train.model.base_cache import BaseCache, BaseSpec
+from train.model.experts import ExpertStack
 from train.model.linears import FrozenLinear, frozen_linears
 from train.model.loading import refuse_unsupported
-from train.model.nf4 import dequantize, quantize
+from train.model.nf4 import dequantize, quantize, quantize_stack
 from train.model.quantized import QuantizedBase, hollow_model, load_model
 from train.nn.attention import ATTENTION
 from train.nn.backends import EAGER, Kernels
 from train.nn.decoder import llama_decoder
+from train.nn.expert_forms import exchange_experts
+from train.nn.experts import DenseStack, Stack
 from train.nn.forward_context import ForwardContext, KeyValueCache
 from train.nn.head import model_head
 from train.nn.linear import DenseWeight, NF4Weight, PackedLinear
@@ -83,6 +87,7 @@ class PackedModel:
         linears: dict[str, PackedLinear],
         context: ForwardContext,
         longest: int,
+        parameters: int,
         path: ComputePath | None = None,
     ) -> None:
         self.model = model
@@ -93,10 +98,7 @@ class PackedModel:
         self.head = model_head(model)
         self.dtype = self.head.dtype
         self.device = self.head.device
-        # The weights of packed linear layers are not parameters of the model any more, so they are counted by their shapes.
-        linear_parameters = sum(out_features * in_features for out_features, in_features in self.shapes.values())
-        biases = sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None)
-        self.parameters = linear_parameters + biases + sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = parameters
         self.path, self._decoder = _choose_path(model, context, path)
         self._recomputes = False
 
@@ -172,6 +174,8 @@ def pack_model(
     if path != "padded":
         model.set_attn_implementation(ATTENTION)
     context = ForwardContext(setup.kernels)
+    # Weights that are exchanged are not parameters of the model any more, so they are counted before.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     linears: dict[str, PackedLinear] = {}
     frozen = frozen_linears(model)
     for name, module in list(model.named_modules()):
@@ -185,8 +189,9 @@ def pack_model(
         # Attention modules get their context here: transformers passes the module to the attention function, and nothing of ours.
         elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             module.forward_context = context
+    exchange_experts(model, context, partial(_held_stack, setup, quantized))
     model.to(setup.device).eval()
-    return PackedModel(model, linears, context, setup.longest, path)
+    return PackedModel(model, linears, context, setup.longest, parameters, path)
 
 
 def _frozen_weight(
@@ -200,6 +205,14 @@ def _frozen_weight(
     else:
         packed, state = quantized.linear(name)
     return NF4Weight(packed, state) if setup.residency == "nf4" else DenseWeight(dequantize(packed, state))
+
+
+def _held_stack(setup: DeviceSetup, quantized: QuantizedBase | None, name: str, stack: ExpertStack) -> Stack:
+    """The experts of one parameter, as `_frozen_weight` holds a layer."""
+    if not setup.quant.load_in_4bit:
+        return DenseStack(stack.matrices.to(setup.device))
+    held = quantized.stack(name, stack) if quantized else quantize_stack(stack.matrices.to(setup.device), setup.quant)
+    return held if setup.residency == "nf4" else DenseStack(held.dense(slice(None)))
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:

@@ -1,0 +1,195 @@
+"""Mixtures of experts in 4 bit: exchanged modules compute what transformers' own compute with the dequantized weights."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import packs
+from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
+from train.config import ModelConfig, QuantConfig
+from train.model.base_cache import BaseCache, BaseSpec
+from train.model.experts import ExpertStack, expert_stacks
+from train.model.nf4 import dequantize, quantize, quantize_stack
+from train.model.quantized import hollow_model, load_model
+from train.nn.backends import EAGER
+from train.nn.expert_forms import exchange_experts
+from train.nn.experts import CHUNK_BYTES, DenseStack, PackedExperts, Stack, mixture
+from train.nn.forward_context import ForwardContext
+from train.store.layout import CacheDir
+
+MIXTURES = [name for name, entry in ARCHITECTURES.items() if entry.moe]
+# Whose modules have a forward of another kind: every expert sees tokens of its own from the start.
+OWN_FORWARD = {"llama4"}
+TOKENS = torch.randint(0, VOCABULARY, (3, LONGEST), generator=torch.Generator().manual_seed(0))
+SINGLE = packs.NF4.model_copy(update={"bnb_4bit_use_double_quant": False})
+
+
+class Mixture:
+    """A tiny model whose stacks have values that NF4 can hold, and the same model with its experts exchanged."""
+
+    def __init__(self, name: str, dtype: torch.dtype, in_four_bits: bool) -> None:
+        if missing := ARCHITECTURES[name].missing:
+            pytest.skip(missing)
+        model = tiny_model(name, torch.float32).requires_grad_(False)
+        stacks = expert_stacks(model)
+        packed = {name: quantize_stack(stack.matrices, packs.NF4) for name, stack in stacks.items()}
+        for name, stack in stacks.items():
+            stack.weight.copy_(packed[name].dense(slice(None)).reshape(stack.weight.shape))
+        self.theirs = model.to(dtype)
+        self.ours = copy.deepcopy(self.theirs)
+
+        def hold(name: str, stack: ExpertStack) -> Stack:
+            return packed[name] if in_four_bits else DenseStack(stack.matrices.clone())
+
+        exchange_experts(self.ours, ForwardContext(EAGER), hold)
+
+
+def computed(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of random inputs, and the gradient of the inputs."""
+    random = torch.Generator().manual_seed(1)
+    inputs = model.get_input_embeddings().weight[TOKENS].clone().requires_grad_()
+    logits = model(inputs_embeds=inputs, use_cache=False).logits
+    (gradient,) = torch.autograd.grad((logits * torch.randn(logits.shape, generator=random)).sum(), inputs)
+    return logits.detach(), gradient
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.detach() - b.detach()).norm() / b.detach().norm())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_model_in_4_bit_computes_what_transformers_does_with_the_dequantized_weights(name: str) -> None:
+    model = Mixture(name, torch.float32, in_four_bits=True)
+    for found, expected in zip(computed(model.ours), computed(model.theirs), strict=True):
+        # Some families amplify rounding; each module is compared more closely below.
+        assert difference(found, expected) < 2e-5
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_no_experts_stay_in_full_width(name: str) -> None:
+    model = Mixture(name, torch.float32, in_four_bits=True)
+    assert expert_stacks(model.theirs)
+    assert not expert_stacks(model.ours)
+    wide = [n for n, p in model.ours.named_parameters() if p.dim() > 2 and min(p.shape[-2:]) > 1 and "conv" not in n]
+    assert wide == []
+    assert any(isinstance(module, PackedExperts) for module in model.ours.modules()) == (name not in OWN_FORWARD)
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-6)], ids=["f64", "f32"])
+@pytest.mark.parametrize("name", sorted(set(MIXTURES) - OWN_FORWARD))
+def test_each_exchanged_module_and_its_gradients_are_exact(name: str, dtype: torch.dtype, within: float) -> None:
+    model = Mixture(name, dtype, in_four_bits=dtype == torch.float32)
+    for path, ours in packed_experts(model.ours).items():
+        inputs = random_inputs(ours, dtype)
+        theirs = model.theirs.get_submodule(path)
+        # Behind transformers' choice of an implementation, of which the others round otherwise.
+        own_forward = inspect.unwrap(type(theirs).forward)
+        expected = with_gradients(partial(own_forward, theirs), *inputs)
+        for grouped, chunk_bytes in [(False, 2**26), (False, 2**13), (True, 2**26), (True, 2**13)]:
+            # float64 has no grouped product.
+            if not grouped or dtype == torch.float32:
+                found = with_gradients(ways(ours, grouped=grouped, chunk_bytes=chunk_bytes), *inputs)
+                for a, b in zip(found, expected, strict=True):
+                    assert difference(a, b) < within
+
+
+def packed_experts(model: PreTrainedModel) -> dict[str, PackedExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+
+
+def random_inputs(experts: PackedExperts, dtype: torch.dtype, tokens: int = 9) -> tuple[torch.Tensor, ...]:
+    """Hidden states, choices of two experts (never the last one), their weights, and a gradient of the output."""
+    random = torch.Generator().manual_seed(2)
+    down = experts.held["down_proj"]
+    hidden = down.shape[1] if experts.form.transposed else down.shape[0]
+    x, g = torch.randn(2, tokens, hidden, generator=random, dtype=dtype)
+    chosen = torch.rand(tokens, len(down) - 1, generator=random).topk(2).indices
+    return x.requires_grad_(), chosen, torch.rand(tokens, 2, generator=random, dtype=dtype).requires_grad_(), g
+
+
+def with_gradients(
+    module: Callable[..., torch.Tensor], x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, g: torch.Tensor
+) -> list[torch.Tensor]:
+    """The output, and the gradients of hidden states and of the router's weights."""
+    y = module(x, chosen, weights)
+    return [y.detach(), *torch.autograd.grad(y, (x, weights), g)]
+
+
+def ways(experts: PackedExperts, *, grouped: bool, chunk_bytes: int) -> Callable[..., torch.Tensor]:
+    """The module with a product per expert or grouped ones, and so many bytes of experts dequantized at once."""
+
+    def module(*inputs: torch.Tensor) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(CHUNK_BYTES, "cpu", chunk_bytes)
+            return mixture(*inputs, experts.form.weights(experts.own, experts.held), grouped=grouped)
+
+    return module
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_fewer_choices_than_experts_are_grouped_right(tokens: int) -> None:
+    model = Mixture("deepseek-v3", torch.float32, in_four_bits=True)
+    for experts in packed_experts(model.ours).values():
+        inputs = random_inputs(experts, torch.float32, tokens)
+        apart = with_gradients(ways(experts, grouped=False, chunk_bytes=2**26), *inputs)
+        grouped = with_gradients(ways(experts, grouped=True, chunk_bytes=2**26), *inputs)
+        for a, b in zip(grouped, apart, strict=True):
+            assert difference(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_a_nan_stays_in_its_token(name: str, dtype: torch.dtype) -> None:
+    model = Mixture(name, dtype, in_four_bits=False)
+    experts = next(iter(packed_experts(model.ours).values()))
+    x, chosen, weights, g = random_inputs(experts, dtype)
+    clean = with_gradients(experts, x, chosen, weights, g)
+    with torch.no_grad():
+        x[3] = torch.nan
+        g[5] = torch.inf
+    found = with_gradients(experts, x, chosen, weights, g)
+    others = [token for token in range(len(x)) if token not in (3, 5)]
+    assert found[0][3].isnan().all()
+    assert not found[1][5].isfinite().any()
+    for a, b in zip(found, clean, strict=True):
+        assert torch.equal(a[others], b[others])
+
+
+@pytest.mark.parametrize("quant", [packs.NF4, SINGLE], ids=["double", "single"])
+# 64 values are a block, 256 blocks share a second scale: of the last shapes one fills neither, the other both.
+@pytest.mark.parametrize("shape", [(3, 8, 24), (4, 5, 7), (2, 256, 64)])
+def test_each_expert_is_quantized_for_itself(shape: tuple[int, int, int], quant: QuantConfig) -> None:
+    random = torch.Generator().manual_seed(3)
+    # Of very different size, so that a shared scale would show.
+    weight = torch.randn(shape, generator=random) * 10.0 ** torch.arange(shape[0])[:, None, None]
+    stack = quantize_stack(weight, quant)
+    dense = stack.dense(slice(None))
+    for expert, matrix in enumerate(weight):
+        torch.testing.assert_close(dense[expert], dequantize(*quantize(matrix.flatten(), quant)).view(matrix.shape))
+    assert torch.equal(stack.dense(torch.tensor([shape[0] - 1, 0])), dense[[-1, 0]])
+    assert torch.equal(stack.dense(slice(1, 2)), dense[1:2])
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3", "llama4"])
+def test_experts_come_back_from_the_cache_as_they_were_quantized(name: str, tmp_path: Path) -> None:
+    Mixture(name, torch.float32, in_four_bits=False).theirs.save_pretrained(tmp_path / "model")
+    about = ModelConfig(name="tiny", source=str(tmp_path / "model"), fingerprint=name)
+    spec = BaseSpec(tmp_path / "model", about, packs.NF4, torch.float32, packs.CPU)
+    base = BaseCache(CacheDir(tmp_path / "cache"), lambda: None).open(spec)
+    again = BaseCache(CacheDir(tmp_path / "cache"), lambda: None).open(spec)
+    hollow = hollow_model(spec.model_dir, about, torch.float32, base)
+    stored = expert_stacks(load_model(spec.model_dir, about, torch.float32, packs.CPU))
+    stacks = expert_stacks(hollow)
+    assert stacks.keys() == stored.keys() != set()
+    for stack_name, stack in stacks.items():
+        assert stack.weight.is_meta
+        expected = quantize_stack(stored[stack_name].matrices, packs.NF4).tensors()
+        for read in (base, again):
+            found = read.stack(stack_name, stack).tensors()
+            assert all(torch.equal(found[part], expected[part]) for part in expected)
