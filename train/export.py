@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,22 +39,52 @@ from train.model.loading import load_tokenizer
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
 from train.store.layout import CacheDir, RunDir
-from train.store.storage import write_folder
+from train.store.storage import storage_errors, write_folder, write_text
 
 ANSWER_TOKENS = 128
+GENERATION_CONFIG = "generation_config.json"
+# How a model that also sees or hears prepares its inputs.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def merge_run(run: RunDir, cache: CacheDir) -> Path:
     """Write the tuned model, in the base's own dtype, and its tokenizer to the run's ``merged`` folder.
+
+    It keeps the base's settings of generation, but stops at every token that training taught to close an answer.
 
     Raises:
         BadInput: the run has no adapter, or its base has changed since it was trained.
         StorageError: the disk is full or read-only.
     """
     model, tokenizer = tuned_model(run, cache, dtype="auto")
+    base = stage_model(read_run_config(run.config).model, cache)
     with write_folder(run.merged) as folder:
-        save_model(model, tokenizer, folder)
+        save_merged(model, tokenizer, base, folder)
     return run.merged
+
+
+def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """Write a tuned model of the folder `base` into an existing `folder`.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
+    given = model.generation_config.eos_token_id
+    ends = closing_tokens(tokenizer).union([given] if isinstance(given, int) else given or [])
+    settings = base / GENERATION_CONFIG
+    # transformers reads settings that it would not write, such as a temperature without sampling.
+    kept = (
+        json.loads(settings.read_text(encoding="utf-8"))
+        if settings.is_file()
+        else model.generation_config.to_diff_dict()
+    )
+    model.generation_config = GenerationConfig()
+    save_model(model, tokenizer, folder)
+    write_text(folder / GENERATION_CONFIG, json.dumps(kept | {"eos_token_id": sorted(ends)}, indent=2) + "\n")
+    with storage_errors(folder):
+        for name in PROCESSOR_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
 
 
 def tuned_model(

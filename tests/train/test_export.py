@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from test_peft_files import TOKENS, write_random_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from test_peft_files import TOKENS, Tensors, write_random_adapter
+from test_peft_forms import decoder_linears, stock_peft
+from test_targets import lora
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+import architectures
 from train.config import ModelConfig, RunConfig, parse_run_config
 from train.data.rendering import alpaca_prompt
 from train.errors import BadInput
 from train.export import Chat, chat, main, merge_run, prompt_text
+from train.lora.peft_files import write_adapter
+from train.lora.targets import adapted_modules
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
 from train.store.layout import CacheDir, RunDir
@@ -136,6 +142,80 @@ def taught_to_say(word: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> 
         layer.mlp.down_proj.weight.data.zero_()
     for token, following in itertools.pairwise(chain):
         model.lm_head.weight.data[following] = 9 * model.model.embed_tokens.weight.data[token]
+
+
+def own_base(folder: Path, base: Any, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """A base of its own, saved to `folder`."""
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = ModelConfig(name="own", source=str(folder))
+    return model.model_copy(update={"fingerprint": model_fingerprint(model)})
+
+
+def run_with(adapter: Tensors, path: Path, model: ModelConfig, base: Any) -> RunDir:
+    """A run folder with that adapter over `base`, of rank 4 and scaling 1."""
+    run, config = RunDir(make_folder(path)), run_config(model)
+    config = config.model_copy(
+        update={"lora": lora(sorted({name.rpartition(".")[2] for name in adapter}), r=4, lora_alpha=4.0)}
+    )
+    write_text(run.config, yaml.safe_dump(config.model_dump()))
+    with write_folder(run.adapter) as folder:
+        write_adapter(
+            folder,
+            stock_peft(base.config).config(config.lora, adapted_modules(config.lora, list(adapter)), adapter),
+            adapter,
+        )
+    return run
+
+
+def test_a_merged_model_stops_where_training_taught_it_to(tiny_model: Tiny, tmp_path: Path) -> None:
+    """A chat template may end turns with another token than the base's end of text; its other settings stay."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model[2])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model[2])
+    taught_to_say("42 km", base, tokenizer)
+    turn_end, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|pad|>"])
+    # After the turn's end the model would go on for ever.
+    base.lm_head.weight.data[tokenizer("x").input_ids[0]] = 9 * base.model.embed_tokens.weight.data[turn_end]
+    tokenizer.eos_token = "<|pad|>"
+    base.config.eos_token_id = text_end
+    base.generation_config = GenerationConfig(eos_token_id=text_end, pad_token_id=text_end)
+    model = own_base(tmp_path / "base", base, tokenizer)
+    # Read as it is, though transformers itself would not write a temperature without sampling.
+    settings = {
+        "eos_token_id": text_end,
+        "pad_token_id": text_end,
+        "repetition_penalty": 1.0,
+        "do_sample": False,
+        "temperature": 0.7,
+    }
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    model = model.model_copy(update={"fingerprint": model_fingerprint(model)})
+    nothing = {"model.layers.0.self_attn.q_proj": (torch.ones(4, 64), torch.zeros(64, 4))}
+    run = run_with(nothing, tmp_path / "run-1", model, base)
+    merged_dir = merge_run(run, CacheDir(tmp_path / "cache"))
+    written = json.loads((merged_dir / "generation_config.json").read_text())
+    assert written == settings | {"eos_token_id": sorted([turn_end, text_end])}
+    prompt = tokenizer(prompt_text("How far?", tokenizer), return_tensors="pt", add_special_tokens=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = AutoModelForCausalLM.from_pretrained(merged_dir).generate(**prompt, max_new_tokens=20)
+    assert tokenizer.decode(answer[0, prompt.input_ids.shape[1] :]) == "42 km<|im_end|>"
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2", "llama-tied", "deepseek-v3", "qwen3-moe"])
+@torch.no_grad()
+def test_every_kind_of_base_is_merged(architecture: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Beside a vision tower, with transposed weights, with a tied head, with experts."""
+    base = architectures.tiny_model(architecture)
+    model = own_base(tmp_path / "base", base, tokenizer)
+    shapes = decoder_linears(base)
+    adapter = {name: (0.1 * torch.randn(4, shape[1]), 0.1 * torch.randn(shape[0], 4)) for name, shape in shapes.items()}
+    run = run_with(adapter, tmp_path / "run-1", model, base)
+    bare = base(TOKENS).logits
+    merged = AutoModelForCausalLM.from_pretrained(merge_run(run, CacheDir(tmp_path / "cache")))
+    tuned = PeftModel.from_pretrained(base, run.adapter)(TOKENS).logits
+    assert (tuned - bare).abs().max() > 0.05
+    torch.testing.assert_close(merged(TOKENS).logits, tuned, atol=1e-4, rtol=1e-4)
 
 
 def test_the_answer_is_streamed_and_stops(tiny_model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
