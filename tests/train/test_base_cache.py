@@ -22,7 +22,7 @@ from train.model import base_cache
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.locking import locked
 from train.model.quantized import QuantizedBase, hollow_model
-from train.nn.packed_model import DenseWeight, DeviceSetup, NF4Weight, PackedModel, Residency, load_base, pack_model
+from train.nn.packed_model import DeviceSetup, PackedModel, Residency, load_base, pack_model
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import CacheDir
 from train.store.storage import make_folder, read_json
@@ -69,9 +69,7 @@ def numbers(base: PackedModel) -> dict[str, torch.Tensor]:
     found = {f"rest/{name}": tensor for name, tensor in base.model.named_parameters(remove_duplicate=False)}
     found |= {f"buffer/{name}": tensor for name, tensor in base.model.named_buffers()}
     for name, linear in base.linears.items():
-        weight = linear.weight
-        assert isinstance(weight, DenseWeight | NF4Weight)
-        found[f"linear/{name}"] = weight.weight if isinstance(weight, DenseWeight) else weight.dense()
+        found[f"linear/{name}"] = linear.weight
         if linear.bias is not None:
             found[f"bias/{name}"] = linear.bias
     return found

@@ -34,7 +34,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from train.data.micro_batch import AdapterRoute, MicroBatch
+from train.data.micro_batch import AdapterRoute, MicroBatch, Padding
+from train.errors import LorapackError
 from train.lora.parameters import StackedLora
 from train.model.nf4 import dequantize
 from train.nn.dropout import Dropout
@@ -73,32 +74,61 @@ class NF4Weight:
         return dequantize(self.packed, self.state)
 
 
+class UnknownRows(LorapackError):
+    """An adapted layer got rows of which nobody knows the tokens, so not whose adapter they take."""
+
+
 class PackedLinear(nn.Module):
     """A frozen linear layer of `shape` (out, in); `lora` holds its adapters, None where no run of the pack adapts it."""
 
     def __init__(
-        self, weight: Weight, bias: torch.Tensor | None, shape: tuple[int, int], context: ForwardContext
+        self, frozen: Weight, bias: torch.Tensor | None, shape: tuple[int, int], context: ForwardContext
     ) -> None:
         super().__init__()
-        self.weight = weight
+        self.frozen = frozen
         self.bias = bias
         self.out_features, self.in_features = shape
         self.context = context
         self.lora: StackedLora | None = None
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen values [out, in], for models that multiply by them themselves (Mamba): past the adapter, as in PEFT."""
+        return self.frozen.dense()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As transformers' decoders call it: [1, T, in] -> [1, T, out], or without the first dimension.
 
         While the context has padded sequences, x is [S, L, in], or the same without its first dimension, and only the real tokens are
-        multiplied: pads come back as repeated real tokens.
+        multiplied: pads come back as repeated real tokens. It may be [S, 1, in] too, something that each sequence begins with.
+
+        Raises:
+            UnknownRows: the layer is adapted and x has other rows, like those that a router chose.
         """
         padding = self.context.padding
+        sequences, longest = (1, self.context.batch.total) if padding is None else padding.gather.shape
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) == sequences * longest:
+            y = self._of_tokens(flat, padding)
+        elif self.lora is None:
+            y = apply_linears(flat, [self], None)[0]
+        elif padding is not None and x.shape[:-1] == (sequences, 1):
+            # As the first token of sequences of zeros.
+            whole = functional.pad(x, (0, 0, 0, longest - 1))
+            return self.forward(whole)[:, :1]
+        else:
+            raise UnknownRows(
+                f"a layer of {self.in_features} to {self.out_features} features got {len(flat)} rows that are not the "
+                f"{sequences * longest} tokens, so no adapter can be added to it; leave it out of lora.target_modules."
+            )
+        return y.view(*x.shape[:-1], -1)
+
+    def _of_tokens(self, x: torch.Tensor, padding: Padding | None) -> torch.Tensor:
+        """[T, in] -> [T, out] for flat tokens, [S * L, in] -> [S * L, out] for padded sequences."""
         if padding is None:
-            return apply_linears(x.reshape(-1, x.shape[-1]), [self], None)[0].view(*x.shape[:-1], -1)
-        total = self.context.batch.total
-        flat = unpad(x.reshape(*padding.gather.shape, x.shape[-1]), padding, total)
-        y = pad(apply_linears(flat, [self], None)[0], padding)
-        return y.reshape(*x.shape[:-1], -1)
+            return apply_linears(x, [self], None)[0]
+        flat = unpad(x.view(*padding.gather.shape, -1), padding, self.context.batch.total)
+        return pad(apply_linears(flat, [self], None)[0], padding)
 
 
 def apply_linears(
@@ -257,7 +287,7 @@ def _add_input_grad(gradient: torch.Tensor, layer: PackedLinear, others: torch.T
 
     A function of its own, so that one dequantized weight is freed before the next layer's is made.
     """
-    weight = layer.weight.dense()
+    weight = layer.frozen.dense()
     return gradient @ weight if others is None else others.addmm_(gradient, weight)
 
 
@@ -265,7 +295,7 @@ def _add_frozen_product(
     x: torch.Tensor, layer: PackedLinear, delta: torch.Tensor | None, residual: torch.Tensor | None
 ) -> torch.Tensor:
     """x W^T + bias + delta + residual; `delta` may be overwritten."""
-    weight = layer.weight.dense()
+    weight = layer.frozen.dense()
     # No adapter here: the residual stream, which others read, must not be overwritten, so `addmm` makes a new tensor.
     if delta is None:
         if residual is None:

@@ -1,0 +1,143 @@
+"""transformers' decoder in packs: losses and every adapter's gradient are those of stock transformers, sequence by sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import packs
+from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
+from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
+from train.lora.parameters import PackedAdapters
+from train.lora.targets import Target
+from train.nn.gradients import add_gradients
+from train.nn.loss import sums_per_run
+from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
+from train.sizing import ComputePath
+
+RANK, SCALING = 8, 0.5
+# Rows of three runs; one sequence is a single token, which predicts nothing.
+LENGTHS = [(5, LONGEST - 3), (LONGEST,), (1, 9)]
+# float32 through some hundred operations; the largest of all adapters' relative errors.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def _unrefused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.nn.packed_model.refuse_unsupported", lambda *_: None)
+
+
+def sequences(lengths: list[tuple[int, ...]] = LENGTHS) -> list[TokenSequence]:
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, VOCABULARY, LONGEST).astype(np.int32) for own in lengths for _ in own]
+    return [
+        TokenSequence(run, index, tokens := rows.pop(0)[:length], tokens)
+        for run, own in enumerate(lengths)
+        for index, length in enumerate(own)
+    ]
+
+
+def random_adapters(base: PackedModel, runs: int) -> PackedAdapters:
+    targets = [dict.fromkeys(base.shapes, Target(RANK, SCALING * RANK, SCALING))] * runs
+    adapters = PackedAdapters(targets, base.shapes, [0.0] * runs, base.dtype, base.device)
+    adapters.theta.copy_(0.1 * torch.randn(adapters.theta.shape, generator=torch.Generator().manual_seed(0)))
+    base.attach(adapters)
+    return adapters
+
+
+class AdaptedLinear(nn.Module):
+    """Stock transformers' layer, and the adapter beside it."""
+
+    def __init__(self, layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.bias = layer, layer.bias
+        self.a, self.b = (x.clone().requires_grad_() for x in (a, b))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + SCALING * (x @ self.a.T @ self.b.T)
+
+
+def stock_results(name: str, adapters: PackedAdapters, rows: list[TokenSequence], run: int) -> tuple[float, Any]:
+    """One run's loss, and the gradient of its adapters by module, by stock transformers."""
+    model = tiny_model(name).requires_grad_(False)
+    adapted = {}
+    for module, (a, b) in adapters.tensors(run).items():
+        adapted[module] = AdaptedLinear(model.get_submodule(module), a, b)
+        model.set_submodule(module, adapted[module])
+    losses = []
+    for row in rows:
+        tokens = torch.from_numpy(row.tokens).long()
+        if row.run_index == run and len(tokens) > 1:
+            logits = model(tokens[None], use_cache=False).logits[0]
+            losses.append(cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
+    torch.stack(losses).sum().backward()
+    return float(sum(losses).detach()), {module: (layer.a.grad, layer.b.grad) for module, layer in adapted.items()}
+
+
+def built(name: str, path: ComputePath) -> PackedModel:
+    if missing := ARCHITECTURES[name].missing:
+        pytest.skip(missing)
+    return pack_model(tiny_model(name), DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", LONGEST), path=path)
+
+
+def check(name: str, path: ComputePath, recompute: bool) -> None:
+    base = built(name, path)
+    rows = sequences()
+    adapters = random_adapters(base, len(LENGTHS))
+    if recompute:
+        base.checkpoint_activations()
+    batch = MicroBatch(rows, len(LENGTHS), packs.CPU)
+    losses = sums_per_run(add_gradients(base, batch, torch.ones(len(LENGTHS) + 1), None), batch)
+    for run in range(len(LENGTHS)):
+        loss, expected = stock_results(name, adapters, rows, run)
+        assert float(losses[run]) == pytest.approx(loss, rel=1e-6)
+        found = adapters.tensors(run, adapters.gradient)
+        largest = max(float(g.norm()) for pair in expected.values() for g in pair if g is not None)
+        for module, gradients in expected.items():
+            for mine, other in zip(found[module], gradients, strict=True):
+                other = torch.zeros_like(mine) if other is None else other
+                error = float((mine - other).norm()) / (float(other.norm()) + 1e-3 * largest)
+                assert error < TOLERANCE, f"{module}: {error:.1e}"
+
+
+COMPUTED = [name for name, entry in ARCHITECTURES.items() if entry.path is not None]
+# Rotation in place, ALiBi, Conv1D, recurrence, a router, a layer called once a sequence, weights read directly, vision.
+SHORT = {"falcon-7b", "bloom", "gpt2", "qwen3.5", "mixtral", "zaya", "jamba", "gemma3"}
+
+
+def briefly(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", briefly(COMPUTED))
+def test_padded_sequences(name: str, recompute: bool) -> None:
+    check(name, "padded", recompute)
+
+
+@pytest.mark.parametrize("name", briefly(COMPUTED))
+def test_a_nan_of_one_run_reaches_no_other(name: str) -> None:
+    base = built(name, "padded")
+    adapters = random_adapters(base, len(LENGTHS))
+    found = []
+    for broken in (False, True):
+        if broken:
+            adapters.theta[1] = torch.nan
+            adapters.gradient.zero_()
+        batch = MicroBatch(sequences(), len(LENGTHS), packs.CPU)
+        losses = sums_per_run(add_gradients(base, batch, torch.ones(len(LENGTHS) + 1), None), batch)
+        found.append((losses[[0, 2]], adapters.gradient[[0, 2]].clone()))
+    assert losses[1].isnan()
+    for mine, other in zip(*found, strict=True):
+        # A router sends a NaN's tokens elsewhere, and products of other sizes round otherwise.
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
