@@ -133,19 +133,19 @@ def test_of_two_jobs_that_start_at_once_one_quantizes(
     """Threads stand for processes: the lock belongs to an open file, so it keeps them apart alike."""
     made, opened = [], list[QuantizedBase]()
     both_began = threading.Barrier(2, timeout=30)
-    quantized_tensors = base_cache.quantized_tensors
+    quantize_files = base_cache.quantize_files
     wanted = BaseSpec(plain, MODEL, packs.NF4, torch.float32, packs.CPU)
 
     def counted(*arguments: object) -> object:
         made.append(arguments)
-        return quantized_tensors(*arguments)  # type: ignore[arg-type]
+        return quantize_files(*arguments)  # type: ignore[arg-type]
 
     def work() -> None:
         both_began.wait()
         # No model: accelerate's empty weights are for one thread at a time.
         opened.append(cache_in(tmp_path / "cache").open(wanted))
 
-    monkeypatch.setattr(base_cache, "quantized_tensors", counted)
+    monkeypatch.setattr(base_cache, "quantize_files", counted)
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 import packs
 from train.model.linears import frozen_linears, is_linear
 from train.model.nf4 import dequantize
-from train.model.quantized import QuantizedBase, quantized_tensors
+from train.model.quantized import QuantizedBase
+from train.model.quantizing import Quantizer
 
 
 class Renamed(nn.Linear):
@@ -84,7 +85,7 @@ def test_the_weights_of_conv1d_are_read_as_out_in() -> None:
 def test_a_quantized_conv1d_is_packed_as_out_in() -> None:
     model = gpt2()
     expected = frozen_linears(model)["transformer.h.0.attn.c_attn"].weight
-    tensors = quantized_tensors(model, packs.NF4, packs.CPU)
+    tensors = Quantizer(packs.NF4, packs.CPU, lambda: None).finish(model)
     base = QuantizedBase(list(tensors), tensors.__getitem__, packs.CPU)
     dense = dequantize(*base.linear("transformer.h.0.attn.c_attn"))
     assert dense.shape == expected.shape

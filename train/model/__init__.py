@@ -13,6 +13,7 @@
     anatomy       where decoder and layers of a model are, whatever its class
     nf4           the only file that knows bitsandbytes
     quantized     a base in 4 bits as tensors by name
+    quantizing    from the files of a model to such a base, a weight at a time
     base_cache    bases quantized once per cluster
 
 Another kind of source belongs in `source.source_kind` and `staging`. A model that must be refused belongs in

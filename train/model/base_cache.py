@@ -26,7 +26,8 @@ from train.config import ModelConfig, QuantConfig
 from train.errors import StorageError
 from train.model.folder import weight_files
 from train.model.locking import locked
-from train.model.quantized import QuantizedBase, load_model, quantized_tensors
+from train.model.quantized import QuantizedBase
+from train.model.quantizing import quantize_files
 from train.runtime.activity import Activity
 from train.store.layout import BaseDir, CacheDir
 from train.store.storage import Record, make_folder, storage_errors, write_folder, write_json
@@ -71,10 +72,8 @@ class BaseSpec:
         }
 
     def tensors(self, stop: Callable[[], None]) -> dict[str, torch.Tensor]:
-        """Load the model and quantize it, which the cache saves later jobs."""
-        loaded = load_model(self.model_dir, self.model, self.dtype, torch.device("cpu"))
-        stop()
-        return quantized_tensors(loaded, self.quant, self.device, stop)
+        """Quantize the model's files, which the cache saves later jobs."""
+        return quantize_files(self.model_dir, self.model, self.quant, self.dtype, self.device, stop)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from train.config import ModelConfig, QuantConfig
-from train.model.experts import ExpertStack, expert_stacks
-from train.model.linears import frozen_linears
+from train.config import ModelConfig
+from train.model.experts import ExpertStack
 from train.model.loading import PLAIN_ATTENTION, load_decoder
-from train.model.nf4 import NF4Stack, quantize, quantize_stack, state_from
+from train.model.nf4 import NF4Stack, state_from
 
 # Between the name of a stack of experts and that of one of its parts.
 STACK = ".nf4."
@@ -69,30 +68,6 @@ def load_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, device: 
     return load_decoder(model_dir, model, dtype=dtype, **placed)
 
 
-@torch.no_grad()
-def quantized_tensors(
-    model: PreTrainedModel, quant: QuantConfig, device: torch.device, stop: Callable[[], None] = lambda: None
-) -> dict[str, torch.Tensor]:
-    """All that a `QuantizedBase` reads, on the CPU, quantized on `device`; `model` loses its linear weights and experts on the way.
-
-    `stop` is called between layers and may raise.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, linear in frozen_linears(model).items():
-        stop()
-        packed, state = quantize(linear.weight.to(device), quant)
-        # Frees it, so that the model in full width and its quantized copy are never both in memory.
-        linear.drop_weight()
-        parts = state.as_dict(packed=True)
-        tensors |= {f"{name}.weight": packed.cpu()} | {f"{name}.weight.{p}": t.cpu() for p, t in parts.items()}
-    for name, stack in expert_stacks(model).items():
-        stop()
-        parts = quantize_stack(stack.matrices.to(device), quant).tensors()
-        stack.drop_weight()
-        tensors |= {f"{name}{STACK}{part}": tensor.cpu() for part, tensor in parts.items()}
-    return tensors | {name: tensor.detach().cpu() for name, tensor in _distinct(model.state_dict(keep_vars=True))}
-
-
 def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: QuantizedBase) -> PreTrainedModel:
     """The model around `base`: complete but for the weights of its `frozen_linears` and `expert_stacks`, on device ``meta``."""
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
@@ -109,9 +84,3 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
         setattr(module, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     hollow.tie_weights()
     return hollow.eval()
-
-
-def _distinct(state: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
-    """Entries of a ``state_dict``, a tied tensor once, under its first name."""
-    # Reversed, so that of several names of one tensor the first one is kept.
-    return {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}.values()
