@@ -140,7 +140,7 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
     def broken(*_arguments: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr("train.nn.triton.functional.swiglu", broken)
+    monkeypatch.setattr("train.nn.triton.functional.gated", broken)
     assert packed_llama(EAGER).path == "own"
     with pytest.raises(RuntimeError, match="no kernel image"):
         packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1])
@@ -148,7 +148,7 @@ def test_an_error_of_a_kernel_is_not_taken_for_another_architecture(monkeypatch:
 
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.nn.triton.functional.swiglu", lambda gate, up: gate * up)
+    monkeypatch.setattr("train.nn.triton.functional.gated", lambda gate, up, _activation: gate * up)
     assert packed_llama(Kernels(fused_elementwise=True), packs.DEVICES[-1]).path == "flat"
 
 

@@ -18,21 +18,23 @@ if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
 # What a block may take of a multiprocessor's memory (CUDA's programming guide, compute capabilities).
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 SHAPES = """
 import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from train.nn.triton import attention, functional, grouped_mm
+from train.nn.attention import TRITON_HEAD_DIMS
+from train.nn.functional import ACTIVATIONS
+from train.nn.triton import attention, functional, grouped_mm, heads
 
 CAPABILITY = int(sys.argv[1])
 NARROW = {
     "bounds": "*i32", "starts": "*i32", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1",
-    "applies": "*i1", "log_sums": "*fp32", "deltas": "*fp32", "eps": "fp32", "scale": "fp32", "factor": "fp32",
+    "applies": "*i1", "log_sums": "*fp32", "deltas": "*fp32", "eps": "fp32", "scale": "fp32", "factor": "fp32", "multiplier": "fp32",
 } | {name: "i32" for name in (
     "groups parts total columns K N M x_row stack_group stack_k stack_n left_row right_row row_stride gradient_stride "
-    "q_row k_row v_row out_row gradient_row q_grad_row k_grad_row v_grad_row"
+    "q_row k_row v_row out_row gradient_row q_grad_row k_grad_row v_grad_row grad_row gate_row up_row"
 ).split()}
 UNKNOWN = {"groups", "parts", "total"}  # of which nothing is promised
 found = {}
@@ -56,19 +58,50 @@ for rank in (16, 128):
         compiled(grouped_mm._bmm, "bf16", **blocks)
     for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
         compiled(grouped_mm._outer_grad, "bf16", types={"out": "*fp32"}, **grouped_mm.outer_grad_blocks(M, N))
-for dim, group, dtype in ((128, 1, "bf16"), (64, 4, "fp16"), (32, 2, "bf16")):
-    for kernel, launch in (
+for (dim, of_values), window, cap in (
+    *((dims, None, None) for dims in sorted(TRITON_HEAD_DIMS)), ((128, 128), "i32", None), ((256, 256), "i32", "fp32"),
+):
+    constants = {"GROUP": 2, "DIM": dim, "WIDTH": triton.next_power_of_2(dim)}
+    constants |= {"V_DIM": of_values, "V_WIDTH": triton.next_power_of_2(of_values)}
+    types = {name: kind for name, kind in (("window", window), ("cap", cap)) if kind}
+    constants |= {name: None for name in ("window", "cap") if name not in types}
+    for kernel, launches in (
         (attention._forward, attention.FORWARD),
         (attention._backward_queries, attention.QUERIES),
         (attention._backward_keys, attention.KEYS),
     ):
-        compiled(kernel, dtype, GROUP=group, DIM=dim, **launch)
+        launch = next(launch for width, launch in launches.items() if dim <= width)
+        compiled(kernel, "bf16", types=types, **constants, **launch)
 for dtype in ("bf16", "fp32"):
-    for kernel in (functional._rms_norm, functional._rms_norm_backward):
-        compiled(kernel, dtype, DIM=3584, types={"weight": "*" + dtype}, **functional._whole_row(3584))
-    for kernel in (functional._swiglu, functional._swiglu_backward):
-        compiled(kernel, dtype, DIM=11008, BLOCK=functional.BLOCK)
-    compiled(functional._rotary, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
+    whole = functional._whole_row(3584)
+    for centered, weight, bias in ((False, "*fp32", None), (True, "*" + dtype, "*" + dtype), (True, None, None)):
+        types = {name: kind for name, kind in (("weight", weight), ("bias", bias)) if kind}
+        constants = {name: None for name in ("weight", "bias") if name not in types}
+        constants |= {"CENTERED": centered, "DIM": 3584} | whole
+        compiled(functional._normalize, dtype, types=types, **constants)
+        compiled(functional._add_normed, dtype, types=types, NORMED=True, **constants)
+        constants.pop("bias", None)
+        types.pop("bias", None)
+        compiled(functional._normalize_backward, dtype, types=types, multiplier=None, **constants)
+        compiled(functional._normalize_backward, dtype, types=types, passed=None, **constants)
+    for activation in ACTIVATIONS:
+        constants = {"ACTIVATION": activation, "DIM": 11008, "BLOCK": functional.BLOCK}
+        compiled(functional._gated, dtype, **constants)
+        compiled(functional._gated_backward, dtype, **constants)
+        compiled(functional._gated, dtype, up=None, **constants)
+        compiled(functional._gated_backward, dtype, up=None, up_grad=None, **constants)
+    compiled(heads._rotary, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
+    shape = {"HEADS": 32, "DIM": 96, "HEAD_BLOCK": 32, "DIM_BLOCK": 128, "num_warps": 8}
+    for rotary, over_all, centered, interleaved, first in (
+        (96, False, False, False, False), (96, True, False, False, False), (48, False, True, True, True),
+        (0, False, False, False, False),
+    ):
+        constants = {"NORMED": True, "CENTERED": centered, "OVER_ALL": over_all, "WEIGHT_HEAD": 96 * over_all, "ROTARY": rotary}
+        constants |= {"INTERLEAVED": interleaved, "ROTATE_FIRST": first, **shape}
+        if not rotary:
+            constants |= {"cos": None, "sin": None}
+        compiled(heads._prepare_heads, dtype, bias=None, types={"weight": "*" + dtype}, **constants)
+        compiled(heads._prepare_heads_backward, dtype, types={"weight": "*" + dtype}, **constants)
     for cap in (0.0, 30.0):
         compiled(functional._cross_entropy, dtype, VOCAB=152_064, BLOCK=functional.VOCAB_BLOCK, CAP=cap, num_warps=8)
 factors = dict.fromkeys("rate decay clip beta1 beta2 correction1 root_correction2 eps".split(), "*fp32")
@@ -79,12 +112,12 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_kernels_compile_for_every_gpu_and_fit_it(capability: int, tmp_path: Path) -> None:
-    """By ranks 16 to 128, heads of 32 to 128 features, rows of no power of two."""
+    """By ranks 16 to 128, heads of 32 to 256 features, rows of no power of two."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", SHAPES, str(capability)]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     shared = json.loads(said.stdout)
-    assert len(shared) == 12
+    assert len(shared) == 15
     assert {name: size for name, size in shared.items() if size > SHARED_BYTES[capability]} == {}

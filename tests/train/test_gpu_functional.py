@@ -14,8 +14,9 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train.nn import functional, loss
+from train.nn import functional, heads, loss
 from train.nn.triton import functional as kernels
+from train.nn.triton import heads as head_kernels
 from train.trainer import optim
 
 DEVICE = packs.DEVICES[-1]
@@ -40,27 +41,75 @@ def assert_alike(found: Any, expected: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def calls(dtype: torch.dtype, rows: int = 7) -> dict[str, tuple[Any, ...]]:
-    """Every formula of the decoder with something to take."""
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+HEADS, HEAD_DIM = 3, 24
+
+
+def calls(dtype: torch.dtype, rows: int = 7) -> dict[str, Call]:
+    """Every formula of the decoder in every form, with something to take."""
     x, up, gradient, passed = matrices(dtype, rows)
-    weight = numbers(DIM, dtype=dtype)
-    heads = numbers(rows, 3 * 24, dtype=dtype).view(rows, 3, 24)
-    cos_sin = [numbers(rows, 24, dtype=dtype, seed=seed) for seed in (5, 6)]
+    found: dict[str, Call] = {}
+    # Norms, by a weight that is wider than x, as Gemma's.
+    for name, norm in norms(DIM, torch.float32).items():
+        found[f"normalize {name}"] = functional.normalize, (x, norm)
+        found[f"normalize_backward {name}"] = functional.normalize_backward, (gradient, passed, x, norm)
+        found[f"add_normed {name}"] = functional.add_normed, (passed, x, norm, 0.3)
+        found[f"add_normed_backward {name}"] = functional.add_normed_backward, (gradient, x, norm, 0.3)
+    found["add_normed without a norm"] = functional.add_normed, (passed, x, None, 0.3)
+    for name in functional.ACTIVATIONS:
+        found[f"activate {name}"] = functional.activate, (x, name)
+        found[f"activate_backward {name}"] = functional.activate_backward, (gradient, x, name)
+        found[f"gated {name}"] = functional.gated, (x, up, name)
+        found[f"gated_backward {name}"] = functional.gated_backward, (gradient, x, up, name)
+    found["split_gated"] = functional.split_gated, (torch.cat([x, up], 1), "silu")
+    found["split_gated_backward"] = functional.split_gated_backward, (gradient, torch.cat([x, up], 1), "silu")
+    return found | calls_of_heads(dtype, rows)
+
+
+def norms(dim: int, dtype: torch.dtype) -> dict[str, functional.Norm]:
+    weight, bias = numbers(dim, dtype=dtype), numbers(dim, dtype=dtype, seed=1)
     return {
-        "rms_norm": (x, weight, 1e-5),
-        "rms_norm_backward": (gradient, passed, x, weight, 1e-5),
-        "swiglu": (x, up),
-        "swiglu_backward": (gradient, x, up),
-        "apply_rotary": (heads, *cos_sin),
-        "apply_rotary_backward": (heads, *cos_sin),
+        "rms": functional.Norm(weight, 1e-5),
+        "layer": functional.Norm(weight, 1e-5, bias, centered=True),
+        "rms without weight": functional.Norm(None, 1e-5),
     }
+
+
+def calls_of_heads(dtype: torch.dtype, rows: int = 7) -> dict[str, Call]:
+    """Rotations of a half of each head and of all of it, by neighbours and halves, before and behind norms."""
+    x, gradient = (numbers(rows, HEADS, HEAD_DIM, dtype=dtype, seed=seed) for seed in (3, 4))
+    whole, part = ([numbers(rows, size, dtype=dtype, seed=seed) for seed in (5, 6)] for size in (HEAD_DIM, 12))
+    weight = numbers(HEADS, HEAD_DIM, dtype=dtype)
+    rms, layer = functional.Norm(weight[0], 1e-5), functional.Norm(weight, 1e-5, weight, centered=True)
+    full = functional.Norm(weight.flatten(), 1e-5)
+    found: dict[str, Call] = {
+        "apply_rotary": (heads.apply_rotary, (x, *whole)),
+        "apply_rotary_backward": (heads.apply_rotary_backward, (gradient, *whole)),
+    }
+    for name, angles, transform in (
+        ("as Qwen3", whole, heads.HeadTransform(rms)),
+        ("as OLMo 2", whole, heads.HeadTransform(full, over_all_heads=True)),
+        ("as Phi-3", part, heads.HeadTransform()),
+        ("as Cohere", whole, heads.HeadTransform(layer, interleaved=True)),
+        ("as GLM", part, heads.HeadTransform(interleaved=True)),
+        ("as Hunyuan", whole, heads.HeadTransform(rms, rotate_first=True)),
+        ("rotated by neighbours before a layer norm", part, heads.HeadTransform(layer, False, True, True)),
+        ("not rotated", (None, None), heads.HeadTransform(rms)),
+    ):
+        found[f"heads {name}"] = heads.prepare_heads, (x, *angles, transform)
+        found[f"heads backward {name}"] = heads.prepare_heads_backward, (gradient, x, *angles, transform)
+    return found
+
+
+def kernel_of(formula: Callable[..., Any]) -> Callable[..., Any]:
+    return functional.triton_kernel(formula)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", calls(torch.float32))
 def test_a_kernel_gives_what_its_formula_gives(name: str, dtype: torch.dtype) -> None:
-    arguments = calls(dtype)[name]
-    assert_alike(getattr(kernels, name)(*arguments), getattr(functional, name)(*arguments), dtype)
+    formula, arguments = calls(dtype)[name]
+    assert_alike(kernel_of(formula)(*arguments), formula(*arguments), dtype)
 
 
 @pytest.mark.parametrize("name", calls(torch.float32))
@@ -68,36 +117,52 @@ def test_other_rows_change_no_bit_and_a_nan_stays_in_its_own(name: str) -> None:
     def first_rows(found: Any) -> list[torch.Tensor]:
         return [x[:3] for x in (found if isinstance(found, tuple) else (found,))]
 
-    many, kernel = calls(torch.float16, rows=7)[name], getattr(kernels, name)
-    few = [x[:3] if isinstance(x, torch.Tensor) and x.dim() > 1 else x for x in many]
+    formula, many = calls(torch.float16, rows=7)[name]
+    kernel = kernel_of(formula)
+    few = [x[:3] if isinstance(x, torch.Tensor) else x for x in many]
     alone = first_rows(kernel(*few))
     for x in many:
-        if isinstance(x, torch.Tensor) and x.dim() > 1:
+        if isinstance(x, torch.Tensor):
             x[4] = torch.nan
     assert all(torch.equal(*pair) for pair in zip(first_rows(kernel(*many)), alone, strict=True))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "apply_rotary"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "normalize rms",
+        "add_normed layer",
+        "gated silu",
+        "gated_backward silu",
+        "split_gated",
+        "apply_rotary",
+        "heads as Qwen3",
+    ],
+)
 def test_a_strided_input_is_taken_for_what_it_says(name: str) -> None:
-    x, *others = calls(torch.float16)[name]
+    formula, (x, *others) = calls(torch.float16)[name]
     strided = torch.stack([x, x], -1)[..., 0]
     assert not strided.is_contiguous()
-    kernel = getattr(kernels, name)
-    assert torch.equal(kernel(strided, *others), kernel(x, *others))
+    kernel = kernel_of(formula)
+    mine, other = kernel(strided, *others), kernel(x, *others)
+    assert all(torch.equal(*pair) for pair in zip(mine, other, strict=True))
 
 
-def test_heads_whose_rows_are_apart_are_rotated() -> None:
-    heads, cos, sin = calls(torch.float16)["apply_rotary"]
-    wide = torch.cat([heads.flatten(1), heads.flatten(1)], 1)
-    assert torch.equal(
-        kernels.apply_rotary(wide[:, : 3 * 24].view(7, 3, 24), cos, sin), kernels.apply_rotary(heads, cos, sin)
-    )
+@pytest.mark.parametrize("name", [name for name in calls_of_heads(torch.float32) if "backward" not in name])
+def test_heads_whose_rows_are_apart_are_rotated(name: str) -> None:
+    formula, (x, *others) = calls(torch.float16)[name]
+    wide = torch.cat([x, x], 1)
+    kernel = kernel_of(formula)
+    assert torch.equal(kernel(wide[:, :HEADS], *others), kernel(x, *others))
 
 
 def test_a_rotation_of_a_part_of_each_head_is_refused() -> None:
-    heads, cos, sin = calls(torch.float16)["apply_rotary"]
+    """By the kernel that rotates whole heads; the other one takes parts, but not of more than a head."""
+    x, cos, sin = calls(torch.float16)["apply_rotary"][1]
     with pytest.raises(ValueError, match="cannot be rotated by cos"):
-        kernels.apply_rotary(heads, cos[:, :8], sin[:, :8])
+        head_kernels.apply_rotary(x, cos[:, :8], sin[:, :8])
+    with pytest.raises(ValueError, match="cannot be rotated by cos"):
+        head_kernels.prepare_heads(x[..., :8], cos, sin, heads.HeadTransform())
 
 
 def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,17 +171,26 @@ def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch
     def noting(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: taken.append(name) or kernel(*arguments)
 
-    for name in calls(torch.float32):
-        monkeypatch.setattr(kernels, name, noting(name, getattr(kernels, name)))
+    for formula, _ in calls(torch.float32).values():
+        module = head_kernels if formula.__module__ == heads.__name__ else kernels
+        if (name := formula.__name__) not in taken:
+            taken.append(name)
+            monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+    expected, taken[:] = sorted(taken), []
     x, up, *_ = (matrix.requires_grad_() for matrix in matrices(torch.float32))
-    heads, cos, sin = calls(torch.float32)["apply_rotary"]
-    weight = numbers(DIM, dtype=torch.float32)
+    of_heads, cos, sin = calls(torch.float32)["apply_rotary"][1]
+    norm = norms(DIM, torch.float32)["rms"]
     for takes_kernels in (True, False):
-        normed, passed = functional.rms_norm_residual(x, weight, 1e-5, takes_kernels)
-        gated = functional.swiglu_autograd(normed + passed, up, takes_kernels)
-        rotated = functional.rotary_autograd(heads.requires_grad_(), cos, sin, takes_kernels)
-        (gated.sum() + rotated.sum()).backward()
-    assert sorted(taken) == sorted(calls(torch.float32))
+        normed, passed = functional.norm_residual(x, norm, takes_kernels)
+        added = functional.add_normed_autograd(passed, normed, norm, 1.0, takes_kernels)
+        product = functional.gated_autograd((added, up), "silu", takes_kernels)
+        joined = functional.gated_autograd((torch.cat([product, up], 1),), "silu", takes_kernels)
+        active = functional.activate_autograd(joined, "relu2", takes_kernels)
+        rotated = heads.heads_autograd(of_heads.requires_grad_(), (cos, sin), heads.HeadTransform(), takes_kernels)
+        prepared = heads.heads_autograd(rotated, (cos, sin), heads.HeadTransform(interleaved=True), takes_kernels)
+        (active.sum() + prepared.sum()).backward()
+    # `split_gated` calls `gated` by its name.
+    assert sorted(set(taken)) == expected
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

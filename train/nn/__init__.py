@@ -3,14 +3,16 @@
 In reading order:
 
     backends         which kernels, dtype and memory a device offers; decided once per pack
+    functional       norms and activations with their gradients, by torch or by a Triton kernel
     forward_context  what attention and adapters look up during a forward; the key-value cache of a generation
     padding          between flat tokens and padded sequences, with gradients
-    functional       RMSNorm, SwiGLU and rotary embedding with their gradients, by torch or by a Triton kernel
+    heads            the norms and rotations of queries and keys, likewise
     grouped_mm       products of each run's tokens with that run's own matrices
     dropout          LoRA dropout as a pure function of seed, step, module, token and feature
     linear           frozen linear layers that add each token's own adapter
     experts          mixtures of frozen experts: each token through the experts that it chose
     expert_forms     which form of experts a module computes, and its exchange
+    varlen           the kernels that attend within flat sequences, and what they keep for their backward
     attention        causal attention that keeps sequences apart
     decoder          the description of Llama's decoder, and the test whether a model computes just that
     head             the output head, with what a model does to its logits, measured
@@ -19,7 +21,7 @@ In reading order:
     packed_model     the base of a pack: loading, freezing and exchanging a model's parts
     gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph
     generation       greedy answers of many runs at once
-    triton/          the kernels behind functional, grouped_mm and attention, for GPUs from sm_80 on
+    triton/          the kernels behind functional, heads, grouped_mm and attention, for GPUs from sm_80 on
 
 A new model family is judged in `decoder`: its test compares our decoder with transformers' own on random tokens.
 """

@@ -2,10 +2,10 @@
 
 Three implementations, by `Kernels` and the size of the heads:
 
-    _TritonAttention  kernels of our own (`train.nn.triton.attention`), from sm_80 on; takes flat tokens and where sequences start
-    _FlashVarlen      PyTorch's FlashAttention-2, from sm_80 on; takes the same
-    _attend_padded    everywhere: q, k and v are padded to [S, heads, L, dim]. Real tokens precede the fillers, so causality alone
-                      hides them and no mask is needed
+    varlen.Triton   kernels of our own (`train.nn.triton.attention`), from sm_80 on; takes flat tokens and where sequences start
+    varlen.Flash    PyTorch's FlashAttention-2, from sm_80 on; takes the same
+    _attend_padded  everywhere: q, k and v are padded to [S, heads, L, dim]. Real tokens precede the fillers, so causality alone
+                    hides them and no mask is needed for them
 
 `ATTENTION` is the name in transformers' registry, so every decoder that supports the attention interface runs on flat tokens.
 """
@@ -20,94 +20,29 @@ from transformers import AttentionInterface
 
 from train.data.micro_batch import MicroBatch
 from train.nn.forward_context import ForwardContext
+from train.nn.functional import masked_attention
+from train.nn.heads import CosSin, HeadTransform, heads_autograd
 from train.nn.padding import pad, unpad
+from train.nn.varlen import (
+    Flash,
+    Preparation,
+    Scores,
+    Triton,
+    VarlenKernel,
+    attend_varlen,
+    attend_varlen_raw,
+    deterministic_algorithms,
+    split_heads,
+)
 
 ATTENTION = "lorapack"
 # Autograd nodes whose backward adds up in any order unless told otherwise; see `_make_backward_deterministic`.
 SPLIT_KEY_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0"}
-# Features of a head that `train.nn.triton.attention` takes.
-TRITON_HEAD_DIMS = (32, 64, 128)
+# Features of a head that `train.nn.triton.attention` takes, of queries and of values, and the most that FlashAttention takes.
+TRITON_HEAD_DIMS = {(dim, dim) for dim in (32, 64, 80, 96, 112, 128, 192, 256)} | {(192, 128)}
+FLASH_HEAD_DIM = 256
 # FlashAttention's blocks: a larger bound only starts blocks that end at once.
 LONGEST_MULTIPLE = 128
-
-
-class _FlashVarlen(torch.autograd.Function):
-    """FlashAttention-2 (arXiv 2307.08691) on flat q [T, H, D] and k, v [T, K, D].
-
-    These are the operators behind `torch.nn.attention.varlen`, called here because the backward has to add up in a fixed order for
-    a resumed run to repeat the same bits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
-    ) -> torch.Tensor:
-        out, log_sums, random, unused, _ = torch.ops.aten._flash_attention_forward(
-            # Bounds and longest sequence of queries, then of keys; no dropout, causal, no debug mask.
-            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale,
-        )  # fmt: skip
-        # log_sums [H, T] let the backward compute the softmax again, block by block; the random state is for a dropout that is off.
-        ctx.save_for_backward(q, k, v, out, log_sums, starts, random, unused)
-        ctx.longest = longest
-        ctx.scale = scale
-        attended: torch.Tensor = out
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, log_sums, starts, random, unused = ctx.saved_tensors
-        with deterministic_algorithms():
-            q_grad, k_grad, v_grad = torch.ops.aten._flash_attention_backward(
-                gradients[0].contiguous(), q, k, v, out, log_sums, starts, starts, ctx.longest, ctx.longest, 0.0, True,
-                random, unused, scale=ctx.scale,
-            )  # fmt: skip
-        return q_grad, k_grad, v_grad, None, None, None
-
-
-class _TritonAttention(torch.autograd.Function):
-    """`train.nn.triton.attention` on flat q [T, H, D] and k, v [T, K, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
-    ) -> torch.Tensor:
-        # Here, since Triton is not installed everywhere.
-        from train.nn.triton import attention
-
-        out, log_sums = attention.forward(q, k, v, starts, longest, scale)
-        ctx.save_for_backward(q, k, v, out, log_sums, starts)
-        ctx.longest = longest
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from train.nn.triton import attention
-
-        q, k, v, out, log_sums, starts = ctx.saved_tensors
-        q_grad, k_grad, v_grad = attention.backward(
-            gradients[0], q, k, v, out, log_sums, starts, ctx.longest, ctx.scale
-        )
-        return q_grad, k_grad, v_grad, None, None, None
-
-
-class deterministic_algorithms:  # noqa: N801 - used as a statement
-    """Let PyTorch choose deterministic kernels within this block, and restore its settings afterwards.
-
-    With `warn_only`, PyTorch's FlashAttention would still add up in any order, so it is off. PyTorch would also fill fresh memory,
-    which no result needs since the kernels write all of it, so that is off too.
-    """
-
-    def __enter__(self) -> None:
-        self._enabled = torch.are_deterministic_algorithms_enabled()
-        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        self._fill = torch._C._get_deterministic_fill_uninitialized_memory()
-        torch._C._set_deterministic_algorithms(True, warn_only=False)
-        torch._C._set_deterministic_fill_uninitialized_memory(False)
-
-    def __exit__(self, *_exc: object) -> None:
-        torch._C._set_deterministic_algorithms(self._enabled, warn_only=self._warn_only)
-        torch._C._set_deterministic_fill_uninitialized_memory(self._fill)
 
 
 def _make_backward_deterministic(attended: torch.Tensor) -> None:
@@ -125,35 +60,102 @@ def _make_backward_deterministic(attended: torch.Tensor) -> None:
     node.register_hook(lambda _input_grads, _gradients: setting.__exit__())
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    context: ForwardContext,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Attention of flat tokens, each within its own sequence.
 
     Args:
-        q: [T, heads, dim]; `k` and `v` [T, key-value heads, dim].
+        q: [T, heads, dim]; `k` [T, key-value heads, dim] and `v` [T, key-value heads, its own dim].
         context: the micro-batch of these tokens, and the cache that may hold earlier tokens of their sequences.
         scale: the factor of the products of q and k.
+        window: the token at position i sees positions j with i - window < j <= i; None for all up to i.
+        softcap: scores s become softcap * tanh(s / softcap) before the softmax; None for s itself.
 
     Returns:
-        [T, heads, dim].
+        [T, heads, dim of v].
     """
     batch = context.batch
     cache = context.cache
     # A generation's first pass fills the cache and attends as usual; later passes bring one token per sequence.
     if cache is not None and cache.is_filled:
-        return cache.attend(q, k, v, scale)
+        return cache.attend(q, k, v, scale, window, softcap)
     if cache is not None:
         cache.fill(k, v, batch.attention)
-    if context.kernels.flash_varlen:
-        # Rounded up, 130 to 256, so that few launch sizes occur.
-        longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
-        use_triton = context.kernels.triton_attention and q.shape[-1] == v.shape[-1] in TRITON_HEAD_DIMS
-        attention = _TritonAttention if use_triton else _FlashVarlen
-        out: torch.Tensor = attention.apply(q, k, v, batch.sequence_starts, longest, scale)
-        return out
-    return _attend_padded(q, k, v, batch, scale)
+    kernel = _varlen_kernel(context, q, v, softcap)
+    if kernel is None:
+        return _attend_padded(q, k, v, batch, scale, window, softcap)
+    return attend_varlen(q, k, v, kernel, _scores(batch, scale, window, softcap))
 
 
-def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch, scale: float) -> torch.Tensor:
+def attend_heads(
+    raw: tuple[torch.Tensor, ...],
+    heads: tuple[int, int],
+    transforms: tuple[HeadTransform, HeadTransform],
+    cos_sin: CosSin | None,
+    context: ForwardContext,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`attend` of projections whose heads are still to be normed and rotated; no more is kept than for Llama's.
+
+    Args:
+        raw: q [T, H, D], k and v [T, K, D]; or one [T, H + 2 K, D], the output of one matrix.
+        heads: H and K.
+        transforms: of q and of k.
+        cos_sin: cos and sin [T, R] that rotate the first R features of q's and k's heads; None for no rotation.
+        context, scale, window, softcap: as `attend` takes them.
+
+    Returns:
+        [T, H, D].
+    """
+    fused = context.kernels.fused_elementwise
+    q, k, v = split_heads(raw, heads)
+    kernel = None if context.cache is not None else _varlen_kernel(context, q, v, softcap)
+    # A norm needs what came into it again, and a part of one output stays in memory with the whole of it: then q and k are kept as
+    # they came. Else only what comes out of the rotation is kept.
+    if kernel is not None and (len(raw) == 1 or any(transform.norm is not None for transform in transforms)):
+        preparation = Preparation(*transforms, cos_sin, fused)
+        return attend_varlen_raw(raw, heads, preparation, kernel, _scores(context.batch, scale, window, softcap))
+    q, k = (heads_autograd(x, cos_sin, transform, fused) for x, transform in zip((q, k), transforms, strict=True))
+    return attend(q, k, v, context, scale, window, softcap)
+
+
+def _varlen_kernel(
+    context: ForwardContext, q: torch.Tensor, v: torch.Tensor, softcap: float | None
+) -> VarlenKernel | None:
+    """The kernel for flat sequences that takes heads like these; None if none does."""
+    dims = q.shape[-1], v.shape[-1]
+    if not context.kernels.flash_varlen:
+        return None
+    if context.kernels.triton_attention and dims in TRITON_HEAD_DIMS:
+        return Triton()
+    is_for_flash = dims[0] == dims[1] <= FLASH_HEAD_DIM and dims[0] % 8 == 0 and softcap is None
+    return Flash() if is_for_flash else None
+
+
+def _scores(batch: MicroBatch, scale: float, window: int | None, softcap: float | None) -> Scores:
+    # Rounded up, 130 to 256, so that few launch sizes occur.
+    longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
+    return Scores(batch.sequence_starts, longest, scale, window, softcap)
+
+
+def _attend_padded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: MicroBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
     """`attend` by padded sequences."""
     # [T, heads, dim] -> [S, L, heads, dim] -> [S, heads, L, dim], as PyTorch's attention takes it.
     dtype = q.dtype
@@ -161,11 +163,20 @@ def _attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Mic
     if q.device.type == "cpu":
         # In half precision PyTorch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if softcap is not None or (window is not None and window < q.shape[2]):
+        out = masked_attention(q, k, v, _seen(q.shape[2], window, q.device), scale, softcap)
+    else:
+        grouped = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     _make_backward_deterministic(out)
     out = out.to(dtype)
     return unpad(out.transpose(1, 2), batch.attention, batch.total)
+
+
+def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[L, L], whether the query of a row sees the key of a column: for 4 tokens and a window of 2, 1000 1100 0110 0011."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def packed_attention(
@@ -175,6 +186,8 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers' signature; causality needs no mask
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attend` as transformers calls it.
@@ -182,6 +195,7 @@ def packed_attention(
     Args:
         module: the decoder's attention module; `forward_context` was attached to it by `train.nn.packed_model`.
         query: [1, heads, T, dim]; `key` and `value` [1, key-value heads, T, dim].
+        scaling, sliding_window, softcap: `attend`'s scale, window and soft cap, for this layer.
 
     Returns:
         [1, T, heads, dim], and None for the weights.
@@ -190,7 +204,7 @@ def packed_attention(
     # Transformers' batch has one row, the flat tokens: [1, heads, T, dim] -> [T, heads, dim].
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(q, k, v, context, scale).unsqueeze(0), None
+    return attend(q, k, v, context, scale, sliding_window, softcap).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -26,7 +26,8 @@ from train.data.sampling import TokenSequence
 from train.nn.attention import attend
 from train.nn.backends import EAGER
 from train.nn.forward_context import ForwardContext
-from train.nn.functional import rms_norm_residual, rotary_autograd, swiglu_autograd
+from train.nn.functional import rms_norm_residual, swiglu_autograd
+from train.nn.heads import rotary_autograd
 from train.nn.linear import PackedLinear, apply_linears
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from train.data.micro_batch import MicroBatch, Padding
 from train.nn.backends import Kernels
+from train.nn.functional import masked_attention
 
 
 class KeyValueCache:
@@ -48,18 +49,28 @@ class KeyValueCache:
         self.is_filled = True
         self._layer = 0
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of one new token of each sequence [S, heads, dim] to its sequence and itself, in the next layer."""
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of one new token of each sequence [S, heads, dim] to its sequence and itself, in the next layer.
+
+        `window` and `softcap` are those of `train.nn.attention.attend`.
+        """
         keys, values = self._layers[self._layer]
         self._layer += 1
         # Sequence s has lengths[s] cached tokens, at positions 0 to lengths[s] - 1, so its new token goes to position lengths[s].
         keys[self._sequences, :, self.lengths] = key
         values[self._sequences, :, self.lengths] = value
-        seen = (self._positions <= self.lengths[:, None])[:, None, None]
-        grouped = query.shape[1] != key.shape[1]
-        out = scaled_dot_product_attention(
-            query.unsqueeze(2), keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped
-        )
+        seen = self._positions <= self.lengths[:, None]
+        if window is not None:
+            seen &= self._positions > self.lengths[:, None] - window
+        out = masked_attention(query.unsqueeze(2), keys, values, seen[:, None, None], scale, softcap)
         return out.squeeze(2)
 
     def _spread(self, flat: torch.Tensor, padding: Padding) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """The formulas between a decoder's matrix products, each with its gradient written out, so that little is kept for the backward.
 
-    formula          kept for its backward   autograd function
-    rms_norm         x                       rms_norm_residual
-    swiglu           gate, up                swiglu_autograd
-    apply_rotary     cos, sin                rotary_autograd
+    formula        kept for its backward   autograd function
+    normalize      x                       norm_residual
+    add_normed     y                       add_normed_autograd
+    activate       x                       activate_autograd
+    gated          gate, up                gated_autograd
+    split_gated    gate and up as one      gated_autograd
 
 Plain functions of tensors compute them in at least float32 and round once. On GPUs from sm_80 on `train.nn.triton.functional` has a
 kernel of the same name for each. The autograd functions choose by `fused`, through `dispatch`.
@@ -11,10 +13,14 @@ kernel of the same name for each. The autograd functions choose by `fused`, thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 Formula = Callable[..., Any]
 
@@ -23,81 +29,187 @@ Formula = Callable[..., Any]
 CHUNK_NUMEL = {"cpu": 2**20, "cuda": 2**21}
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm (arXiv 1910.07467) of [T, dim] over the last dimension."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm over the last dimension: root-mean-square (arXiv 1910.07467), or layer norm (arXiv 1607.06450) where `centered`.
 
-
-def rms_norm_backward(
-    gradient: torch.Tensor, passed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """The gradient of x [T, dim] from the gradient of its norm, plus `passed`, the gradient of x itself (the residual stream).
-
-    With s = 1 / sqrt(mean(x^2) + eps) and g = gradient * weight:  dx = s * (g - x * s^2 * mean(g * x)) + passed.
+    Attributes:
+        weight: [dim], [heads, dim] where each head has its own, or None. It may be wider than what is normed: Gemma's 1 + w loses
+            bits in bfloat16.
+        eps: what is added to the mean square.
+        bias: like `weight`.
+        centered: the mean is subtracted first.
     """
-    wide = _wide(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    weighted = _wide(gradient) * _wide(weight)
+
+    weight: torch.Tensor | None
+    eps: float
+    bias: torch.Tensor | None = None
+    centered: bool = False
+
+
+def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The norm of [T, ..., dim] over the last dimension."""
+    return _normalized(x, norm).to(x.dtype)
+
+
+def normalize_backward(
+    gradient: torch.Tensor, passed: torch.Tensor | None, x: torch.Tensor, norm: Norm
+) -> torch.Tensor:
+    """The gradient of x [T, ..., dim] from the gradient of its norm, plus `passed`, the gradient of x itself (the residual stream).
+
+    With c = x, or x - mean(x) where centered, s = 1 / sqrt(mean(c^2) + eps) and g = gradient * weight:
+
+        dx = s * (g - c * s^2 * mean(g * c)) + passed             and - s * mean(g) where centered
+    """
+    found = _normalized_backward(gradient, x, norm)
+    return (found if passed is None else widened(passed) + found).to(x.dtype)
+
+
+def add_normed(residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multiplier: float) -> torch.Tensor:
+    """residual + multiplier * norm(y), all [T, dim]; y itself without a norm."""
+    branch = widened(y) if norm is None else _normalized(y, norm)
+    return (widened(residual) + branch * multiplier).to(residual.dtype)
+
+
+def add_normed_backward(gradient: torch.Tensor, y: torch.Tensor, norm: Norm, multiplier: float) -> torch.Tensor:
+    """The gradient of y [T, dim] in `add_normed`; that of the residual is the gradient itself."""
+    return (_normalized_backward(gradient, y, norm) * multiplier).to(y.dtype)
+
+
+def _normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """`normalize` before it is rounded."""
+    wide = widened(x)
+    if norm.centered:
+        wide = wide - wide.mean(-1, keepdim=True)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    if norm.weight is not None:
+        normed = normed * widened(norm.weight)
+    return normed if norm.bias is None else normed + widened(norm.bias)
+
+
+def _normalized_backward(gradient: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """`normalize_backward` without `passed`, before it is rounded."""
+    wide = widened(x)
+    if norm.centered:
+        wide = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    weighted = widened(gradient) if norm.weight is None else widened(gradient) * widened(norm.weight)
     along = (weighted * wide).mean(-1, keepdim=True)
-    return (_wide(passed) + scale * (weighted - wide * (scale.square() * along))).to(x.dtype)
+    found = scale * (weighted - wide * (scale.square() * along))
+    return found - scale * weighted.mean(-1, keepdim=True) if norm.centered else found
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (arXiv 2002.05202) of [T, dim]."""
-    wide = _wide(gate)
-    return (wide * torch.sigmoid(wide) * _wide(up)).to(gate.dtype)
+def _silu_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * sigmoid(x), of slope sigmoid + silu * (1 - sigmoid)."""
+    sigmoid = torch.sigmoid(x)
+    silu = x * sigmoid
+    return silu, (1 - sigmoid).mul_(silu).add_(sigmoid)
 
 
-def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up: silu'(gate) * up * gradient, where silu' = sigmoid + silu * (1 - sigmoid), and silu * gradient.
+def _gelu_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * Phi(x) of the normal distribution (arXiv 1606.08415), of slope Phi + x * phi."""
+    below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+    density = torch.exp(-0.5 * x.square()).mul_(1 / math.sqrt(2 * math.pi))
+    return x * below, density.mul_(x).add_(below)
+
+
+def _gelu_tanh_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * h with h = (1 + tanh(u)) / 2 and u = sqrt(2 / pi) * (x + 0.044715 x^3); its slope is h + x * 2 h (1 - h) u'."""
+    root = math.sqrt(2 / math.pi)
+    square = x.square()
+    # (1 + tanh(u)) / 2 = sigmoid(2 u).
+    h = torch.sigmoid(2 * root * x * (1 + 0.044715 * square))
+    value = x * h
+    return value, (2 * root * (1 + 3 * 0.044715 * square)).mul_(1 - h).mul_(value).add_(h)
+
+
+def _relu_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(x, 0), of slope 1 where x > 0."""
+    return x.clamp_min(0), (x > 0).to(x.dtype)
+
+
+def _relu2_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(x, 0)^2 (arXiv 2109.08668), of slope 2 max(x, 0)."""
+    positive = x.clamp_min(0)
+    return positive.square(), 2 * positive
+
+
+# Each activation by the name that `train.nn.triton.functional` knows too, and its value and slope together. They take wide numbers.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+SLOPES = {
+    "silu": _silu_slope, "gelu": _gelu_slope, "gelu_tanh": _gelu_tanh_slope, "relu": _relu_slope, "relu2": _relu2_slope
+}  # fmt: skip
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """One of `ACTIVATIONS` of [T, dim]."""
+    return ACTIVATIONS[activation](widened(x)).to(x.dtype)
+
+
+def activate_backward(gradient: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient of x."""
+    slope = SLOPES[activation](widened(x))[1]
+    return slope.mul_(widened(gradient)).to(x.dtype)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up (arXiv 2002.05202) of [T, dim]."""
+    return (ACTIVATIONS[activation](widened(gate)) * widened(up)).to(gate.dtype)
+
+
+def gated_backward(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up: activation'(gate) * up * gradient, and activation(gate) * gradient.
 
     Copies in float32 are several times the inputs' size, so each is reused in place or freed as soon as it can be.
     """
-    wide = _wide(gate)
-    wide_gradient = _wide(gradient)
-    sigmoid = torch.sigmoid(wide)
-    silu = wide * sigmoid
-    del wide
-    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
-    del sigmoid
-    up_grad = silu.mul_(wide_gradient).to(up.dtype)
-    del silu
+    wide_gradient = widened(gradient)
+    value, slope = SLOPES[activation](widened(gate))
+    up_grad = value.mul_(wide_gradient).to(up.dtype)
+    del value
     return slope.mul_(wide_gradient * up).to(gate.dtype), up_grad
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of [T, heads, dim] by cos and sin [T, dim].
+def split_gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`gated` of the halves of [T, 2 dim], gate first: the outputs of one matrix."""
+    gate, up = gate_up.chunk(2, -1)
+    return gated(gate, up, activation)
 
-    Feature i of the first half turns with feature i of the second half, as in transformers' `apply_rotary_pos_emb`.
+
+def split_gated_backward(gradient: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient of `gate_up`, as one again."""
+    gate, up = gate_up.chunk(2, -1)
+    return torch.cat(gated_backward(gradient, gate, up, activation), -1)
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Attention of q [S, heads, L, dim] to k and v [S, key-value heads, M, dim], with autograd.
+
+    `seen` masks the scores [S, heads, L, M] or all that broadcasts to them; `softcap` is as `train.nn.attention.attend` takes it.
     """
-    a, b = _halves(x)
-    # cos and sin [T, 1, dim] are the same for all heads of a token.
-    cos_a, cos_b = _halves(cos[:, None])
-    sin_a, sin_b = _halves(sin[:, None])
-    return _joined(a * cos_a - b * sin_a, b * cos_b + a * sin_b).to(x.dtype)
+    of_keys = k.shape[1]
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != of_keys
+        )
+    # [S, K, H / K, L, dim] and [S, K, 1, M, dim]: grouped-query attention without copies of the keys.
+    grouped, k, v = q.unflatten(1, (of_keys, -1)), k.unsqueeze(2), v.unsqueeze(2)
+    # Scaled before the product, which would exceed float16's range sooner.
+    scores = softcap * torch.tanh(widened((grouped * scale) @ k.transpose(-1, -2)) / softcap)
+    weights = torch.softmax(scores.masked_fill(~seen.unsqueeze(-3), -math.inf), -1)
+    return (weights.to(v.dtype) @ v).flatten(1, 2)
 
 
-def apply_rotary_backward(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The gradient of the input of `apply_rotary`: the transposed rotation."""
-    a, b = _halves(gradient)
-    cos_a, cos_b = _halves(cos[:, None])
-    sin_a, sin_b = _halves(sin[:, None])
-    return _joined(a * cos_a + b * sin_b, b * cos_b - a * sin_a).to(gradient.dtype)
-
-
-def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The halves of the last dimension, in no less than float32."""
-    halves: tuple[torch.Tensor, ...] = _wide(x).unflatten(-1, (2, -1)).unbind(-2)
-    return halves
-
-
-def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Two halves [..., dim / 2] as one [..., dim]."""
-    return torch.stack((a, b), -2).flatten(-2)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def widened(x: torch.Tensor) -> torch.Tensor:
     """x in no less than float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -106,8 +218,9 @@ def triton_kernel(formula: Formula) -> Formula:
     """The Triton kernel with a formula's name."""
     # Here, since Triton is not installed everywhere.
     from train.nn.triton import functional as kernels
+    from train.nn.triton import heads
 
-    kernel: Formula = getattr(kernels, formula.__name__)
+    kernel: Formula = getattr(heads if formula.__module__ == "train.nn.heads" else kernels, formula.__name__)
     return kernel
 
 
@@ -140,66 +253,108 @@ def dispatch(formula: Formula, fused: bool, *arguments: Any) -> Any:
     return triton_kernel(formula)(*arguments) if fused else map_row_chunks(formula, *arguments)
 
 
-class _RMSNormResidual(torch.autograd.Function):
+class _NormResidual(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x)
+        ctx.norm = norm
         ctx.fused = fused
-        return dispatch(rms_norm, fused, x, weight, eps), x
+        return dispatch(normalize, fused, x, norm), x
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # The gradients of both outputs: the norm's, and that of x in the residual stream.
         gradient, passed = gradients
-        x, weight = ctx.saved_tensors
-        return dispatch(rms_norm_backward, ctx.fused, gradient, passed, x, weight, ctx.eps), None, None, None
+        return dispatch(normalize_backward, ctx.fused, gradient, passed, *ctx.saved_tensors, ctx.norm), None, None
+
+
+def norm_residual(x: torch.Tensor, norm: Norm, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, dim] -> its norm, and x itself for the residual stream, so that one kernel adds their gradients."""
+    both: tuple[torch.Tensor, torch.Tensor] = _NormResidual.apply(x, norm, fused)
+    return both
 
 
 def rms_norm_residual(
     x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, dim] -> its `rms_norm`, and x itself for the residual stream, so that one kernel adds their gradients."""
-    both: tuple[torch.Tensor, torch.Tensor] = _RMSNormResidual.apply(x, weight, eps, fused)
-    return both
+    """`norm_residual` by a root-mean-square norm."""
+    return norm_residual(x, Norm(weight, eps), fused)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _AddNormed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(
+        ctx: Any, residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multiplier: float, fused: bool
+    ) -> torch.Tensor:
+        # Without a norm y's gradient needs no y.
+        ctx.save_for_backward(*([] if norm is None else [y]))
+        ctx.norm = norm
+        ctx.multiplier = multiplier
         ctx.fused = fused
-        product: torch.Tensor = dispatch(swiglu, fused, gate, up)
+        added: torch.Tensor = dispatch(add_normed, fused, residual, y, norm, multiplier)
+        return added
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient = gradients[0]
+        if ctx.norm is None:
+            y_grad = gradient if ctx.multiplier == 1 else gradient * ctx.multiplier
+        else:
+            y_grad = dispatch(add_normed_backward, ctx.fused, gradient, *ctx.saved_tensors, ctx.norm, ctx.multiplier)
+        return gradient, y_grad, None, None, None
+
+
+def add_normed_autograd(
+    residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multiplier: float, fused: bool
+) -> torch.Tensor:
+    """`add_normed` with autograd: what norms behind a branch (OLMo 2, Gemma 2) and multipliers of it (Granite) take."""
+    added: torch.Tensor = _AddNormed.apply(residual, y, norm, multiplier, fused)
+    return added
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, activation: str, fused: bool) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.activation = activation
+        ctx.fused = fused
+        active: torch.Tensor = dispatch(activate, fused, x, activation)
+        return active
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return dispatch(activate_backward, ctx.fused, gradients[0], *ctx.saved_tensors, ctx.activation), None, None
+
+
+def activate_autograd(x: torch.Tensor, activation: str, fused: bool) -> torch.Tensor:
+    """`activate` with autograd."""
+    active: torch.Tensor = _Activate.apply(x, activation, fused)
+    return active
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: str, fused: bool, *projections: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*projections)
+        ctx.activation = activation
+        ctx.fused = fused
+        formula = gated if len(projections) == 2 else split_gated
+        product: torch.Tensor = dispatch(formula, fused, *projections, activation)
         return product
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        gate_grad, up_grad = dispatch(swiglu_backward, ctx.fused, gradients[0], *ctx.saved_tensors)
-        return gate_grad, up_grad, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        formula = gated_backward if len(ctx.saved_tensors) == 2 else split_gated_backward
+        found = dispatch(formula, ctx.fused, gradients[0], *ctx.saved_tensors, ctx.activation)
+        return None, None, *(found if isinstance(found, tuple) else (found,))
 
 
-def swiglu_autograd(gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
-    """`swiglu` with autograd."""
-    product: torch.Tensor = _SwiGLU.apply(gate, up, fused)
+def gated_autograd(projections: tuple[torch.Tensor, ...], activation: str, fused: bool) -> torch.Tensor:
+    """`gated` with autograd of (gate, up), both [T, dim], or of one [T, 2 dim] with gate first."""
+    product: torch.Tensor = _Gated.apply(activation, fused, *projections)
     return product
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.fused = fused
-        rotated: torch.Tensor = dispatch(apply_rotary, fused, x, cos, sin)
-        return rotated
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return dispatch(apply_rotary_backward, ctx.fused, gradients[0], *ctx.saved_tensors), None, None, None
-
-
-def rotary_autograd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool) -> torch.Tensor:
-    """`apply_rotary` with autograd."""
-    rotated: torch.Tensor = _Rotary.apply(x, cos, sin, fused)
-    return rotated
+def swiglu_autograd(gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
+    """`gated` by silu with autograd."""
+    return gated_autograd((gate, up), "silu", fused)

@@ -22,6 +22,10 @@ Backward, with dO the gradient of the output (its section 3.1.2). P needs no sec
     dS    = P * (dP - D)
     dQ    = scale * dS K,   dK = scale * dS^T Q
 
+A window bounds the blocks on both sides and masks within them: a query at position i sees keys j with i - window < j <= i. With a
+soft cap c the scores become c * t with t = tanh(S / c), and dS is multiplied by the slope 1 - t^2. Heads whose features are no power of
+two are padded with zeros in registers, which changes no product.
+
 Exponentials are powers of two, one instruction: scores are multiplied by scale * log2(e), and log_sums is a logarithm to base two.
 
 PyTorch's FlashAttention-2 is made for long sequences, and where its backward has to add up in a fixed order it takes the keys of a
@@ -38,10 +42,11 @@ import torch
 import triton
 import triton.language as tl
 
-# BLOCK is how many queries or keys a program takes at once. These are the fastest on an H200 among those that fit small GPUs.
-FORWARD = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-QUERIES = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
-KEYS = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+# BLOCK is how many queries or keys a program takes at once, by the padded features of a head. Those of 128 and less are the fastest on
+# an H200 among those that fit small GPUs; more features take smaller blocks, to fit the 99 KiB of shared memory of sm_86 and sm_120.
+FORWARD = {128: {"BLOCK": 64, "num_warps": 4, "num_stages": 3}, 256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2}}
+QUERIES = {128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2}, 256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2}}
+KEYS = {128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2}, 256: {"BLOCK": 32, "num_warps": 8, "num_stages": 2}}
 LOG2_E = 1 / math.log(2)
 
 
@@ -58,58 +63,101 @@ def _own_block(starts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(pointer, tokens, end, row, head_start, DIM: tl.constexpr):
-    """Features [BLOCK, DIM] of a head for flat `tokens`, zeros from `end` on; `row` is the stride between tokens."""
-    features = tl.arange(0, DIM)
+def _load_rows(pointer, tokens, end, row, head_start, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Features [BLOCK, WIDTH] of a head for flat `tokens`, zeros from `end` and DIM on; `row` is the stride between tokens."""
+    features = tl.arange(0, WIDTH)
+    is_real = (tokens < end)[:, None]
+    if DIM != WIDTH:
+        is_real = is_real & (features < DIM)[None, :]
     # 64 bits: token * row exceeds 32 bits from 2^31 numbers on, which 2^19 tokens of 4,096 features are.
     return tl.load(
+        pointer + tokens.to(tl.int64)[:, None] * row + head_start + features[None, :], mask=is_real, other=0.0
+    )
+
+
+@triton.jit
+def _store_rows(pointer, values, tokens, end, row, head_start, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Write what `_load_rows` reads."""
+    features = tl.arange(0, WIDTH)
+    is_real = (tokens < end)[:, None]
+    if DIM != WIDTH:
+        is_real = is_real & (features < DIM)[None, :]
+    tl.store(
         pointer + tokens.to(tl.int64)[:, None] * row + head_start + features[None, :],
-        mask=(tokens < end)[:, None], other=0.0,
+        values.to(pointer.dtype.element_ty), mask=is_real,
     )  # fmt: skip
 
 
 @triton.jit
-def _store_rows(pointer, values, tokens, end, row, head_start, DIM: tl.constexpr):
-    """Write what `_load_rows` reads."""
-    features = tl.arange(0, DIM)
-    tl.store(
-        pointer + tokens.to(tl.int64)[:, None] * row + head_start + features[None, :],
-        values.to(pointer.dtype.element_ty), mask=(tokens < end)[:, None],
-    )  # fmt: skip
+def _capped(products, scale, cap):
+    """The scores of `products`, to base two, and tanh(S / c) where there is a soft cap; see `_scales`."""
+    scores = products * scale
+    tanh = scores
+    if cap is not None:
+        # tanh(x) = 2 sigmoid(2 x) - 1.
+        tanh = 2 * tl.sigmoid(2 * scores) - 1
+        scores = tanh * cap
+    return scores, tanh
+
+
+@triton.jit
+def _is_seen(queries, keys, window):
+    """Whether a query sees a key; both broadcast to the block of scores."""
+    seen = keys <= queries
+    if window is not None:
+        seen = seen & (keys > queries - window)
+    return seen
+
+
+@triton.jit
+def _first_keys(start, first, window, BLOCK: tl.constexpr):
+    """The start of the first block with a key that a query from `first` on sees.
+
+    A sequence that starts at 10, queries from 138 on, blocks of 64 and a window of 70: key 69 is the first, in the block 10 to 73.
+    """
+    first_keys = start
+    if window is not None:
+        first_keys += tl.maximum(first - start - window + 1, 0) // BLOCK * BLOCK
+    return first_keys
 
 
 @triton.jit(do_not_specialize=["total"])
 def _forward(
-    q, k, v, out, log_sums, starts, total, q_row, k_row, v_row, out_row, scale,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, out, log_sums, starts, total, q_row, k_row, v_row, out_row, scale, cap, window,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [T, H, DIM] and log_sums [H, T], to base two, of one block of queries of one head."""
+    """out [T, H, V_DIM] and log_sums [H, T], to base two, of one block of queries of one head."""
     start, first, end = _own_block(starts, BLOCK)
     if first >= end:
         return
     head = tl.program_id(2)
     # Grouped-query attention: GROUP heads in a row share one key-value head.
-    kv_start = head // GROUP * DIM
+    kv_head = head // GROUP
     queries = first + tl.arange(0, BLOCK)
-    q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM)
+    q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM, WIDTH)
     running_max = tl.full((BLOCK,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, DIM), tl.float32)
+    acc = tl.zeros((BLOCK, V_WIDTH), tl.float32)
     # Up to the queries' own block, the last one with keys that any of them sees.
-    for at in range(start, first + BLOCK, BLOCK):
+    for at in range(_first_keys(start, first, window, BLOCK), first + BLOCK, BLOCK):
         keys = at + tl.arange(0, BLOCK)
-        scores = tl.dot(q_block, tl.trans(_load_rows(k, keys, end, k_row, kv_start, DIM))) * scale
-        # The first block holds key `start`, which all queries see, so no running maximum stays -inf.
-        scores = tl.where(keys[None, :] <= queries[:, None], scores, -float("inf"))
+        products = tl.dot(q_block, tl.trans(_load_rows(k, keys, end, k_row, kv_head * DIM, DIM, WIDTH)))
+        scores, _tanh = _capped(products, scale, cap)
+        # Without a window the first block holds key `start`, which all queries see, so no running maximum stays -inf.
+        scores = tl.where(_is_seen(queries[:, None], keys[None, :], window), scores, -float("inf"))
         new_max = tl.maximum(running_max, tl.max(scores, 1))
+        if window is not None:
+            # The last queries of a block may see no key of the first one, and -inf - -inf is NaN. A finite maximum below all scores
+            # leaves their sums at zero.
+            new_max = tl.maximum(new_max, -1e30)
         p = tl.exp2(scores - new_max[:, None])
         rescale = tl.exp2(running_max - new_max)
         running_sum = running_sum * rescale + tl.sum(p, 1)
         # P is rounded to v's dtype for the matrix unit; the sum stays in float32.
-        v_block = _load_rows(v, keys, end, v_row, kv_start, DIM)
+        v_block = _load_rows(v, keys, end, v_row, kv_head * V_DIM, V_DIM, V_WIDTH)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * rescale[:, None])
         running_max = new_max
-    _store_rows(out, acc / running_sum[:, None], queries, end, out_row, head * DIM, DIM)
+    _store_rows(out, acc / running_sum[:, None], queries, end, out_row, head * V_DIM, V_DIM, V_WIDTH)
     # Plus the logarithm of the sum, so that the backward gets P = exp2(S - log_sums) in one step.
     tl.store(log_sums + head.to(tl.int64) * total + queries, running_max + tl.log2(running_sum), mask=queries < end)
 
@@ -117,43 +165,45 @@ def _forward(
 @triton.jit(do_not_specialize=["total"])
 def _backward_queries(
     q, k, v, out, gradient, q_grad, log_sums, deltas, starts, total,
-    q_row, k_row, v_row, out_row, gradient_row, q_grad_row, scale, factor,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    q_row, k_row, v_row, out_row, gradient_row, q_grad_row, scale, cap, window, factor,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries of one head. `deltas` [H, T] are kept for `_backward_keys`, which runs after this kernel."""
     start, first, end = _own_block(starts, BLOCK)
     if first >= end:
         return
     head = tl.program_id(2)
-    kv_start = head // GROUP * DIM
+    kv_head = head // GROUP
     queries = first + tl.arange(0, BLOCK)
-    q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM)
-    out_grad = _load_rows(gradient, queries, end, gradient_row, head * DIM, DIM)
+    q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM, WIDTH)
+    out_grad = _load_rows(gradient, queries, end, gradient_row, head * V_DIM, V_DIM, V_WIDTH)
     # D = rowsum(dO * out), in float32 before the sum.
-    out_block = _load_rows(out, queries, end, out_row, head * DIM, DIM)
+    out_block = _load_rows(out, queries, end, out_row, head * V_DIM, V_DIM, V_WIDTH)
     delta = tl.sum(out_block.to(tl.float32) * out_grad.to(tl.float32), 1)
     place = head.to(tl.int64) * total + queries
     tl.store(deltas + place, delta, mask=queries < end)
     log_sum = tl.load(log_sums + place, mask=queries < end, other=0.0)
-    acc = tl.zeros((BLOCK, DIM), tl.float32)
-    for at in range(start, first + BLOCK, BLOCK):
+    acc = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for at in range(_first_keys(start, first, window, BLOCK), first + BLOCK, BLOCK):
         keys = at + tl.arange(0, BLOCK)
-        k_block = _load_rows(k, keys, end, k_row, kv_start, DIM)
-        scores = tl.dot(q_block, tl.trans(k_block)) * scale
-        p = tl.where(keys[None, :] <= queries[:, None], tl.exp2(scores - log_sum[:, None]), 0.0)
-        p_grad = tl.dot(out_grad, tl.trans(_load_rows(v, keys, end, v_row, kv_start, DIM)))
+        k_block = _load_rows(k, keys, end, k_row, kv_head * DIM, DIM, WIDTH)
+        scores, tanh = _capped(tl.dot(q_block, tl.trans(k_block)), scale, cap)
+        p = tl.where(_is_seen(queries[:, None], keys[None, :], window), tl.exp2(scores - log_sum[:, None]), 0.0)
+        p_grad = tl.dot(out_grad, tl.trans(_load_rows(v, keys, end, v_row, kv_head * V_DIM, V_DIM, V_WIDTH)))
         # dS = P * (dP - D), then dQ += dS K.
         s_grad = p * (p_grad - delta[:, None])
+        if cap is not None:
+            s_grad *= 1 - tanh * tanh
         acc = tl.dot(s_grad.to(k_block.dtype), k_block, acc)
     # `factor` is the scale without log2(e), which belongs to the exponentials alone.
-    _store_rows(q_grad, acc * factor, queries, end, q_grad_row, head * DIM, DIM)
+    _store_rows(q_grad, acc * factor, queries, end, q_grad_row, head * DIM, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["total"])
 def _backward_keys(
     q, k, v, gradient, k_grad, v_grad, log_sums, deltas, starts, total,
-    q_row, k_row, v_row, gradient_row, k_grad_row, v_grad_row, scale, factor,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    q_row, k_row, v_row, gradient_row, k_grad_row, v_grad_row, scale, cap, window, factor,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys and values of one key-value head, from all queries of its group of heads.
 
@@ -164,54 +214,69 @@ def _backward_keys(
         return
     kv_head = tl.program_id(2)
     keys = first + tl.arange(0, BLOCK)
-    k_block = _load_rows(k, keys, end, k_row, kv_head * DIM, DIM)
-    v_block = _load_rows(v, keys, end, v_row, kv_head * DIM, DIM)
-    k_acc = tl.zeros((BLOCK, DIM), tl.float32)
-    v_acc = tl.zeros((BLOCK, DIM), tl.float32)
+    k_block = _load_rows(k, keys, end, k_row, kv_head * DIM, DIM, WIDTH)
+    v_block = _load_rows(v, keys, end, v_row, kv_head * V_DIM, V_DIM, V_WIDTH)
+    k_acc = tl.zeros((BLOCK, WIDTH), tl.float32)
+    v_acc = tl.zeros((BLOCK, V_WIDTH), tl.float32)
+    # The last query that sees a key of this block is window - 1 behind the block's last key.
+    last = end
+    if window is not None:
+        last = tl.minimum(end, first + BLOCK + window - 1)
     # The heads of a group one after another, in one program: a fixed order of the sum, and no atomics.
     for member in range(GROUP):
         head = kv_head * GROUP + member
         # From the keys' own block on: earlier queries see none of these keys.
-        for at in range(first, end, BLOCK):
+        for at in range(first, last, BLOCK):
             queries = at + tl.arange(0, BLOCK)
             place = head.to(tl.int64) * total + queries
-            q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM)
+            q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM, WIDTH)
             log_sum = tl.load(log_sums + place, mask=queries < end, other=0.0)
-            scores = tl.dot(k_block, tl.trans(q_block)) * scale
+            scores, tanh = _capped(tl.dot(k_block, tl.trans(q_block)), scale, cap)
             # Queries past the end have zeros for scores and log_sum, so P would be 1 without the second mask.
-            is_seen = (keys[:, None] <= queries[None, :]) & (queries < end)[None, :]
+            is_seen = _is_seen(queries[None, :], keys[:, None], window) & (queries < end)[None, :]
             p = tl.where(is_seen, tl.exp2(scores - log_sum[None, :]), 0.0)
-            out_grad = _load_rows(gradient, queries, end, gradient_row, head * DIM, DIM)
+            out_grad = _load_rows(gradient, queries, end, gradient_row, head * V_DIM, V_DIM, V_WIDTH)
             v_acc = tl.dot(p.to(out_grad.dtype), out_grad, v_acc)
             delta = tl.load(deltas + place, mask=queries < end, other=0.0)
             p_grad = tl.dot(v_block, tl.trans(out_grad))
             # dS^T, then dK += dS^T Q.
             s_grad = p * (p_grad - delta[None, :])
+            if cap is not None:
+                s_grad *= 1 - tanh * tanh
             k_acc = tl.dot(s_grad.to(q_block.dtype), q_block, k_acc)
-    _store_rows(k_grad, k_acc * factor, keys, end, k_grad_row, kv_head * DIM, DIM)
-    _store_rows(v_grad, v_acc, keys, end, v_grad_row, kv_head * DIM, DIM)
+    _store_rows(k_grad, k_acc * factor, keys, end, k_grad_row, kv_head * DIM, DIM, WIDTH)
+    _store_rows(v_grad, v_acc, keys, end, v_grad_row, kv_head * V_DIM, V_DIM, V_WIDTH)
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q [T, H, D] to k and v [T, K, D] of the same sequence, up to the query's own position.
+    """Attention of q [T, H, D] to k [T, K, D] and v [T, K, E] of the same sequence, up to the query's own position.
 
     Args:
         starts: [S + 1] int32, where each sequence begins; the last is T.
         longest: no sequence has more tokens.
         scale: the factor of the products of q and k.
+        window, softcap: as `train.nn.attention.attend` takes them.
 
     Returns:
-        [T, H, D] in q's dtype, and log2 of the sums of exponentials [H, T] in float32.
+        [T, H, E] in q's dtype, and log2 of the sums of exponentials [H, T] in float32.
     """
     q, k, v = (_with_whole_heads(x) for x in (q, k, v))
-    total, heads, dim = q.shape
-    out = torch.empty_like(q)
+    total, heads, _ = q.shape
+    out = q.new_empty(total, heads, v.shape[2])
     log_sums = q.new_empty(heads, total, dtype=torch.float32)
-    _forward[_grid(longest, starts, heads, FORWARD)](
-        q, k, v, out, log_sums, starts, total, q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * LOG2_E,
-        GROUP=heads // k.shape[1], DIM=dim, **FORWARD,
+    widths, launch = _widths(q, k, v), _launch(FORWARD, q)
+    _forward[_grid(longest, starts, heads, launch)](
+        q, k, v, out, log_sums, starts, total, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+        *_scales(scale, softcap), window, **widths, **launch,
     )  # fmt: skip
     return out, log_sums
 
@@ -226,25 +291,47 @@ def backward(
     starts: torch.Tensor,
     longest: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v from the gradient of `out` [T, H, D]; the other arguments as in `forward`."""
+    """The gradients of q, k and v from the gradient of `out` [T, H, E]; the other arguments as in `forward`."""
     gradient, q, k, v = (_with_whole_heads(x) for x in (gradient, q, k, v))
-    total, heads, dim = q.shape
+    total, heads, _ = q.shape
     q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     # Written by the kernel of the queries, read by that of the keys: both run on one stream, one after the other.
     deltas = torch.empty_like(log_sums)
-    group = heads // k.shape[1]
-    _backward_queries[_grid(longest, starts, heads, QUERIES)](
+    widths = _widths(q, k, v)
+    scales = *_scales(scale, softcap), window, scale
+    launch = _launch(QUERIES, q)
+    _backward_queries[_grid(longest, starts, heads, launch)](
         q, k, v, out, gradient, q_grad, log_sums, deltas, starts, total,
-        q.stride(0), k.stride(0), v.stride(0), out.stride(0), gradient.stride(0), q_grad.stride(0), scale * LOG2_E, scale,
-        GROUP=group, DIM=dim, **QUERIES,
+        q.stride(0), k.stride(0), v.stride(0), out.stride(0), gradient.stride(0), q_grad.stride(0), *scales,
+        **widths, **launch,
     )  # fmt: skip
-    _backward_keys[_grid(longest, starts, k.shape[1], KEYS)](
+    launch = _launch(KEYS, q)
+    _backward_keys[_grid(longest, starts, k.shape[1], launch)](
         q, k, v, gradient, k_grad, v_grad, log_sums, deltas, starts, total,
-        q.stride(0), k.stride(0), v.stride(0), gradient.stride(0), k_grad.stride(0), v_grad.stride(0), scale * LOG2_E, scale,
-        GROUP=group, DIM=dim, **KEYS,
+        q.stride(0), k.stride(0), v.stride(0), gradient.stride(0), k_grad.stride(0), v_grad.stride(0), *scales,
+        **widths, **launch,
     )  # fmt: skip
     return q_grad, k_grad, v_grad
+
+
+def _scales(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """What `_capped` multiplies by: scores to base two are S * log2(e), or log2(e) * softcap * tanh(S / softcap)."""
+    return (scale * LOG2_E, None) if softcap is None else (scale / softcap, softcap * LOG2_E)
+
+
+def _widths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
+    """How heads are grouped, and their features, padded to powers of two: 96 are loaded as 128 of which 32 are zeros."""
+    dim, of_values = q.shape[2], v.shape[2]
+    widths = {"WIDTH": triton.next_power_of_2(dim), "V_WIDTH": triton.next_power_of_2(of_values)}
+    return {"GROUP": q.shape[1] // k.shape[1], "DIM": dim, "V_DIM": of_values} | widths
+
+
+def _launch(launches: dict[int, dict[str, int]], q: torch.Tensor) -> dict[str, int]:
+    """The launch for heads of q's size."""
+    return next(launch for width, launch in launches.items() if q.shape[2] <= width)
 
 
 def _grid(longest: int, starts: torch.Tensor, heads: int, launch: dict[str, int]) -> tuple[int, int, int]:

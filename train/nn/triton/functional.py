@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from train.nn.functional import Norm
+
 # Numbers of a row that a program computes, where rows are cut into blocks.
 BLOCK = 1024
 # Logits that a program of `_cross_entropy` holds at once.
@@ -19,97 +21,153 @@ VOCAB_BLOCK = 4096
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _loaded_row(x, row, columns, is_column, CENTERED: tl.constexpr, DIM: tl.constexpr):
+    """A row in float32, zeros past its end, less its mean where CENTERED."""
+    wide = tl.load(x + row + columns, mask=is_column, other=0.0).to(tl.float32)
+    if CENTERED:
+        wide = tl.where(is_column, wide - tl.sum(wide, 0) / DIM, 0.0)
+    return wide
+
+
+@triton.jit
+def _normed_row(wide, weight, bias, eps, columns, is_column, DIM: tl.constexpr):
+    """The norm of a row, with weight and bias where there are."""
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
+    if weight is not None:
+        normed *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
+    if bias is not None:
+        normed += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
+    return normed
+
+
+@triton.jit
+def _normalize(x, weight, bias, out, eps, CENTERED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """One row; BLOCK is the power of two that holds DIM."""
     columns = tl.arange(0, BLOCK)
     is_column = columns < DIM
     # 64 bits, since rows * DIM may exceed 32.
     row = tl.program_id(0).to(tl.int64) * DIM
-    wide = tl.load(x + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
-    factors = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, (wide * scale * factors).to(out.dtype.element_ty), mask=is_column)
+    wide = _loaded_row(x, row, columns, is_column, CENTERED, DIM)
+    normed = _normed_row(wide, weight, bias, eps, columns, is_column, DIM)
+    tl.store(out + row + columns, normed.to(out.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def _rms_norm_backward(gradient, passed, x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One row, by the formula in `train.nn.functional.rms_norm_backward`."""
+def _add_normed(
+    residual, y, weight, bias, out, eps, multiplier,
+    NORMED: tl.constexpr, CENTERED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of residual + multiplier * norm(y), or of residual + multiplier * y."""
     columns = tl.arange(0, BLOCK)
     is_column = columns < DIM
-    # 64 bits, since rows * DIM may exceed 32.
     row = tl.program_id(0).to(tl.int64) * DIM
-    wide = tl.load(x + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    weighted = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    weighted *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
-    along = tl.sum(weighted * wide, 0) / DIM
-    found = tl.load(passed + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    found += scale * (weighted - wide * (scale * scale * along))
+    branch = _loaded_row(y, row, columns, is_column, CENTERED, DIM)
+    if NORMED:
+        branch = _normed_row(branch, weight, bias, eps, columns, is_column, DIM)
+    found = tl.load(residual + row + columns, mask=is_column, other=0.0).to(tl.float32) + multiplier * branch
     tl.store(out + row + columns, found.to(out.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def _swiglu(gate, up, out, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of a row."""
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _normalize_backward(
+    gradient, passed, x, weight, out, eps, multiplier, CENTERED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row, by the formula in `train.nn.functional.normalize_backward`; `passed` and `multiplier` may be None."""
+    columns = tl.arange(0, BLOCK)
     is_column = columns < DIM
     # 64 bits, since rows * DIM may exceed 32.
     row = tl.program_id(0).to(tl.int64) * DIM
-    wide = tl.load(gate + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    factor = tl.load(up + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, (wide * tl.sigmoid(wide) * factor).to(out.dtype.element_ty), mask=is_column)
+    wide = _loaded_row(x, row, columns, is_column, CENTERED, DIM)
+    weighted = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
+    if weight is not None:
+        weighted *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
+    along = tl.sum(weighted * wide, 0) / DIM
+    found = scale * (weighted - wide * (scale * scale * along))
+    if CENTERED:
+        found -= scale * (tl.sum(weighted, 0) / DIM)
+    if multiplier is not None:
+        found *= multiplier
+    if passed is not None:
+        found = tl.load(passed + row + columns, mask=is_column, other=0.0).to(tl.float32) + found
+    tl.store(out + row + columns, found.to(out.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def _swiglu_backward(gradient, gate, up, gate_grad, up_grad, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of a row."""
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_column = columns < DIM
-    # 64 bits, since rows * DIM may exceed 32.
-    row = tl.program_id(0).to(tl.int64) * DIM
-    wide = tl.load(gate + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    factor = tl.load(up + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    given = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(wide)
-    silu = wide * sigmoid
-    # d silu(x) / dx = sigmoid(x) + silu(x) * (1 - sigmoid(x)).
-    found = given * factor * (sigmoid + silu * (1 - sigmoid))
-    tl.store(gate_grad + row + columns, found.to(gate_grad.dtype.element_ty), mask=is_column)
-    tl.store(up_grad + row + columns, (given * silu).to(up_grad.dtype.element_ty), mask=is_column)
-
-
-@triton.jit
-def _rotary(
-    x, cos, sin, out, x_row, HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """All heads of one token; `BACK` rotates the other way, which is the gradient.
-
-    Feature i of the first half and feature HALF + i are the two coordinates that one angle rotates.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEAD_BLOCK)
-    feature = tl.arange(0, HALF_BLOCK)
-    is_feature = feature < HALF
-    turn = token * 2 * HALF + feature
-    cos_a = tl.load(cos + turn, mask=is_feature, other=0.0).to(tl.float32)[None, :]
-    cos_b = tl.load(cos + turn + HALF, mask=is_feature, other=0.0).to(tl.float32)[None, :]
-    sin_a = tl.load(sin + turn, mask=is_feature, other=0.0).to(tl.float32)[None, :]
-    sin_b = tl.load(sin + turn + HALF, mask=is_feature, other=0.0).to(tl.float32)[None, :]
-    # Where the first half of each head is within the token's row: head h starts at h * 2 * HALF.
-    place = head[:, None] * 2 * HALF + feature[None, :]
-    is_place = (head < HEADS)[:, None] & is_feature[None, :]
-    a = tl.load(x + token * x_row + place, mask=is_place, other=0.0).to(tl.float32)
-    b = tl.load(x + token * x_row + place + HALF, mask=is_place, other=0.0).to(tl.float32)
-    if BACK:
-        first = a * cos_a + b * sin_b
-        second = b * cos_b - a * sin_a
+def _activated(x, ACTIVATION: tl.constexpr):
+    """One of `train.nn.functional.ACTIVATIONS` of float32 numbers."""
+    if ACTIVATION == "silu":
+        value = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        value = x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691216057308 is 2 sqrt(2 / pi).
+        value = x * tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
     else:
-        first = a * cos_a - b * sin_a
-        second = b * cos_b + a * sin_b
-    out += token * HEADS * 2 * HALF
-    tl.store(out + place, first.to(out.dtype.element_ty), mask=is_place)
-    tl.store(out + place + HALF, second.to(out.dtype.element_ty), mask=is_place)
+        value = tl.maximum(x, 0.0)
+        if ACTIVATION == "relu2":
+            value *= value
+    return value
+
+
+@triton.jit
+def _activated_slope(x, ACTIVATION: tl.constexpr):
+    """The value of an activation and its slope, by the formulas in `train.nn.functional`."""
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(x)
+        value = x * sigmoid
+        slope = sigmoid + value * (1 - sigmoid)
+    elif ACTIVATION == "gelu":
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        value = x * below
+        # 0.3989422804014327 is 1 / sqrt(2 pi).
+        slope = below + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+    elif ACTIVATION == "gelu_tanh":
+        h = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+        value = x * h
+        slope = h + value * (1 - h) * (1.5957691216057308 * (1 + 0.134145 * x * x))
+    else:
+        value = tl.maximum(x, 0.0)
+        slope = (x > 0).to(tl.float32)
+        if ACTIVATION == "relu2":
+            slope = 2 * value
+            value *= value
+    return value, slope
+
+
+@triton.jit
+def _gated(gate, up, out, gate_row, up_row, ACTIVATION: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of a row; `up` may be None. The rows of gate and up may be apart: halves of wider ones."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.load(gate + row * gate_row + columns, mask=is_column, other=0.0).to(tl.float32)
+    found = _activated(wide, ACTIVATION)
+    if up is not None:
+        found *= tl.load(up + row * up_row + columns, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(out + row * DIM + columns, found.to(out.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def _gated_backward(
+    gradient, gate, up, gate_grad, up_grad, gate_row, up_row, grad_row,
+    ACTIVATION: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of a row; `up` and `up_grad` may be None, and the rows of both gradients are `grad_row` apart."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.load(gate + row * gate_row + columns, mask=is_column, other=0.0).to(tl.float32)
+    given = tl.load(gradient + row * DIM + columns, mask=is_column, other=0.0).to(tl.float32)
+    value, slope = _activated_slope(wide, ACTIVATION)
+    found = given * slope
+    if up is not None:
+        factor = tl.load(up + row * up_row + columns, mask=is_column, other=0.0).to(tl.float32)
+        found = given * factor * slope
+        tl.store(up_grad + row * grad_row + columns, (given * value).to(up_grad.dtype.element_ty), mask=is_column)
+    tl.store(gate_grad + row * grad_row + columns, found.to(gate_grad.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
@@ -202,74 +260,135 @@ def _adamw(
     tl.store(exp_avg_sq + place, square, mask=is_column)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`train.nn.functional.rms_norm` of [T, dim]."""
+def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """`train.nn.functional.normalize` of [T, dim]."""
     rows, dim = x.shape
     x = x.contiguous()
     out = torch.empty_like(x)
-    _rms_norm[(rows,)](x, weight, out, eps, DIM=dim, **_whole_row(dim))
+    _normalize[(rows,)](x, norm.weight, norm.bias, out, norm.eps, CENTERED=norm.centered, DIM=dim, **_whole_row(dim))
     return out
 
 
-def rms_norm_backward(
-    gradient: torch.Tensor, passed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+def normalize_backward(
+    gradient: torch.Tensor, passed: torch.Tensor | None, x: torch.Tensor, norm: Norm, multiplier: float | None = None
 ) -> torch.Tensor:
-    """`train.nn.functional.rms_norm_backward` of [T, dim]."""
+    """`train.nn.functional.normalize_backward` of [T, dim]; the norm's own part is multiplied by `multiplier`."""
     gradient = gradient.contiguous()
-    passed = passed.contiguous()
+    passed = None if passed is None else passed.contiguous()
     x = x.contiguous()
     rows, dim = x.shape
     out = torch.empty_like(x)
-    _rms_norm_backward[(rows,)](gradient, passed, x, weight, out, eps, DIM=dim, **_whole_row(dim))
+    _normalize_backward[(rows,)](
+        gradient, passed, x, norm.weight, out, norm.eps, multiplier, CENTERED=norm.centered, DIM=dim, **_whole_row(dim)
+    )
     return out
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`train.nn.functional.swiglu` of [T, dim]."""
-    gate = gate.contiguous()
-    up = up.contiguous()
-    out = torch.empty_like(gate)
-    _swiglu[_blocks(gate)](gate, up, out, DIM=gate.shape[1], BLOCK=BLOCK)
+def add_normed(residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multiplier: float) -> torch.Tensor:
+    """`train.nn.functional.add_normed` of [T, dim]."""
+    rows, dim = y.shape
+    residual = residual.contiguous()
+    y = y.contiguous()
+    out = torch.empty_like(residual)
+    weight, bias, eps, centered = (
+        (None, None, 0.0, False) if norm is None else (norm.weight, norm.bias, norm.eps, norm.centered)
+    )
+    _add_normed[(rows,)](
+        residual,
+        y,
+        weight,
+        bias,
+        out,
+        eps,
+        multiplier,
+        NORMED=norm is not None,
+        CENTERED=centered,
+        DIM=dim,
+        **_whole_row(dim),
+    )
     return out
 
 
-def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`train.nn.functional.swiglu_backward` of [T, dim]."""
+def add_normed_backward(gradient: torch.Tensor, y: torch.Tensor, norm: Norm, multiplier: float) -> torch.Tensor:
+    """`train.nn.functional.add_normed_backward` of [T, dim]."""
+    return normalize_backward(gradient, None, y, norm, multiplier)
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """`train.nn.functional.activate` of [T, dim]."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _gated[_blocks(x)](x, None, out, x.stride(0), 0, ACTIVATION=activation, DIM=x.shape[1], BLOCK=BLOCK)
+    return out
+
+
+def activate_backward(gradient: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """`train.nn.functional.activate_backward` of [T, dim]."""
     gradient = gradient.contiguous()
-    gate = gate.contiguous()
-    up = up.contiguous()
-    gate_grad = torch.empty_like(gate)
-    up_grad = torch.empty_like(up)
-    _swiglu_backward[_blocks(gate)](gradient, gate, up, gate_grad, up_grad, DIM=gate.shape[1], BLOCK=BLOCK)
+    x = x.contiguous()
+    x_grad = torch.empty_like(x)
+    _gated_backward[_blocks(x)](
+        gradient,
+        x,
+        None,
+        x_grad,
+        None,
+        x.stride(0),
+        0,
+        x_grad.stride(0),
+        ACTIVATION=activation,
+        DIM=x.shape[1],
+        BLOCK=BLOCK,
+    )
+    return x_grad
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`train.nn.functional.gated` of [T, dim]."""
+    gate, up = _with_whole_rows(gate), _with_whole_rows(up)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    _gated[_blocks(gate)](
+        gate, up, out, gate.stride(0), up.stride(0), ACTIVATION=activation, DIM=gate.shape[1], BLOCK=BLOCK
+    )
+    return out
+
+
+def gated_backward(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`train.nn.functional.gated_backward` of [T, dim]."""
+    gate_grad, up_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+    _launch_gated_backward(gradient, gate, up, gate_grad, up_grad, activation)
     return gate_grad, up_grad
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`train.nn.functional.apply_rotary` of [T, heads, dim]."""
-    return _rotate_heads(x, cos, sin, back=False)
+def split_gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`train.nn.functional.split_gated` of [T, 2 dim]."""
+    gate, up = gate_up.chunk(2, -1)
+    return gated(gate, up, activation)
 
 
-def apply_rotary_backward(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`train.nn.functional.apply_rotary_backward` of [T, heads, dim]."""
-    return _rotate_heads(gradient, cos, sin, back=True)
+def split_gated_backward(gradient: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`train.nn.functional.split_gated_backward` of [T, 2 dim]: both gradients go where they belong in one matrix."""
+    joined = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    (gate, up), (gate_grad, up_grad) = gate_up.chunk(2, -1), joined.chunk(2, -1)
+    _launch_gated_backward(gradient, gate, up, gate_grad, up_grad, activation)
+    return joined
 
 
-def _rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool) -> torch.Tensor:
-    """x [T, heads, dim] rotated by cos and sin [T, dim]; tokens may be apart, as in a view of one wide projection."""
-    tokens, heads, dim = x.shape
-    if cos.shape != (tokens, dim) or sin.shape != (tokens, dim):
-        raise ValueError(
-            f"heads {tuple(x.shape)} cannot be rotated by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}: the kernel rotates every "
-            "feature of a head"
-        )
-    x = x if x.stride()[1:] == (dim, 1) else x.contiguous()
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Triton's ranges are powers of two; masks leave out what is past 9 heads or 48 features.
-    blocks = {"HEAD_BLOCK": triton.next_power_of_2(heads), "HALF_BLOCK": triton.next_power_of_2(dim // 2)}
-    _rotary[(tokens,)](
-        x, cos.contiguous(), sin.contiguous(), out, x.stride(0), HEADS=heads, HALF=dim // 2, BACK=back, **blocks
-    )
-    return out
+def _launch_gated_backward(
+    gradient: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    gate_grad: torch.Tensor,
+    up_grad: torch.Tensor,
+    activation: str,
+) -> None:
+    gate, up = _with_whole_rows(gate), _with_whole_rows(up)
+    _gated_backward[_blocks(gate)](
+        gradient.contiguous(), gate, up, gate_grad, up_grad, gate.stride(0), up.stride(0), gate_grad.stride(0),
+        ACTIVATION=activation, DIM=gate.shape[1], BLOCK=BLOCK,
+    )  # fmt: skip
 
 
 def cross_entropy(
@@ -318,3 +437,8 @@ def _blocks(matrix: torch.Tensor) -> tuple[int, int]:
     """The grid of a program per block of each row."""
     rows, dim = matrix.shape
     return rows, triton.cdiv(dim, BLOCK)
+
+
+def _with_whole_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """[T, dim] with each row's numbers contiguous; rows may be apart, as in a half of one wide projection."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
