@@ -22,7 +22,8 @@ from train.model import base_cache
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.locking import locked
 from train.model.quantized import QuantizedBase, hollow_model
-from train.nn.packed_model import DeviceSetup, PackedModel, Residency, load_base, pack_model
+from train.nn.base import load_base
+from train.nn.packed_model import DeviceSetup, PackedModel, Residency, pack_model
 from train.runtime.signals import StopFlag, Stopped
 from train.store.layout import CacheDir
 from train.store.storage import make_folder, read_json

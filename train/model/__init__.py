@@ -11,6 +11,9 @@
     experts       which parameters are stacks of experts
     loading       decoder and tokenizer by transformers' loaders, and the checks on the meta device
     anatomy       where decoder and layers of a model are, whatever its class
+    layer_kinds   models with fewer layers of every kind
+    narrowing     and with smaller sizes
+    copies        both together: what `train.nn.judge` measures
     nf4           the only file that knows bitsandbytes
     quantized     a base in 4 bits as tensors by name
     quantizing    from the files of a model to such a base, a weight at a time

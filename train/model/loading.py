@@ -95,7 +95,7 @@ def check_decoder(folder: Path, model: ModelConfig, longest: int) -> None:
     Raises:
         BadInput: transformers cannot load it, weights are missing, or it is not a Llama-like decoder.
     """
-    with _quiet(), _foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
+    with quiet(), _foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
         refuse_by_config(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), longest)
         decoder = load_decoder(folder, model, dtype=torch.bfloat16, device_map="meta")
         refuse_unsupported(decoder, longest)
@@ -176,7 +176,7 @@ def _foreign_errors(what: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no tables of weights: the error says once what is wrong."""
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()

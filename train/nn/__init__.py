@@ -20,8 +20,11 @@ In reading order:
     transformers_decoder  transformers' own decoder, on flat tokens or on padded sequences
     packed_model     the base of a pack: loading, freezing and exchanging a model's parts
     gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph
+    probing          what the judge compares: numbers of stock transformers and of a packed model
+    judge            which path computes a model, decided by these numbers
+    base             the base of a pack, loaded, judged and packed
     generation       greedy answers of many runs at once
     triton/          the kernels behind functional, heads, grouped_mm and attention, for GPUs from sm_80 on
 
-A new model family is judged in `decoder`: its test compares our decoder with transformers' own on random tokens.
+A new model family needs no word here: `judge` takes the first path that computes it right.
 """

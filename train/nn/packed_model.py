@@ -22,13 +22,12 @@ from transformers import PreTrainedModel
 
 from train.config import QuantConfig
 from train.data.micro_batch import MicroBatch
+from train.errors import BadInput
 from train.lora.parameters import PackedAdapters
-from train.model.base_cache import BaseCache, BaseSpec
 from train.model.experts import ExpertStack
 from train.model.linears import FrozenLinear, frozen_linears
-from train.model.loading import refuse_unsupported
 from train.model.nf4 import dequantize, quantize, quantize_stack
-from train.model.quantized import QuantizedBase, hollow_model, load_model
+from train.model.quantized import QuantizedBase
 from train.nn.attention import ATTENTION
 from train.nn.backends import EAGER, Kernels
 from train.nn.decoder import llama_decoder
@@ -77,7 +76,7 @@ class PackedModel:
     Attributes:
         linears: every linear layer that an adapter may be added to, by name; `shapes` gives its (out, in) features.
         longest: no sequence has more tokens.
-        path: how the decoder is computed.
+        path: how the decoder is computed; `attempts` is what each path tried gave when it was chosen (`train.nn.judge`).
         parameters: how many the base has, quantized ones included.
     """
 
@@ -100,6 +99,7 @@ class PackedModel:
         self.device = self.head.device
         self.parameters = parameters
         self.path, self._decoder = _choose_path(model, context, path)
+        self.attempts: tuple[str, ...] = ()
         self._recomputes = False
 
     @property
@@ -136,24 +136,11 @@ def _choose_path(
     own = llama_decoder(model, context) if path in (None, "own") else None
     if own is not None:
         return "own", own
+    if path == "own":
+        raise BadInput(f"our decoder has no description of the architecture {model.config.model_type!r}")
     if path == "padded":
         return path, PaddedDecoder(model, context)
     return "flat", FlatDecoder(model, context)
-
-
-def load_base(
-    spec: BaseSpec, residency: Residency, longest: int, bases: BaseCache, kernels: Kernels = EAGER
-) -> PackedModel:
-    """Load a base for packs whose sequences have at most `longest` tokens; a quantized one comes from the cache `bases`.
-
-    Raises:
-        BadInput: weights are missing, or the architecture computes something that the packed trainer would leave out.
-    """
-    setup = DeviceSetup(spec.quant, spec.device, residency, longest, kernels)
-    if not spec.quant.load_in_4bit:
-        return pack_model(load_model(spec.model_dir, spec.model, spec.dtype, spec.device), setup)
-    quantized = bases.open(spec)
-    return pack_model(hollow_model(spec.model_dir, spec.model, spec.dtype, quantized), setup, quantized)
 
 
 def pack_model(
@@ -167,9 +154,8 @@ def pack_model(
     The linear weights of a `hollow_model` are in `quantized`. Without a `path`, the fastest that computes what transformers does.
 
     Raises:
-        BadInput: as for `load_base`.
+        BadInput: `path` is ``own``, and our decoder has no description of the architecture.
     """
-    refuse_unsupported(model, setup.longest)
     model.requires_grad_(False)
     if path != "padded":
         model.set_attn_implementation(ATTENTION)

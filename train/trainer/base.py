@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from train.config import RunConfig
 from train.model.base_cache import BaseCache, BaseSpec
 from train.nn.backends import choose_kernels, fit_pack, missing_compiler, resolve_dtype
-from train.nn.packed_model import PackedModel, load_base
+from train.nn.base import load_base
+from train.nn.packed_model import PackedModel
 from train.sizing import Fit
 
 log = logging.getLogger("lorapack.trainer")
@@ -45,6 +46,7 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     kernels = choose_kernels(device, dtype, compiles=compiles, graphs=fit.graphs)
     spec = BaseSpec(model_dir, config.model, config.quant, dtype, device)
     base = load_base(spec, fit.residency, longest, bases, kernels)
+    log.info(f"computed by the path {base.path}, relative differences from transformers: {'; '.join(base.attempts)}")
     if fit.checkpoint_activations:
         base.checkpoint_activations()
     return base

@@ -1,0 +1,229 @@
+"""The numeric judge: what computes something else than stock transformers is refused, and what is right is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, PreTrainedModel
+
+import architectures
+import packs
+from train.errors import BadInput
+from train.model.copies import cut_model, randomize, small_model
+from train.model.layer_kinds import build
+from train.nn.base import judge_architecture, judge_loaded, weight_reader
+from train.nn.judge import PATHS, Verdict, judge
+from train.nn.linear import DenseWeight
+from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
+from train.sizing import ComputePath
+
+SETUP = DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=128)
+Change = Callable[[Any], None]
+
+
+def llama(**settings: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes | {"num_attention_heads": 4, "num_key_value_heads": 2} | settings)
+    model = build(config)
+    randomize(model)
+    return model
+
+
+def verdict(model: PreTrainedModel, spoil: Change = lambda _: None, **how: Any) -> Verdict:
+    """The judge's verdict where every path is computed by a packed model that `spoil` changed."""
+
+    def packed(own: PreTrainedModel, path: ComputePath) -> PackedModel:
+        base = pack_model(own, SETUP, path=path)
+        spoil(base)
+        return base
+
+    return judge(model, packed, **how)
+
+
+class Convolved(nn.Module):
+    """A layer's MLP, and a causal convolution over the tokens beside it."""
+
+    def __init__(self, mlp: nn.Module, weight: float = 0.5) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        out: torch.Tensor = self.mlp(x) + self.weight * before
+        return out
+
+
+class Recurrent(Convolved):
+    """A layer's MLP, and a state that each token passes on to the next."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros_like(x[:, 0])
+        states = []
+        for token in x.unbind(1):
+            state = self.weight * state + token
+            states.append(state)
+        out: torch.Tensor = self.mlp(x) + torch.stack(states, 1)
+        return out
+
+
+@pytest.mark.parametrize("mixer", [Convolved, Recurrent])
+def test_a_second_mixer_is_refused_on_flat_tokens_and_right_on_padded_sequences(mixer: type[Convolved]) -> None:
+    model = llama()
+    model.model.layers[1].mlp = mixer(model.model.layers[1].mlp)
+    found = verdict(model)
+    assert found.path == "padded"
+    # The layer is named, by the first of its parts that is off.
+    assert "model.layers.1.mlp" in found.attempts[1].why
+
+
+def test_a_mask_that_is_added_to_the_scores_is_not_dropped() -> None:
+    model = llama()
+    attention = model.model.layers[0].self_attn
+
+    class Sloped(type(attention)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, *args: Any, attention_mask: Any = None, **others: Any) -> Any:
+            places = torch.arange(hidden_states.shape[1])
+            slope = -0.3 * (places[:, None] - places).abs()[None, None].to(hidden_states)
+            causal = torch.full_like(slope, float("-inf")).triu(1)
+            return super().forward(hidden_states, *args, attention_mask=slope + causal, **others)
+
+    attention.__class__ = Sloped
+    found = verdict(model)
+    assert found.path == "padded"
+    assert [attempt.passed for attempt in found.attempts] == [False, False, True]
+
+
+def scale_one_layer(base: PackedModel) -> None:
+    """Attention of one layer 1 % too sharp, by its queries."""
+    name = next(name for name in base.linears if name.endswith("1.self_attn.q_proj"))
+    base.linears[name].frozen = DenseWeight(base.linears[name].weight * 1.01)
+
+
+def shift_positions(base: PackedModel) -> None:
+    decoder = base._decoder
+
+    class Shifted:
+        def __call__(self, batch: Any) -> torch.Tensor:
+            # Of the sequences behind the first, as a pack that counts on.
+            batch.positions = torch.where(batch.run_of_token > 0, batch.positions * 2, batch.positions)
+            return decoder(batch)
+
+    base._decoder = Shifted()  # type: ignore[assignment]
+
+
+def leak_into_few_tokens(share: float) -> Change:
+    """A sequence's first token sees the last one of the sequence before it."""
+
+    def spoil(base: PackedModel) -> None:
+        decoder = base._decoder
+
+        class Leaking:
+            def __call__(self, batch: Any) -> torch.Tensor:
+                hidden = decoder(batch)
+                starts = batch.sequence_starts[1:-1].long()
+                leaked = torch.zeros_like(hidden).index_copy(0, starts, hidden[starts - 1])
+                return hidden + share * leaked
+
+        base._decoder = Leaking()  # type: ignore[assignment]
+
+    return spoil
+
+
+def scale_logits(base: PackedModel) -> None:
+    logits = base.head.logits
+    base.head.logits = lambda hidden: logits(hidden) * 1.01  # type: ignore[method-assign]
+
+
+def cap_logits(base: PackedModel) -> None:
+    logits = base.head.logits
+    base.head.logits = lambda hidden: 30 * torch.tanh(logits(hidden) / 30)  # type: ignore[method-assign]
+
+
+def forget_a_gradient(base: PackedModel) -> None:
+    """An adapter that acts but does not learn: right in every output."""
+    attach = base.attach
+
+    def without_one(adapters: Any) -> None:
+        attach(adapters)
+        if adapters is not None:
+            stack = adapters.stacks[next(name for name in adapters.stacks if name.endswith("up_proj"))]
+            object.__setattr__(stack, "grad_a", torch.zeros_like(stack.grad_a))
+
+    base.attach = without_one  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [scale_one_layer, leak_into_few_tokens(1e-3), scale_logits, cap_logits, forget_a_gradient],
+    ids=lambda spoil: spoil.__qualname__.split(".")[0],
+)
+def test_a_wrong_computation_is_refused_on_every_path(spoil: Change) -> None:
+    found = verdict(llama(), spoil)
+    assert found.path is None
+    with pytest.raises(BadInput, match=r"'llama' is computed by no path as .*own: .* differ by .*flat: .*padded: "):
+        found.checked("llama")
+    assert verdict(llama()).path == "own"
+
+
+def test_positions_that_go_on_from_one_sequence_to_the_next_are_refused() -> None:
+    found = verdict(llama(), shift_positions)
+    # Padded sequences take none of ours.
+    assert [attempt.passed for attempt in found.attempts] == [False, False, True]
+
+
+def test_an_error_in_the_models_own_code_is_a_difference() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise IndexError("no such place. More about it")
+
+    def spoil(base: PackedModel) -> None:
+        base._decoder = Broken()  # type: ignore[assignment]
+
+    found = verdict(llama(), spoil)
+    assert str(found.attempts[1]) == "flat: IndexError: no such place"
+
+
+@pytest.mark.parametrize("share", [0.02, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_a_leak_of_two_percent_is_refused(share: float, dtype: torch.dtype) -> None:
+    found = verdict(llama().to(dtype), leak_into_few_tokens(share))
+    assert (found.path is None) == (share > 0), found.attempts
+
+
+def test_a_cut_copy_has_the_real_weights_of_each_kind_of_layer() -> None:
+    model = architectures.tiny_model("gemma3-text")
+    cut = cut_model(model, weight_reader(model, None), torch.float32, packs.CPU)
+    # Layers: sliding, sliding, full, sliding.
+    assert len(cut.model.layers) == 2
+    theirs = model.model.layers[2].state_dict()
+    for name, tensor in cut.model.layers[1].state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek-v3", "gemma3", "falcon-h1", "qwen3-next", "gpt2"])
+def test_a_small_copy_has_every_kind_of_layer_and_few_numbers(name: str) -> None:
+    full = build(architectures.ARCHITECTURES[name].config(), "meta")
+    small = small_model(full)
+    assert {type(m) for m in small.modules()} == {type(m) for m in full.modules()}
+    assert small.num_parameters() < 1_000_000
+    # Every part matters.
+    assert all(float(p.abs().max()) > 0 for p in small.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name: str) -> None:
+    entry = architectures.ARCHITECTURES[name]
+    if entry.missing:
+        pytest.skip(entry.missing)
+    model = architectures.tiny_model(name)
+    setup = DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", architectures.LONGEST)
+    own = judge_loaded(model, weight_reader(model, None), torch.float32, setup)
+    small = judge_architecture(build(entry.config(), "meta"))
+    assert own.path == small.path
+    assert own.path is None or PATHS.index(own.path) <= PATHS.index(entry.path or "padded"), own.attempts
