@@ -23,6 +23,8 @@ from train.config import QuantConfig
 BLOCK_SIZE = 64
 # Scales of blocks that share a second scale (double quantization), as in bitsandbytes.
 NESTED_BLOCK_SIZE = 256
+# Numbers that are quantized in one call: on a CPU bitsandbytes needs 20 bytes for each.
+QUANTIZED_AT_ONCE = 2**24
 # A warning about a kernel that only `Linear4bit` would call.
 CPU_KERNEL = "Failed to load CPU gemm_4bit_forward"
 
@@ -108,22 +110,31 @@ class NF4Stack:
 
 
 def quantize_stack(weight: torch.Tensor, quant: QuantConfig) -> NF4Stack:
-    """Quantize matrices [E, rows, columns] in one call."""
+    """Quantize matrices [E, rows, columns], each for itself."""
     experts, rows, columns = weight.shape
-    flat = _padded(weight.reshape(experts, rows * columns), BLOCK_SIZE)
-    packed, state = _functional().quantize_4bit(
-        flat.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=False, quant_type=quant.bnb_4bit_quant_type
-    )
-    packed, absmax = packed.view(experts, -1), state.absmax.view(experts, -1)
-    offset = absmax.new_zeros(experts)
-    nested = absmax.new_empty(experts, 0)
-    if quant.bnb_4bit_use_double_quant:
-        offset = absmax.mean(1)
-        absmax, second = _functional().quantize_blockwise(
-            _padded(absmax - offset[:, None], NESTED_BLOCK_SIZE).contiguous(), blocksize=NESTED_BLOCK_SIZE
-        )
-        absmax, nested = absmax.view(experts, -1), second.absmax.view(experts, -1)
+    # Experts know nothing of each other, so any number of them may go together.
+    chunk = max(1, QUANTIZED_AT_ONCE // (rows * columns))
+    parts = [_quantize_experts(some, quant) for some in torch.split(weight.reshape(experts, -1), chunk)]
+    packed, absmax, nested, offset = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return NF4Stack((rows, columns), weight.dtype, packed, absmax, nested, offset)
+
+
+def _quantize_experts(flat: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, ...]:
+    """The parts of an `NF4Stack` from the values [E, n] of some experts."""
+    packed, state = _functional().quantize_4bit(
+        _padded(flat, BLOCK_SIZE).contiguous(),
+        blocksize=BLOCK_SIZE,
+        compress_statistics=False,
+        quant_type=quant.bnb_4bit_quant_type,
+    )
+    packed, absmax = packed.view(len(flat), -1), state.absmax.view(len(flat), -1)
+    if not quant.bnb_4bit_use_double_quant:
+        return packed, absmax, absmax.new_empty(len(flat), 0), absmax.new_zeros(len(flat))
+    offset = absmax.mean(1)
+    fine, second = _functional().quantize_blockwise(
+        _padded(absmax - offset[:, None], NESTED_BLOCK_SIZE).contiguous(), blocksize=NESTED_BLOCK_SIZE
+    )
+    return packed, fine.view(len(flat), -1), second.absmax.view(len(flat), -1), offset
 
 
 def _padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
