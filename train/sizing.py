@@ -58,11 +58,36 @@ MLP_OUTPUT = "down_proj"
 # was kept.
 BACKWARD_HIDDEN = 5
 BACKWARD_WIDEST = 3
+# Values per token, of all features inside of its experts (`BaseSize.expert_width`): the input of the activation, its result, and both
+# gradients, of which gate and up count twice.
+BACKWARD_EXPERT_WIDTHS = 6
+# Of experts that are dequantized at once on a GPU.
+EXPERTS_CHUNK_BYTES = 2**30
 
 # NF4: 4 bits per weight, and one scale per 64 weights. A scale has 32 bits, or 0.127 bits per weight after double quantization
 # (arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 4 / 64
 NF4_DOUBLE_QUANT_BYTES = 0.5 + 0.127 / 8
+
+
+@dataclass(frozen=True)
+class ExpertsSize:
+    """The experts of a base by their numbers.
+
+    Attributes:
+        parameters: weights of all experts in all layers.
+        count: of a layer.
+        chosen: how many of them a token goes through.
+    """
+
+    parameters: int
+    count: int
+    chosen: int
+
+    @property
+    def used_parameters(self) -> int:
+        """Weights that a token is multiplied with."""
+        return self.parameters * self.chosen // self.count
 
 
 @dataclass(frozen=True)
@@ -73,11 +98,28 @@ class BaseSize:
     hidden: int
     parameters: int
     linears: Mapping[str, tuple[int, int]]
+    experts: ExpertsSize | None = None
 
     @cached_property
     def linear_parameters(self) -> int:
-        """Weights of the decoder's linear layers: those that NF4 holds in 4 bit."""
+        """Weights of the decoder's linear layers."""
         return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Weights that NF4 holds in 4 bit: of linear layers and experts."""
+        return self.linear_parameters + (self.experts.parameters if self.experts else 0)
+
+    @property
+    def used_parameters(self) -> int:
+        """Weights of linear layers and experts that a token is multiplied with."""
+        return self.linear_parameters + (self.experts.used_parameters if self.experts else 0)
+
+    @property
+    def expert_width(self) -> int:
+        """Features inside of the experts that a token goes through in a layer, all together: of Qwen3-30B-A3B 8 * 768."""
+        # Three matrices [width, hidden] in each layer: gate, up and down.
+        return self.experts.used_parameters // (3 * self.hidden * self.layers) if self.experts else 0
 
     @cached_property
     def widest(self) -> int:
@@ -150,7 +192,15 @@ def base_bytes(base: BaseSize, quant: QuantConfig, residency: Residency, value_b
     if residency == "resident":
         return base.parameters * value_bytes
     nf4 = NF4_DOUBLE_QUANT_BYTES if quant.bnb_4bit_use_double_quant else NF4_BYTES
-    return base.linear_parameters * nf4 + (base.parameters - base.linear_parameters) * value_bytes
+    held = base.quantized_parameters * nf4 + (base.parameters - base.quantized_parameters) * value_bytes
+    return held + dequantized_bytes(base, value_bytes)
+
+
+def dequantized_bytes(base: BaseSize, value_bytes: int) -> float:
+    """What `train.nn.experts` dequantizes at once: the larger of a layer's two stacks, gate and up, or a chunk of its experts."""
+    if base.experts is None:
+        return 0.0
+    return min(EXPERTS_CHUNK_BYTES, value_bytes * base.experts.parameters * 2 / 3 / base.layers)
 
 
 def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: frozenset[str] | None = None) -> int:
@@ -162,7 +212,11 @@ def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: 
     if recomputed:
         # The inputs of all layers, and everything of the one layer that is recomputed at the moment.
         kept = base.layers * base.hidden + kept // base.layers
-    return value_bytes * (kept + BACKWARD_HIDDEN * base.hidden + BACKWARD_WIDEST * base.widest)
+    held = BACKWARD_HIDDEN * base.hidden + BACKWARD_WIDEST * base.widest
+    if base.experts:
+        # A row for each expert that the token goes through: its gradients at both ends, and the activation's on the way.
+        held = max(held, 2 * base.experts.chosen * base.hidden + BACKWARD_EXPERT_WIDTHS * base.expert_width)
+    return value_bytes * (kept + held)
 
 
 def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
@@ -173,7 +227,8 @@ def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
     """
     # By decoder layer and width: q, k and v of a layer share one entry, gate and up another.
     inputs: dict[tuple[str, int], int] = {}
-    kept = 2 * base.hidden * base.layers
+    # Of experts the input of their activation: gate and up.
+    kept = (2 * base.hidden + 2 * base.expert_width) * base.layers
     for name, (out_features, in_features) in base.linears.items():
         block, _, part = name.rpartition(".")
         if part == ATTENTION_OUTPUT:

@@ -122,7 +122,7 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
     micro_batches = max(train_tokens / max(tokens, 1.0), max(w.steps for w in work))
     if fit.residency == "nf4":
         # Forward, backward and recomputation unpack every weight again for each micro-batch, whatever its size.
-        flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.linear_parameters
+        flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.quantized_parameters
     forwards = 1.5 if fit.checkpoint_activations else 1.0
     # Launches and arithmetic overlap, so the slower of both counts.
     launches = 0.0 if _replays_graphs(config, device, fit) else forwards * micro_batches * shape.layers * LAUNCH_SECONDS

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from train.config import ModelConfig
-from train.model.folder import decoder_numbers, linear_shapes, parameter_count
+from train.model.folder import decoder_numbers, experts_size, linear_shapes, parameter_count
 from train.model.source import staged_model
-from train.sizing import BaseSize
+from train.sizing import BaseSize, ExpertsSize
 from train.store.layout import CacheDir
 
 
@@ -20,6 +20,7 @@ class ModelShape:
 
     parameters: all weights. linears: every linear layer of the decoder, with its (out, in) features.
     assumed: the model is not fetched yet, and this is the usual shape of its size.
+    experts: those of a mixture.
     """
 
     layers: int
@@ -29,16 +30,17 @@ class ModelShape:
     parameters: int
     linears: dict[str, tuple[int, int]]
     assumed: bool
+    experts: ExpertsSize | None = None
 
     @cached_property
     def size(self) -> BaseSize:
         """The numbers that decide how it fits on a device."""
-        return BaseSize(self.layers, self.hidden, self.parameters, self.linears)
+        return BaseSize(self.layers, self.hidden, self.parameters, self.linears, self.experts)
 
     @property
     def flop_parameters(self) -> int:
-        """Weights that every token is multiplied with: the linears and the head."""
-        return self.size.linear_parameters + self.vocabulary * self.hidden
+        """Weights that every token is multiplied with: the linears, the experts that it chooses, and the head."""
+        return self.size.used_parameters + self.vocabulary * self.hidden
 
 
 # Billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json.
@@ -90,6 +92,7 @@ def staged_shape(folder: Path) -> ModelShape:
         parameters=parameter_count(folder),
         linears=linear_shapes(folder),
         assumed=False,
+        experts=experts_size(folder),
     )
 
 

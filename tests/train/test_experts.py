@@ -15,6 +15,7 @@ from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
 from train.config import ModelConfig, QuantConfig
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.experts import ExpertStack, expert_stacks
+from train.model.folder import experts_size
 from train.model.nf4 import dequantize, quantize, quantize_stack
 from train.model.quantized import hollow_model, load_model
 from train.nn.backends import EAGER
@@ -193,3 +194,17 @@ def test_experts_come_back_from_the_cache_as_they_were_quantized(name: str, tmp_
         for read in (base, again):
             found = read.stack(stack_name, stack).tensors()
             assert all(torch.equal(found[part], expected[part]) for part in expected)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_launcher_counts_the_experts_that_files_have(name: str, tmp_path: Path) -> None:
+    if missing := ARCHITECTURES[name].missing:
+        pytest.skip(missing)
+    model = tiny_model(name, torch.float32)
+    model.save_pretrained(tmp_path)
+    stacks = expert_stacks(model).values()
+    size = experts_size(tmp_path)
+    assert size is not None
+    assert size.parameters == sum(stack.weight.numel() for stack in stacks)
+    assert {size.count} == {stack.experts for stack in stacks}
+    assert size.chosen == (1 if name in {"llama4", "zaya"} else 2)

@@ -1,9 +1,20 @@
 """What the trainer chooses for a device, on Llama-2-7B's numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 from train.config import QuantConfig, TrainConfig
-from train.sizing import FULL_GPU_TOKENS, BaseSize, Device, Fit, base_bytes, choose_fit, kept_values, token_bytes
+from train.sizing import (
+    FULL_GPU_TOKENS,
+    BaseSize,
+    Device,
+    ExpertsSize,
+    Fit,
+    base_bytes,
+    choose_fit,
+    kept_values,
+    token_bytes,
+)
 
 GIB = 2**30
 HIDDEN, MLP = 4096, 11_008
@@ -86,3 +97,30 @@ def test_the_example_of_the_docstring() -> None:
         room = (gib * GIB - base_bytes(LLAMA_7B, quant, fit.residency, 2)) / 2
         found = [int(room / token_bytes(LLAMA_7B, 2, recomputed=again)) for again in (False, True)]
         assert found == [kept, recomputed]
+
+
+# Qwen3-30B-A3B: 48 layers of 128 experts of 768 features, 8 of which each token chooses.
+ATTENTION = {"q_proj": (4096, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 4096)}
+QWEN3_30B = BaseSize(
+    48,
+    2048,
+    30_532_122_624,
+    {f"model.layers.{i}.self_attn.{name}": shape for i in range(48) for name, shape in ATTENTION.items()},
+    ExpertsSize(48 * 128 * 3 * 768 * 2048, 128, 8),
+)
+
+
+def test_experts_are_held_in_4_bit_and_a_token_uses_those_that_it_chose() -> None:
+    assert QWEN3_30B.used_parameters == 48 * (18_874_368 + 8 * 3 * 768 * 2048)
+    assert QWEN3_30B.expert_width == 8 * 768
+    held = base_bytes(QWEN3_30B, QuantConfig(load_in_4bit=True), "nf4", 2)
+    # 29.9e9 weights in 4 bit, embeddings and head in 16, and 768 MiB for the dequantized gate and up of one layer.
+    assert 15.6 < held / GIB < 16.6
+    assert base_bytes(QWEN3_30B, QuantConfig(load_in_4bit=False), "resident", 2) == 2 * QWEN3_30B.parameters
+
+
+def test_experts_keep_the_input_of_their_activation() -> None:
+    without = replace(QWEN3_30B, experts=None)
+    assert kept_values(QWEN3_30B) - kept_values(without) == 48 * 2 * 8 * 768
+    # A row at both ends for each of eight experts is more than attention's backward holds.
+    assert token_bytes(QWEN3_30B, 2, recomputed=True) > token_bytes(without, 2, recomputed=True) + 2 * 16 * 2048

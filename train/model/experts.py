@@ -10,7 +10,6 @@ an index gives a matrix. A router's weight [experts, hidden] and biases [experts
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -37,11 +36,6 @@ class ExpertStack:
     def matrices(self) -> torch.Tensor:
         """The same as [experts, rows, columns]."""
         return self.weight.reshape(self.experts, -1, self.weight.shape[-1])
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.weight.shape)
 
     def drop_weight(self) -> None:
         """Free the module's weight."""
@@ -79,7 +73,7 @@ def _stacked(parameter: nn.Parameter | None, counts: set[int]) -> int | None:
         return None
     rows = parameter.shape[0] if parameter.dim() else 0
     if parameter.dim() == 3:
-        return rows if rows in counts else None
+        return rows if rows in counts and min(parameter.shape[1:]) > 1 else None
     if parameter.dim() == 2:
         return next((count for count in sorted(counts, reverse=True) if rows % count == 0 and rows > count), None)
     return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import BadInput
+from train.sizing import ExpertsSize
 from train.store.storage import readable, storage_errors
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ TOKENIZER_FILES = (
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 # Experts and router of a mixture of experts: transformers has them as bare parameters, which cannot be adapted.
 MIXTURE = re.compile(r"\.experts\.|\.(gate|router)\.weight$")
+# Keys of `config.json`: how many experts a layer has, and how many a token goes through.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+)
 # The format's own limit.
 LONGEST_HEADER_BYTES = 100_000_000
 SAMPLE_BYTES = 2**14
@@ -109,6 +120,33 @@ def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
         if name.endswith(".weight") and len(shape) == 2 and LAYER_INDEX.match(name) and not MIXTURE.search(name)
     }
     return dict(sorted(found.items(), key=lambda item: _by_layer(item[0])))
+
+
+def experts_size(model_dir: Path) -> ExpertsSize | None:
+    """The experts of a mixture, None for a dense model.
+
+    Files keep an expert's matrix by itself (model.layers.0.mlp.experts.7.up_proj.weight) or all of a layer in one stack.
+
+    Raises:
+        BadInput: the weights are missing or damaged.
+    """
+    config = model_config(model_dir)
+    # DBRX has a section for them.
+    text = {**config, **config.get("text_config", {}), **config.get("ffn_config", {})}
+    count = next((text[key] for key in EXPERTS if isinstance(text.get(key), int) and text[key] > 1), None)
+    if count is None:
+        return None
+    matrices = [
+        shape
+        for name, shape in _tensor_shapes(model_dir).items()
+        if LAYER_INDEX.match(name)
+        and ((".experts." in name and len(shape) > 1) or (len(shape) == 3 and shape[0] == count and min(shape[1:]) > 1))
+    ]
+    # Biases of stacks [experts, features] are no stacks.
+    parameters = sum(math.prod(shape) for shape in matrices if not (len(shape) == 2 and shape[0] == count))
+    # Where the configuration does not say it, all of them count.
+    chosen = next((text[key] for key in EXPERTS_CHOSEN if isinstance(text.get(key), int)), count)
+    return ExpertsSize(parameters, count, min(chosen, count)) if parameters else None
 
 
 def decoder_numbers(model_dir: Path) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 
 from train.config import RunConfig, TrainConfig
 from train.errors import BadInput
-from train.model.folder import linear_shapes, parameter_count
+from train.model.folder import experts_size, linear_shapes, parameter_count
 from train.sizing import BaseSize, Device, Fit, choose_fit
 
 # What FlashAttention-2, Triton's matrix instructions and bfloat16 need.
@@ -133,7 +133,11 @@ def fit_pack(
         longest: tokens of the longest sequence.
     """
     base = BaseSize(
-        architecture.num_hidden_layers, architecture.hidden_size, parameter_count(model_dir), linear_shapes(model_dir)
+        architecture.num_hidden_layers,
+        architecture.hidden_size,
+        parameter_count(model_dir),
+        linear_shapes(model_dir),
+        experts_size(model_dir),
     )
     size = Device("cuda" if device.type == "cuda" else "cpu", device_bytes(device))
     return choose_fit(shared.train, shared.quant, base, dtype.itemsize, size, longest)

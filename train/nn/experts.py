@@ -32,9 +32,10 @@ from torch import nn
 
 from train.nn.forward_context import ForwardContext
 from train.nn.padding import pad, unpad
+from train.sizing import EXPERTS_CHUNK_BYTES
 
 # Of dequantized experts that are held at once, per device: a chunk keeps a GPU busy for longer than its launches take.
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 2**26, "cuda": EXPERTS_CHUNK_BYTES}
 # Of tokens times features whose sums are computed in float32 at once.
 SUM_NUMEL = {"cpu": 2**20, "cuda": 2**25}
 
