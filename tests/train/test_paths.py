@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import packs
-from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
+from architectures import ARCHITECTURES, LONGEST, VOCABULARY, WINDOW, tiny_model
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.lora.parameters import PackedAdapters
@@ -19,18 +19,14 @@ from train.lora.targets import Target
 from train.nn.gradients import add_gradients
 from train.nn.loss import sums_per_run
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
+from train.nn.windows import UnknownAttention
 from train.sizing import ComputePath
 
 RANK, SCALING = 8, 0.5
 # Rows of three runs; one sequence is a single token, which predicts nothing.
 LENGTHS = [(5, LONGEST - 3), (LONGEST,), (1, 9)]
 # float32 through some hundred operations; the largest of all adapters' relative errors.
-TOLERANCE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def _unrefused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.nn.packed_model.refuse_unsupported", lambda *_: None)
+TOLERANCE = 5e-5
 
 
 def sequences(lengths: list[tuple[int, ...]] = LENGTHS) -> list[TokenSequence]:
@@ -119,10 +115,54 @@ def briefly(names: list[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+
+
+@RECOMPUTE
 @pytest.mark.parametrize("name", briefly(COMPUTED))
 def test_padded_sequences(name: str, recompute: bool) -> None:
     check(name, "padded", recompute)
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("name", briefly([name for name in COMPUTED if ARCHITECTURES[name].path in ("own", "flat")]))
+def test_flat_tokens(name: str, recompute: bool) -> None:
+    check(name, "flat", recompute)
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("name", ["gpt2", "qwen3.5", "mixtral"])
+def test_padded_sequences_in_buckets(name: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.buckets.length_buckets.__defaults__", (6,))
+    batch = MicroBatch(sequences(), len(LENGTHS), packs.CPU)
+    assert [bucket.total for bucket in batch.buckets[0]] == [2 * LONGEST - 3, 14, 1]
+    check(name, "padded", recompute)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt-oss", "gives its attention s_aux"),
+        ("doge", "makes its own attention mask"),
+        # Its chunks are of 8 tokens.
+        ("llama4", "other tokens than those before it or a sliding window"),
+    ],
+)
+def test_attention_that_flat_tokens_do_not_compute_is_named(name: str, reason: str) -> None:
+    with pytest.raises(UnknownAttention, match=reason):
+        built(name, "flat")
+
+
+def test_windows_are_measured_at_the_longest_sequence() -> None:
+    """Far beyond what the probe's few tokens would show; a window as long as the longest sequence is none."""
+    model = tiny_model("gemma3-text")
+    sliding = model.config.layer_types.count("sliding_attention")
+    setup = DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", WINDOW + 1)
+    windows = list(pack_model(model, setup, path="flat").context.windows.values())
+    assert windows.count(WINDOW) == sliding > 0
+    assert windows.count(None) == len(windows) - sliding > 0
+    setup = DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", WINDOW)
+    assert set(pack_model(tiny_model("gemma3-text"), setup, path="flat").context.windows.values()) == {None}
 
 
 @pytest.mark.parametrize("name", briefly(COMPUTED))

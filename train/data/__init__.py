@@ -9,6 +9,7 @@
     token_table   examples as flat arrays, and their folder in the cache
     loading       all of the above for one run, once per sweep
     sampling      which examples an optimizer step sees, and how they are split into micro-batches
+    buckets       sequences of similar length, for decoders that compute pads too
     micro_batch   a micro-batch on the device, with the indices that attention, adapters and loss need
 
 A row is what a file holds; once tokenized it is an example; an example in a run's batch is a `TokenSequence`.

@@ -54,6 +54,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from train.data.buckets import length_buckets
 from train.data.sampling import TokenSequence
 from train.data.token_table import IGNORED_LABEL
 
@@ -158,6 +159,7 @@ class MicroBatch:
             ordered.append(_fillers(ordered[-1].run_index, token_multiple - self.num_real_tokens % token_multiple))
         self.device = device
         self.pack_size = pack_size
+        self._ordered = ordered
         self._note_tokens(ordered)
         self._note_targets(ordered, with_fillers=token_multiple > 1)
         self._routes: dict[tuple[int, ...], AdapterRoute | None] = {}
@@ -214,6 +216,17 @@ class MicroBatch:
     def attention(self) -> Padding:
         """The padding of the sequences, made when asked for: kernels that take `sequence_starts` never ask."""
         return Padding.of(self._starts, self._lengths, self.total, self.device)
+
+    @cached_property
+    def buckets(self) -> tuple[list[MicroBatch], torch.Tensor | None]:
+        """Micro-batches of sequences of similar length, and where each token is among their tokens; None for this one alone."""
+        buckets = length_buckets(self._lengths)
+        if len(buckets) == 1:
+            return [self], None
+        parts = [MicroBatch([self._ordered[i] for i in bucket], self.pack_size, self.device) for bucket in buckets]
+        # Sequences 0 and 2 in the first bucket, 1 in the second: tokens 0 1 2 3 6 7 8 | 4 5, of which token 4 is the eighth.
+        tokens = [np.arange(self._starts[i], self._starts[i] + self._lengths[i]) for bucket in buckets for i in bucket]
+        return parts, _to(np.argsort(np.concatenate(tokens)), self.device)
 
     def route(self, members: tuple[int, ...]) -> AdapterRoute | None:
         """Where the tokens of the runs `members` are, for the modules that just these runs adapt; None if they have none here."""

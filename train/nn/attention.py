@@ -204,7 +204,9 @@ def packed_attention(
     # Transformers' batch has one row, the flat tokens: [1, heads, T, dim] -> [T, heads, dim].
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(q, k, v, context, scale, sliding_window, softcap).unsqueeze(0), None
+    # Some models have their window in the mask alone, and some name one that their mask does not have.
+    window = context.windows.get(module, sliding_window)
+    return attend(q, k, v, context, scale, window, softcap).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

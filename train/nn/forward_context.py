@@ -6,9 +6,12 @@ linear layers through the one `ForwardContext` that all of them hold (vLLM's for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from train.data.micro_batch import MicroBatch, Padding
@@ -78,44 +81,78 @@ class KeyValueCache:
         return pad(padding.pad_with_zeros(flat).transpose(1, 2), (0, 0, 0, self._room))
 
 
+@dataclass
+class _Forward:
+    """What changes from forward to forward."""
+
+    batch: MicroBatch | None = None
+    dropout_keys: torch.Tensor | None = None
+    cache: KeyValueCache | None = None
+    padding: Padding | None = None
+    made: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+
+
 class ForwardContext:
     """The micro-batch in flight, and how to compute it.
 
     Attributes:
         kernels: which of the device's faster implementations to use.
-        dropout_keys: [runs] the runs' random keys of this step, None while evaluating.
-        cache: the tokens before, while answers are generated.
-        padding: how the sequences are padded while transformers' decoder runs on padded ones, else None.
+        windows: of transformers' attention modules, how many tokens each sees (`train.nn.windows`); None or missing for all.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
-        self.dropout_keys: torch.Tensor | None = None
-        self.cache: KeyValueCache | None = None
-        self.padding: Padding | None = None
-        self._batch: MicroBatch | None = None
-        self._cached: dict[Hashable, torch.Tensor] = {}
+        self.windows: dict[nn.Module, int | None] = {}
+        self._forward = _Forward()
         self._anchor: torch.Tensor | None = None
 
     def set(self, batch: MicroBatch, dropout_keys: torch.Tensor | None, cache: KeyValueCache | None = None) -> None:
         """Start a forward of `batch`."""
-        self._batch = batch
-        self.dropout_keys = dropout_keys
-        self.cache = cache
-        self._cached.clear()
+        self._forward = _Forward(batch, dropout_keys, cache)
+
+    def narrow(self, bucket: MicroBatch, padding: Padding) -> None:
+        """Go on with some sequences of the micro-batch, right-padded."""
+        self._forward = _Forward(bucket, self.dropout_keys, self.cache, padding)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For `torch.utils.checkpoint`: what is computed again is computed within the forward that it was computed in first."""
+        return nullcontext(), self._again(self._forward)
+
+    @contextmanager
+    def _again(self, forward: _Forward) -> Iterator[None]:
+        before, self._forward = self._forward, forward
+        try:
+            yield
+        finally:
+            self._forward = before
 
     @property
     def batch(self) -> MicroBatch:
         """The micro-batch in flight."""
-        if self._batch is None:
+        if self._forward.batch is None:
             raise RuntimeError("the packed base was called outside of PackedModel.hidden_states")
-        return self._batch
+        return self._forward.batch
+
+    @property
+    def dropout_keys(self) -> torch.Tensor | None:
+        """[runs] the runs' random keys of this step, None while evaluating."""
+        return self._forward.dropout_keys
+
+    @property
+    def cache(self) -> KeyValueCache | None:
+        """The tokens before, while answers are generated."""
+        return self._forward.cache
+
+    @property
+    def padding(self) -> Padding | None:
+        """How the sequences are padded while transformers' decoder runs on padded ones, else None."""
+        return self._forward.padding
 
     def cached(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` returns, made once per forward."""
-        if key not in self._cached:
-            self._cached[key] = make()
-        return self._cached[key]
+        if key not in self._forward.made:
+            self._forward.made[key] = make()
+        return self._forward.made[key]
 
     def anchor_like(self, x: torch.Tensor) -> torch.Tensor:
         """A scalar that requires a gradient, so that autograd calls a layer's backward even where its input needs no gradient."""

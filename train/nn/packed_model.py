@@ -98,7 +98,7 @@ class PackedModel:
         self.dtype = self.head.dtype
         self.device = self.head.device
         self.parameters = parameters
-        self.path, self._decoder = _choose_path(model, context, path)
+        self.path, self._decoder = _choose_path(model, context, longest, path)
         self.attempts: tuple[str, ...] = ()
         self._recomputes = False
 
@@ -130,7 +130,7 @@ class PackedModel:
 
 
 def _choose_path(
-    model: PreTrainedModel, context: ForwardContext, path: ComputePath | None
+    model: PreTrainedModel, context: ForwardContext, longest: int, path: ComputePath | None
 ) -> tuple[ComputePath, Decoder]:
     """The decoder by `path`, or by the fastest path that computes what transformers does."""
     own = llama_decoder(model, context) if path in (None, "own") else None
@@ -140,7 +140,7 @@ def _choose_path(
         raise BadInput(f"our decoder has no description of the architecture {model.config.model_type!r}")
     if path == "padded":
         return path, PaddedDecoder(model, context)
-    return "flat", FlatDecoder(model, context)
+    return "flat", FlatDecoder(model, context, longest)
 
 
 def pack_model(

@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from train.data.micro_batch import MicroBatch
+from train.data.sampling import TokenSequence
 from train.model.anatomy import decoder_layers, text_decoder
 from train.nn.forward_context import ForwardContext
 from train.nn.padding import unpad
+from train.nn.windows import measure_windows
 
 
 class Decoder(Protocol):
@@ -37,10 +39,17 @@ class Decoder(Protocol):
 class FlatDecoder:
     """transformers' decoder on flat tokens."""
 
-    def __init__(self, model: PreTrainedModel, context: ForwardContext) -> None:
+    def __init__(self, model: PreTrainedModel, context: ForwardContext, longest: int) -> None:
         self._layers = decoder_layers(model)
         self._decoder = text_decoder(model)
         self._context = context
+        context.windows = measure_windows(model, self._probe, longest)
+
+    def _probe(self, tokens: torch.Tensor) -> None:
+        """A forward of one sequence [1, n]."""
+        row = tokens[0].cpu().numpy()
+        self._context.set(MicroBatch([TokenSequence(0, 0, row, row)], 1, tokens.device), None)
+        self(self._context.batch)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """The last hidden state [T, hidden] of every token."""
@@ -50,11 +59,11 @@ class FlatDecoder:
 
     def checkpoint_activations(self) -> None:
         """As `Decoder.checkpoint_activations`."""
-        _checkpoint_layers(self._layers)
+        _checkpoint_layers(self._layers, self._context)
 
 
 class PaddedDecoder:
-    """transformers' decoder on right-padded sequences, with a fresh state for each."""
+    """transformers' decoder on right-padded sequences, with a fresh state for each; sequences of similar length together."""
 
     def __init__(self, model: PreTrainedModel, context: ForwardContext) -> None:
         self._layers = decoder_layers(model)
@@ -63,15 +72,27 @@ class PaddedDecoder:
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """The last hidden state [T, hidden] of every token."""
-        self._context.padding = batch.attention
-        output = self._decoder(batch.attention.pad(batch.tokens), use_cache=False)
-        return unpad(output[0], batch.attention, batch.total)
+        buckets, places = batch.buckets
+        hidden = [self._decode(bucket) for bucket in buckets]
+        return hidden[0] if places is None else torch.cat(hidden).index_select(0, places)
+
+    def _decode(self, bucket: MicroBatch) -> torch.Tensor:
+        """The last hidden state of each token of one bucket, flat."""
+        self._context.narrow(bucket, bucket.attention)
+        output = self._decoder(bucket.attention.pad(bucket.tokens), use_cache=False)
+        return unpad(output[0], bucket.attention, bucket.total)
 
     def checkpoint_activations(self) -> None:
         """As `Decoder.checkpoint_activations`."""
-        _checkpoint_layers(self._layers)
+        _checkpoint_layers(self._layers, self._context)
 
 
-def _checkpoint_layers(layers: torch.nn.ModuleList) -> None:
+def _checkpoint_layers(layers: torch.nn.ModuleList, context: ForwardContext) -> None:
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(
+            checkpoint,
+            layer.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=context.checkpoint_contexts,
+        )
