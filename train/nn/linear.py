@@ -132,15 +132,21 @@ class PackedLinear(nn.Module):
 
 
 def apply_linears(
-    x: torch.Tensor, layers: Sequence[PackedLinear], residual: torch.Tensor | None
+    x: torch.Tensor, layers: Sequence[PackedLinear], residual: torch.Tensor | None, multiplier: float = 1.0
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs [T, out] of layers that read the same x [T, in]; `residual` [T, out] is added to the output of a single layer."""
+    """The outputs [T, out] of layers that read the same x [T, in].
+
+    Args:
+        residual: [T, out], added to the output of a single layer.
+        multiplier: of what the layers compute, adapters and biases too, but not of the residual (Granite's). It costs nothing: matrix
+            products have a factor, and adapters one for each token.
+    """
     context = layers[0].context
     batch = context.batch
-    adapters = [_active_adapters(layer.lora, context, batch) for layer in layers]
+    adapters = [_active_adapters(layer.lora, context, batch, multiplier) for layer in layers]
     # In the first decoder layer x comes from the frozen embedding and needs no gradient, but the adapters need this backward.
     anchor = context.anchor_like(x) if any(adapters) else None
-    outputs: tuple[torch.Tensor, ...] = _PackedLinears.apply(x, residual, anchor, layers, adapters, batch)
+    outputs: tuple[torch.Tensor, ...] = _PackedLinears.apply(x, residual, anchor, layers, adapters, batch, multiplier)
     return outputs
 
 
@@ -148,7 +154,8 @@ def apply_linears(
 class _ActiveAdapters:
     """One layer's adapters of the G runs that have tokens in a micro-batch.
 
-    `a` [G, r, in] and `b` [G, out, r] are those runs' matrices; `scaling` is each token's factor [T, 1], in the grouped form of `mm`.
+    `a` [G, r, in] and `b` [G, out, r] are those runs' matrices; `scaling` is each token's factor [T, 1], the multiplier in it, in the
+    grouped form of `mm`.
     """
 
     lora: StackedLora
@@ -165,7 +172,9 @@ class _ActiveAdapters:
         self.route.index_add(self.lora.grad_b, b_grad)
 
 
-def _active_adapters(lora: StackedLora | None, context: ForwardContext, batch: MicroBatch) -> _ActiveAdapters | None:
+def _active_adapters(
+    lora: StackedLora | None, context: ForwardContext, batch: MicroBatch, multiplier: float
+) -> _ActiveAdapters | None:
     """The adapters of one layer in a micro-batch; None where no run with tokens in it adapts the layer."""
     route = None if lora is None else batch.route(lora.members)
     if lora is None or route is None:
@@ -177,7 +186,8 @@ def _active_adapters(lora: StackedLora | None, context: ForwardContext, batch: M
     mm = run_matmul(route, batch.total, grouped=context.kernels.grouped_lora)
     # Layers that the same runs adapt with the same scalings share the tensor `lora.scaling`, so a forward gathers it once.
     scaling = context.cached(
-        (lora.members, id(lora.scaling)), lambda: mm.to_grouped(lora.scaling[batch.run_of_token][:, None])
+        (lora.members, id(lora.scaling), multiplier),
+        lambda: mm.to_grouped(lora.scaling[batch.run_of_token][:, None] * multiplier),
     )
     return _ActiveAdapters(lora, mm, route, route.select(lora.lora_a), route.select(lora.lora_b), scaling, dropout)
 
@@ -199,6 +209,7 @@ class _PackedLinears(torch.autograd.Function):
         layers: Sequence[PackedLinear],
         adapters: Sequence[_ActiveAdapters | None],
         batch: MicroBatch,
+        multiplier: float,
     ) -> tuple[torch.Tensor, ...]:
         grouped = _GroupedInput(x, batch)
         outputs: list[torch.Tensor] = []
@@ -212,11 +223,12 @@ class _PackedLinears(torch.autograd.Function):
                 # Kept with the scaling in it: dB = g^T h then needs no scaling of its own.
                 kept.append(h)
                 delta = adapter.mm.from_grouped(adapter.mm.bmm(h, adapter.b.transpose(1, 2)))
-            outputs.append(_add_frozen_product(x, layer, delta, residual))
+            outputs.append(_add_frozen_product(x, layer, delta, residual, multiplier))
         ctx.save_for_backward(*([x] if kept else []), *kept)
         ctx.layers = layers
         ctx.adapters = adapters
         ctx.batch = batch
+        ctx.multiplier = multiplier
         ctx.has_residual = residual is not None
         return tuple(outputs)
 
@@ -235,9 +247,9 @@ class _PackedLinears(torch.autograd.Function):
                 if delta is not None:
                     x_grad = delta if x_grad is None else x_grad.add_(delta)
             if needs_x_grad:
-                x_grad = _add_input_grad(gradient, layer, x_grad)
+                x_grad = _add_input_grad(gradient, layer, x_grad, ctx.multiplier)
         residual_grad = gradients[0] if ctx.has_residual else None
-        return x_grad, residual_grad, None, None, None, None
+        return x_grad, residual_grad, None, None, None, None, None
 
 
 class _GroupedInput:
@@ -282,27 +294,38 @@ def _adapter_backward(
     return delta if adapter.dropout is None else adapter.dropout.apply(delta, grouped.batch)
 
 
-def _add_input_grad(gradient: torch.Tensor, layer: PackedLinear, others: torch.Tensor | None) -> torch.Tensor:
-    """gradient W + others; `others` may be overwritten.
+def _add_input_grad(
+    gradient: torch.Tensor, layer: PackedLinear, others: torch.Tensor | None, multiplier: float
+) -> torch.Tensor:
+    """multiplier * gradient W + others; `others` may be overwritten.
 
     A function of its own, so that one dequantized weight is freed before the next layer's is made.
     """
     weight = layer.frozen.dense()
-    return gradient @ weight if others is None else others.addmm_(gradient, weight)
+    if others is not None:
+        return others.addmm_(gradient, weight, alpha=multiplier)
+    if multiplier == 1:
+        return gradient @ weight
+    # With beta 0 what is added is not read.
+    return torch.addmm(gradient.new_empty(1), gradient, weight, beta=0, alpha=multiplier)
 
 
 def _add_frozen_product(
-    x: torch.Tensor, layer: PackedLinear, delta: torch.Tensor | None, residual: torch.Tensor | None
+    x: torch.Tensor, layer: PackedLinear, delta: torch.Tensor | None, residual: torch.Tensor | None, multiplier: float
 ) -> torch.Tensor:
-    """x W^T + bias + delta + residual; `delta` may be overwritten."""
+    """multiplier * (x W^T + bias) + delta + residual; `delta` may be overwritten."""
     weight = layer.frozen.dense()
+    bias = layer.bias if layer.bias is None or multiplier == 1 else layer.bias * multiplier
     # No adapter here: the residual stream, which others read, must not be overwritten, so `addmm` makes a new tensor.
     if delta is None:
-        if residual is None:
-            return functional.linear(x, weight, layer.bias)
-        return torch.addmm(residual if layer.bias is None else residual + layer.bias, x, weight.t())
+        if residual is None and multiplier == 1:
+            return functional.linear(x, weight, bias)
+        addends = [addend for addend in (residual, bias) if addend is not None]
+        if not addends:
+            return torch.addmm(x.new_empty(1), x, weight.t(), beta=0, alpha=multiplier)
+        return torch.addmm(sum(addends[1:], addends[0]), x, weight.t(), alpha=multiplier)
     # The small addends first: the product then starts from their sum, and no second [T, out] is needed.
-    for addend in (residual, layer.bias):
+    for addend in (residual, bias):
         if addend is not None:
             delta.add_(addend)
-    return delta.addmm_(x, weight.t())
+    return delta.addmm_(x, weight.t(), alpha=multiplier)
