@@ -107,6 +107,11 @@ class PackedModel:
         """Whether the same shapes always launch the same kernels without asking the host, so that a CUDA graph can replay them."""
         return self.context.kernels.cuda_graphs and self.path == "own" and not self._recomputes
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether `hidden_states` can go on from a cache: on padded sequences transformers' mixers keep their states to themselves."""
+        return self.path != "padded"
+
     def members(self) -> set[tuple[int, ...]]:
         """The distinct groups of runs that adapt a layer."""
         return {linear.lora.members for linear in self.linears.values() if linear.lora is not None}
