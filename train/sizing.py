@@ -91,14 +91,36 @@ class ExpertsSize:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What a decoder keeps of every token for the backward, of all layers.
+
+    Attributes:
+        kept: values that are kept whatever learns.
+        inputs: linear layers that read the same, by their full names, and how many values that is: kept, once, if one of them learns.
+    """
+
+    kept: int
+    inputs: tuple[tuple[frozenset[str], int], ...]
+
+    def values(self, adapted: Collection[str] | None = None) -> int:
+        """Values per token where the layers `adapted` learn; all of them if None."""
+        learns = None if adapted is None else frozenset(adapted)
+        return self.kept + sum(width for names, width in self.inputs if learns is None or names & learns)
+
+
+@dataclass(frozen=True)
 class BaseSize:
-    """A base model by its numbers; `linears` maps every linear layer of its decoder to (out, in) features."""
+    """A base model by its numbers; `linears` maps every linear layer of its decoder to (out, in) features.
+
+    Without `activations` (`train.nn.kept`) the linear layers are taken for a Llama's.
+    """
 
     layers: int
     hidden: int
     parameters: int
     linears: Mapping[str, tuple[int, int]]
     experts: ExpertsSize | None = None
+    activations: Activations | None = None
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -225,10 +247,16 @@ def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
     Per decoder layer: the inputs of its two norms and of its output projection (attention's own result), and the outputs of the other
     projections. A linear layer that learns also keeps its input, once where several read the same.
     """
-    # By decoder layer and width: q, k and v of a layer share one entry, gate and up another.
-    inputs: dict[tuple[str, int], int] = {}
     # Of experts the input of their activation: gate and up.
-    kept = (2 * base.hidden + 2 * base.expert_width) * base.layers
+    experts = 2 * base.expert_width * base.layers
+    return experts + (base.activations or _llama_activations(base)).values(adapted)
+
+
+def _llama_activations(base: BaseSize) -> Activations:
+    """By the names that Llama's linear layers have."""
+    # By decoder layer and width: q, k and v of a layer share one entry, gate and up another.
+    readers: dict[tuple[str, int], set[str]] = {}
+    kept = 2 * base.hidden * base.layers
     for name, (out_features, in_features) in base.linears.items():
         block, _, part = name.rpartition(".")
         if part == ATTENTION_OUTPUT:
@@ -237,9 +265,8 @@ def kept_values(base: BaseSize, adapted: Collection[str] | None = None) -> int:
         # The outputs of `o_proj` and `down_proj` are added to the residual stream, and counted as the next norm's input.
         if part != MLP_OUTPUT:
             kept += out_features
-        if adapted is None or name in adapted:
-            inputs[block, in_features] = in_features
-    return kept + sum(inputs.values())
+        readers.setdefault((block, in_features), set()).add(name)
+    return Activations(kept, tuple((frozenset(names), width) for (_, width), names in readers.items()))
 
 
 def _residency(train: TrainConfig, quant: QuantConfig, dense_bytes: float, device: Device) -> Residency:

@@ -14,7 +14,14 @@ In reading order:
     expert_forms     which form of experts a module computes, and its exchange
     varlen           the kernels that attend within flat sequences, and what they keep for their backward
     attention        causal attention that keeps sequences apart
-    decoder          the description of Llama's decoder, and the test whether a model computes just that
+    description      what a decoder computes, as data
+    rotation         the rotary tables of a forward, and the heads in a fused projection's output
+    tracing          what a small copy of a model computes, call by call
+    matching         judging by numbers: equal tensors, factors, norms, and where a model keeps a number
+    attention_reading  from a trace to the description of a layer's attention
+    reading          from a trace to the description of a decoder
+    kept             how many values per token a described decoder keeps for the backward
+    decoder          our decoder on flat tokens, for every architecture that has a description
     head             the output head, with what a model does to its logits, measured
     loss             the cross-entropy of the targets with its gradient
     windows          which tokens each attention module of transformers' decoder sees, read off its masks
@@ -27,5 +34,6 @@ In reading order:
     generation       greedy answers of many runs at once
     triton/          the kernels behind functional, heads, grouped_mm and attention, for GPUs from sm_80 on
 
-A new model family needs no word here: `judge` takes the first path that computes it right.
+A new model family needs no word here: `judge` takes the first path that computes it right, ours if `reading` finds its description.
+What a description cannot say yet belongs in `description`, `reading` and `decoder`, with an entry in tests/architectures.
 """

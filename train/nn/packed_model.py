@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from train.config import QuantConfig
 from train.data.micro_batch import MicroBatch
-from train.errors import BadInput
 from train.lora.parameters import PackedAdapters
 from train.model.experts import ExpertStack
 from train.model.linears import FrozenLinear, frozen_linears
@@ -30,12 +29,14 @@ from train.model.nf4 import dequantize, quantize, quantize_stack
 from train.model.quantized import QuantizedBase
 from train.nn.attention import ATTENTION
 from train.nn.backends import EAGER, Kernels
-from train.nn.decoder import llama_decoder
+from train.nn.decoder import OwnDecoder
+from train.nn.description import DecoderDescription, Undescribable
 from train.nn.expert_forms import exchange_experts
 from train.nn.experts import DenseStack, Stack
 from train.nn.forward_context import ForwardContext, KeyValueCache
 from train.nn.head import model_head
 from train.nn.linear import DenseWeight, NF4Weight, PackedLinear
+from train.nn.reading import describe_model
 from train.nn.transformers_decoder import Decoder, FlatDecoder, PaddedDecoder
 from train.sizing import ComputePath, Residency
 
@@ -88,6 +89,7 @@ class PackedModel:
         longest: int,
         parameters: int,
         path: ComputePath | None = None,
+        description: DecoderDescription | None = None,
     ) -> None:
         self.model = model
         self.linears = linears
@@ -98,19 +100,16 @@ class PackedModel:
         self.dtype = self.head.dtype
         self.device = self.head.device
         self.parameters = parameters
-        self.path, self._decoder = _choose_path(model, context, longest, path)
+        self.path, self._decoder = _choose_path(model, context, longest, path, description)
         self.attempts: tuple[str, ...] = ()
+        self._calls_modules = description is not None and description.calls_modules
         self._recomputes = False
 
     @property
     def supports_cuda_graphs(self) -> bool:
         """Whether the same shapes always launch the same kernels without asking the host, so that a CUDA graph can replay them."""
-        return self.context.kernels.cuda_graphs and self.path == "own" and not self._recomputes
-
-    @property
-    def takes_cache(self) -> bool:
-        """Whether `hidden_states` can go on from a cache: on padded sequences transformers' mixers keep their states to themselves."""
-        return self.path != "padded"
+        replays = self.path == "own" and not self._recomputes and not self._calls_modules
+        return self.context.kernels.cuda_graphs and replays
 
     def members(self) -> set[tuple[int, ...]]:
         """The distinct groups of runs that adapt a layer."""
@@ -135,17 +134,34 @@ class PackedModel:
 
 
 def _choose_path(
-    model: PreTrainedModel, context: ForwardContext, longest: int, path: ComputePath | None
+    model: PreTrainedModel,
+    context: ForwardContext,
+    longest: int,
+    path: ComputePath | None,
+    description: DecoderDescription | None,
 ) -> tuple[ComputePath, Decoder]:
-    """The decoder by `path`, or by the fastest path that computes what transformers does."""
-    own = llama_decoder(model, context) if path in (None, "own") else None
-    if own is not None:
-        return "own", own
-    if path == "own":
-        raise BadInput(f"our decoder has no description of the architecture {model.config.model_type!r}")
+    """The decoder by `path`; without one ours, if there is a description for it, else transformers' on flat tokens."""
+    if description is not None:
+        return "own", OwnDecoder(description, model, context)
     if path == "padded":
         return path, PaddedDecoder(model, context)
     return "flat", FlatDecoder(model, context, longest)
+
+
+def _describe(model: PreTrainedModel, path: ComputePath | None) -> DecoderDescription | None:
+    """The description of a decoder; None if another path was chosen, or none was and it has no description.
+
+    Raises:
+        Undescribable: it has none, and our own path was chosen.
+    """
+    if path not in (None, "own"):
+        return None
+    try:
+        return describe_model(model)
+    except Undescribable:
+        if path == "own":
+            raise
+        return None
 
 
 def pack_model(
@@ -156,11 +172,13 @@ def pack_model(
 ) -> PackedModel:
     """Freeze `model`, move it to its device, and exchange the parts that packs need exchanged.
 
-    The linear weights of a `hollow_model` are in `quantized`. Without a `path`, the fastest that computes what transformers does.
+    The linear weights of a `hollow_model` are in `quantized`. Without a `path`, ours if the architecture has a description, else
+    transformers' on flat tokens; `train.nn.judge` tells whether a path computes what transformers does.
 
     Raises:
-        BadInput: `path` is ``own``, and our decoder has no description of the architecture.
+        Undescribable: `path` is ``own``, and the architecture has no description.
     """
+    description = _describe(model, path)
     model.requires_grad_(False)
     if path != "padded":
         model.set_attn_implementation(ATTENTION)
@@ -175,14 +193,14 @@ def pack_model(
             bias = None if linear.bias is None else linear.bias.to(setup.device)
             linears[name] = PackedLinear(weight, bias, linear.shape, context)
             model.set_submodule(name, linears[name])
-        elif path != "padded" and (fused := _fused_norm(module)):
+        elif description is None and path != "padded" and (fused := _fused_norm(module)):
             model.set_submodule(name, fused)
         # Attention modules get their context here: transformers passes the module to the attention function, and nothing of ours.
         elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             module.forward_context = context
     exchange_experts(model, context, partial(_held_stack, setup, quantized))
     model.to(setup.device).eval()
-    return PackedModel(model, linears, context, setup.longest, parameters, path)
+    return PackedModel(model, linears, context, setup.longest, parameters, path, description)
 
 
 def _frozen_weight(

@@ -1,0 +1,194 @@
+"""From a trace to the description of a layer's attention: how the projections' outputs became what reached the products.
+
+Candidates are few: which output is q, how a fused one is laid out, whether a norm of the trace read it, which of the decoder's tables
+rotated it and in which way. Each is computed from the recorded numbers, and the first that gives the recorded q, k and v is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from train.model.linears import is_linear
+from train.nn.description import (
+    AttentionDescription,
+    FusedLayout,
+    HeadsDescription,
+    NormDescription,
+    PositionScale,
+    Rotation,
+    Scalar,
+    Undescribable,
+)
+from train.nn.heads import apply_rotary
+from train.nn.matching import as_heads, find_scalar, near, numbers, ratio, read_norm
+from train.nn.rotation import position_factors, rotation_tables, split_fused
+from train.nn.tracing import Call, LayerTrace, ModelTrace
+
+
+@dataclass(frozen=True)
+class AttentionFound:
+    """A layer's attention: the name of its module, what its projections read and what its output projection gave, [T, hidden]."""
+
+    description: AttentionDescription
+    name: str
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+def read_attention(traced: ModelTrace, layer: LayerTrace) -> AttentionFound:
+    """The attention of one layer.
+
+    Raises:
+        Undescribable: it is not called once, or computes something else.
+    """
+    if len(layer.attention) != 1:
+        raise Undescribable(f"a layer calls exchangeable attention {len(layer.attention)} times")
+    return _AttentionReader(traced, layer).read()
+
+
+class _AttentionReader:
+    def __init__(self, traced: ModelTrace, layer: LayerTrace) -> None:
+        self._traced = traced
+        self._calls = layer.calls
+        self._attention = layer.attention[0]
+        self._name = next(name for name, module in layer.layer.named_modules() if module is self._attention.module)
+
+    def read(self) -> AttentionFound:
+        """The description, with what is before and behind."""
+        unknown = [name for name, other in self._attention.others.items() if _acts(other)]
+        if unknown:
+            raise Undescribable(f"{self._name}: attention takes {', '.join(unknown)}")
+        linears = [c for c in self._calls if is_linear(c.module) and c.name.startswith(f"{self._name}.")]
+        output = next((c for c in linears if near(c.input, self._attention.output)), None)
+        if output is None:
+            raise Undescribable(f"{self._name}: no linear layer reads what attention gave")
+        inputs = [c for c in linears if c is not output]
+        if not inputs or not all(near(c.input, inputs[0].input) for c in inputs):
+            raise Undescribable(f"{self._name}: its projections do not read the same")
+        description = next(self._projected(inputs, output), None)
+        if description is None:
+            raise Undescribable(f"{self._name}: what reaches attention is no rotation of its projections")
+        return AttentionFound(description, self._name, inputs[0].input, output.output)
+
+    def _projected(self, inputs: list[Call], output: Call) -> Iterator[AttentionDescription]:
+        """Every description by which the projections' outputs become what reached attention."""
+        call = self._attention
+        owners = [(self._name, call.module), ("config", self._traced.config)]
+        for clip in self._clips():
+            for names, layout, raw in self._splits(inputs):
+                if clip is not None:
+                    raw = tuple(x.clamp(-clip.value, clip.value) for x in raw)
+                query, key = (self._heads(x, target) for x, target in zip(raw, (call.query, call.key), strict=False))
+                value = self._value(raw[2], call.value)
+                if query is None or key is None or value is None:
+                    continue
+                (q, q_factor), (k, k_factor) = query, key
+                if q.rotation != k.rotation:
+                    raise Undescribable(f"{self._name}: queries and keys rotate differently")
+                yield AttentionDescription(
+                    names, output.name, find_scalar(call.query.shape[-1], owners, "head_dim head_size"), q, k,
+                    find_scalar(call.scale * q_factor * k_factor, owners, "scal"), layout, value[0], clip,
+                    self._window(owners), None if call.softcap is None else find_scalar(call.softcap, owners, "cap"),
+                )  # fmt: skip
+
+    def _clips(self) -> Iterator[Scalar | None]:
+        """At what the projections' outputs may be cut: what the configuration calls so, else nowhere."""
+        kept = numbers(self._traced.config)
+        yield from (Scalar(kept[name], "config", name) for name in kept if "clip" in name)
+        yield None
+
+    def _splits(
+        self, inputs: list[Call]
+    ) -> Iterator[tuple[tuple[str, ...], FusedLayout | None, tuple[torch.Tensor, ...]]]:
+        """Ways to take q, k and v [T, heads, dim] from the projections' outputs."""
+        call = self._attention
+        heads, kv_heads, dim = call.query.shape[1], call.key.shape[1], call.query.shape[2]
+        outputs = [c.output.reshape(len(call.query), -1) for c in inputs]
+        if len(inputs) == 1 and outputs[0].shape[1] == (heads + 2 * kv_heads) * dim:
+            layouts: tuple[FusedLayout, ...] = ("blocks", "groups")
+            for layout in layouts:
+                yield (inputs[0].name,), layout, split_fused(outputs[0], layout, heads, kv_heads, dim)
+        if len(inputs) in (2, 3):
+            widths = [x.shape[1] for x in outputs]
+            for order in permutations(range(len(inputs))):
+                if [widths[i] for i in order] == [heads * dim, kv_heads * dim, kv_heads * dim][: len(inputs)]:
+                    raw = tuple(outputs[i].view(len(call.query), -1, dim) for i in order)
+                    # Values projected as the keys (Gemma 4).
+                    yield tuple(inputs[i].name for i in order), None, (*raw, raw[-1]) if len(raw) == 2 else raw
+
+    def _heads(self, raw: torch.Tensor, target: torch.Tensor) -> tuple[HeadsDescription, float] | None:
+        """How `raw` became `target`, both [T, heads, dim], and a factor that it was multiplied by."""
+        norm, normed = self._head_norm(raw, given=True)
+        for rotation, rotated in self._rotations(normed):
+            factor = ratio(target, rotated)
+            if factor is not None:
+                return HeadsDescription(norm, rotation), factor
+            scale = self._position_scale(target, rotated)
+            if scale is not None:
+                return HeadsDescription(norm, rotation, position_scale=scale), 1.0
+        norm, given = self._head_norm(target, given=False)
+        for rotation, rotated in self._rotations(raw):
+            if norm is not None and near(rotated, given):
+                return HeadsDescription(norm, rotation, rotate_first=True), 1.0
+        return None
+
+    def _position_scale(self, target: torch.Tensor, rotated: torch.Tensor) -> PositionScale | None:
+        """The factor of each token by its position, from two numbers of the configuration."""
+        factors = (target * rotated).sum((1, 2)) / rotated.square().sum((1, 2))
+        if not near(target, rotated * factors[:, None, None]):
+            return None
+        kept = numbers(self._traced.config)
+        for beta, length in permutations(kept, 2):
+            if kept[length] >= 1 and near(position_factors(self._traced.positions, kept[beta], kept[length]), factors):
+                return PositionScale(Scalar(kept[beta], "config", beta), Scalar(kept[length], "config", length))
+        return None
+
+    def _value(self, raw: torch.Tensor, target: torch.Tensor) -> tuple[NormDescription | None] | None:
+        norm, normed = self._head_norm(raw, given=True, reaches=target)
+        return (norm,) if near(normed, target) else None
+
+    def _head_norm(
+        self, x: torch.Tensor, *, given: bool, reaches: torch.Tensor | None = None
+    ) -> tuple[NormDescription | None, torch.Tensor]:
+        """The norm that read x [T, heads, dim] (`given`) or gave it, and what is on its other side."""
+        for call in self._calls:
+            known, other = (call.input, call.output) if given else (call.output, call.input)
+            mine, others = as_heads(known, x), as_heads(other, x)
+            if mine is None or others is None or not near(mine, x) or near(others, x):
+                continue
+            if reaches is not None and not near(others, reaches):
+                continue
+            norm = read_norm(call, self._traced.config)
+            if norm is not None:
+                return replace(norm, over_all_heads=call.input.shape[-1] != x.shape[-1]), others
+        return None, x
+
+    def _rotations(self, x: torch.Tensor) -> Iterator[tuple[Rotation | None, torch.Tensor]]:
+        """x [T, heads, dim] by every rotation that the decoder's tables allow, and as it is."""
+        yield None, x
+        for call in self._traced.rotaries:
+            if call.cos.shape[-1] > x.shape[-1]:
+                continue
+            for interleaved, paired in ((False, False), (True, True), (True, False)):
+                rotation = Rotation(call.name, call.layer_type, interleaved, paired)
+                yield rotation, apply_rotary(x, *rotation_tables(call.cos, call.sin, rotation), interleaved)
+
+    def _window(self, owners: list[tuple[str, Any]]) -> Scalar | None:
+        visible = self._attention.visible
+        causal = torch.ones_like(visible).tril()
+        if torch.equal(visible, causal):
+            return None
+        window = int(visible[-1].sum())
+        if not torch.equal(visible, causal.triu(1 - window)):
+            raise Undescribable(f"{self._name}: its mask is neither causal nor a window")
+        return find_scalar(window, owners, "window")
+
+
+def _acts(other: Any) -> bool:
+    """Whether a further argument of attention holds numbers, as sinks do; positions and lengths are integers."""
+    return isinstance(other, torch.Tensor) and other.is_floating_point()
