@@ -6,12 +6,16 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+from launcher.estimate.catalogue import CATALOGUE, CatalogueModel
 from train.config import ModelConfig
 from train.model.folder import decoder_numbers, experts_size, linear_shapes, parameter_count
 from train.model.source import staged_model
 from train.sizing import BaseSize, ExpertsSize
 from train.store.layout import CacheDir
+
+Origin = Literal["files", "catalogue", "size"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class ModelShape:
     """A model's numbers.
 
     parameters: all weights. linears: every linear layer of the decoder, with its (out, in) features.
-    assumed: the model is not fetched yet, and this is the usual shape of its size.
+    origin: the model's own files; before it is fetched, the catalogue, or else what is usual for the size in its name.
     experts: those of a mixture.
     """
 
@@ -29,8 +33,13 @@ class ModelShape:
     vocabulary: int
     parameters: int
     linears: dict[str, tuple[int, int]]
-    assumed: bool
+    origin: Origin
     experts: ExpertsSize | None = None
+
+    @property
+    def assumed(self) -> bool:
+        """Whether the model is still to be fetched, and what is said here checked."""
+        return self.origin != "files"
 
     @cached_property
     def size(self) -> BaseSize:
@@ -72,9 +81,28 @@ UNKNOWN_BILLIONS = 7.0
 
 
 def model_shape(model: ModelConfig, cache: CacheDir) -> ModelShape:
-    """The real shape of a model that has been fetched, else the typical one of its size. Reads headers, not weights."""
+    """The real shape of a model that has been fetched or that is shipped, else the typical one of its size.
+
+    Reads headers, not weights.
+    """
     folder = staged_model(model, cache)
-    return typical_shape(model.source) if folder is None else staged_shape(folder)
+    if folder is not None:
+        return staged_shape(folder)
+    return catalogue_shape(CATALOGUE[model.source]) if model.source in CATALOGUE else typical_shape(model.source)
+
+
+def catalogue_shape(model: CatalogueModel) -> ModelShape:
+    """The shape of a shipped model."""
+    return ModelShape(
+        layers=model.layers,
+        hidden=model.hidden,
+        intermediate=model.intermediate,
+        vocabulary=model.vocabulary,
+        parameters=model.parameters,
+        linears=model.linears,
+        origin="catalogue",
+        experts=model.experts_size,
+    )
 
 
 def staged_shape(folder: Path) -> ModelShape:
@@ -91,7 +119,7 @@ def staged_shape(folder: Path) -> ModelShape:
         vocabulary=sizes["vocab_size"],
         parameters=parameter_count(folder),
         linears=linear_shapes(folder),
-        assumed=False,
+        origin="files",
         experts=experts_size(folder),
     )
 
@@ -105,7 +133,7 @@ def typical_shape(source: str) -> ModelShape:
     linears = _llama_linears(layers, hidden, intermediate, kv_width)
     weights = sum(rows * columns for rows, columns in linears.values())
     embeddings = vocabulary * hidden * (1 if tied else 2)
-    return ModelShape(layers, hidden, intermediate, vocabulary, weights + embeddings, linears, assumed=True)
+    return ModelShape(layers, hidden, intermediate, vocabulary, weights + embeddings, linears, origin="size")
 
 
 def _billions(source: str) -> float:

@@ -109,14 +109,14 @@ def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter:
     """The adapter that `lora` describes for a base of this shape.
 
     Raises:
-        BadInput: the model has no module that the adapter targets. A model that is not fetched yet is assumed to have usual
-            modules, so nothing is refused then.
+        BadInput: the model has no module that the adapter targets. Of a model that is neither fetched nor in the catalogue only the
+            size is known, so nothing is refused then.
     """
     try:
         targets = adapted_modules(lora, list(shape.linears))
         return Adapter(trainable_parameters(lora, shape.linears), frozenset(targets))
     except BadInput:
-        if not shape.assumed:
+        if shape.origin != "size":
             raise
         # Assumed: two square projections per layer, each with A and B of r * hidden parameters.
         return Adapter(shape.layers * 2 * lora.r * 2 * shape.hidden, frozenset())

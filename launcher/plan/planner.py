@@ -125,7 +125,10 @@ def _pack(routed: Routed, prior_plans: int) -> Pack:
 
 def _reason(run: Run, decision: RunDecision, inputs: SizingInputs) -> str:
     """The decision's reason, and what could not be checked yet."""
-    if decision.verdict in TO_TRAIN and inputs.shape(run.config.model).assumed:
+    known = inputs.shape(run.config.model).origin if decision.verdict in TO_TRAIN else "files"
+    if known == "catalogue":
+        return f"{decision.reason}; sizes from the catalogue, checked once the model is fetched"
+    if known == "size":
         return f"{decision.reason}; architecture and target modules are checked once the model is fetched"
     return decision.reason
 
