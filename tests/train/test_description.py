@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import packs
 from architectures import ARCHITECTURES, tiny_model
@@ -15,7 +15,14 @@ from train.data.sampling import TokenSequence
 from train.lora.parameters import PackedAdapters
 from train.lora.targets import Target
 from train.model.anatomy import layers_name
-from train.nn.description import DecoderDescription, LayerDescription, MlpDescription, ModuleMlp, Undescribable
+from train.nn.description import (
+    DecoderDescription,
+    LayerDescription,
+    MlpDescription,
+    ModuleMlp,
+    Rotation,
+    Undescribable,
+)
 from train.nn.kept import activations
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.nn.reading import describe, describe_model
@@ -193,6 +200,33 @@ def test_a_planted_factor_is_found() -> None:
 def test_sequences_turn_by_their_own_lengths() -> None:
     """LongRoPE's frequencies change at 12 tokens here: sequences of 17 and 5 tokens in one micro-batch take different ones."""
     test_our_decoder_computes_hidden_states_and_gradients_of_transformers("phi3-longrope-crossing")
+
+
+@pytest.mark.parametrize(("name", "trained"), [("phi3-longrope-crossing", 12), ("llama-dynamic-rope", 16)])
+def test_tables_are_those_of_each_sequence_alone(name: str, trained: int) -> None:
+    """Sequences of 17, 1, 24, 5 and 11 tokens, on both sides of the length where frequencies change."""
+    config = ARCHITECTURES[name].config()
+    if "dynamic" in name:
+        config.max_position_embeddings = trained
+
+    def decoder() -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model.model
+
+    rotation = Rotation("rotary_emb")
+    batch = MicroBatch(sequences(packs.VOCABULARY), len(LENGTHS), packs.CPU)
+    x = torch.zeros(batch.total, 8)
+    found = RotaryTables([rotation], decoder())(x, batch)[rotation]
+    start = 0
+    for length in (length for lengths in LENGTHS for length in lengths):
+        # A module remembers the longest sequence that it saw, so each gets a fresh one.
+        expected = decoder().rotary_emb(x[None], torch.arange(length)[None])
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine[start : start + length], theirs[0], rtol=1e-5, atol=1e-6)
+        start += length
+    # The third tokens of the sequences of 17 and of 5 tokens.
+    long, short = found[0][2], found[0][17 + 1 + 24 + 2]
+    assert not torch.allclose(short, long, rtol=1e-3)
 
 
 class NoAttention:

@@ -144,6 +144,8 @@ def _varlen_kernel(
 def _scores(batch: MicroBatch, scale: float, window: int | None, softcap: float | None) -> Scores:
     # Rounded up, 130 to 256, so that few launch sizes occur.
     longest = -(-batch.longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
+    # A window that no sequence reaches beyond costs nothing, and leaves the bits as without one.
+    window = None if window is None or window >= batch.longest else window
     return Scores(batch.sequence_starts, longest, scale, window, softcap)
 
 

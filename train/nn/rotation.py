@@ -8,6 +8,7 @@ turn by each other's lengths, and the host would wait for the device. Those freq
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,18 +61,24 @@ class _LongRope:
     """LongRoPE: a sequence beyond the original length turns by other frequencies than a shorter one."""
 
     def __init__(self, rotation: Rotation, module: Any) -> None:
-        config, layer_type = module.config, rotation.layer_type
-        settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-        self._original_length = settings["original_max_position_embeddings"]
-        frequencies = ROPE_INIT_FUNCTIONS["longrope"]
-        arguments = {} if layer_type is None else {"layer_type": layer_type}
-        self._short, self._factor = frequencies(config, None, seq_len=self._original_length, **arguments)
-        self._long, _ = frequencies(config, None, seq_len=self._original_length + 1, **arguments)
+        self._original_length = _settings(rotation, module)["original_max_position_embeddings"]
+        arguments = {} if rotation.layer_type is None else {"layer_type": rotation.layer_type}
+        # On the device now: while a CUDA graph is captured, nothing may be copied from the host.
+        device = next(module.buffers()).device
+        make = partial(ROPE_INIT_FUNCTIONS["longrope"], module.config, device, **arguments)
+        self._short, self._factor = make(seq_len=self._original_length)
+        self._long, _ = make(seq_len=self._original_length + 1)
 
     def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> CosSin:
-        short, long = (f.to(hidden.device) for f in (self._short, self._long))
         is_long = sequence_lengths(batch) > self._original_length
-        return _cos_sin(torch.where(is_long[:, None], long, short), batch.positions, self._factor, hidden.dtype)
+        frequencies = torch.where(is_long[:, None], self._long, self._short)
+        return _cos_sin(frequencies, batch.positions, self._factor, hidden.dtype)
+
+
+def _settings(rotation: Rotation, module: Any) -> Mapping[str, Any]:
+    """The configuration of one kind of layer's rotation."""
+    parameters: Mapping[str, Any] = module.config.rope_parameters
+    return parameters if rotation.layer_type is None else parameters[rotation.layer_type]
 
 
 class _DynamicRope:
@@ -81,19 +88,17 @@ class _DynamicRope:
     """
 
     def __init__(self, rotation: Rotation, module: Any) -> None:
-        config, layer_type = module.config, rotation.layer_type
-        settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        settings = _settings(rotation, module)
         self._base, self._factor = float(settings["rope_theta"]), float(settings["factor"])
-        self._trained = int(config.max_position_embeddings)
-        short, self._scaling = ROPE_INIT_FUNCTIONS["dynamic"](config, None)
-        self._pairs = len(short)
+        self._trained = int(module.config.max_position_embeddings)
+        self._dim = 2 * len(next(module.buffers()))
 
     def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> CosSin:
         length = sequence_lengths(batch).clamp_min(self._trained).float()
-        dim = 2 * self._pairs
-        base = self._base * (self._factor * length / self._trained - (self._factor - 1)) ** (dim / (dim - 2))
-        exponents = torch.arange(0, dim, 2, device=hidden.device) / dim
-        return _cos_sin(1 / base[:, None] ** exponents, batch.positions, self._scaling, hidden.dtype)
+        growth = self._factor * length / self._trained - (self._factor - 1)
+        base = self._base * growth ** (self._dim / (self._dim - 2))
+        exponents = torch.arange(0, self._dim, 2, device=hidden.device) / self._dim
+        return _cos_sin(1 / base[:, None] ** exponents, batch.positions, 1.0, hidden.dtype)
 
 
 def _cos_sin(frequencies: torch.Tensor, positions: torch.Tensor, factor: float, dtype: torch.dtype) -> CosSin:
