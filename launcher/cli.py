@@ -201,9 +201,14 @@ def program_version() -> str:
 
 
 def _choices() -> str:
-    """A line per group of the configuration with its options."""
+    """The groups of the configuration, each with its options in lines of at most 110 columns."""
     groups = find_groups(conf_folders())
-    return "\n".join(f"  {group}={'|'.join(options)}" for group, options in groups.items())
+    # A line may end after any bar.
+    lines = [
+        textwrap.fill(f"{group}={'| '.join(options)}", 110, initial_indent="  ", subsequent_indent="    ")
+        for group, options in groups.items()
+    ]
+    return "\n".join(lines).replace("| ", "|")
 
 
 def _say_error(message: str, exit_code: int) -> int:
