@@ -24,7 +24,6 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from train.nn.attention import TRITON_HEAD_DIMS
 from train.nn.functional import ACTIVATIONS
 from train.nn.triton import attention, functional, grouped_mm, heads
 
@@ -59,7 +58,8 @@ for rank in (16, 128):
     for M, N in ((4096, rank), (rank, 4096), (4096, 4096)):
         compiled(grouped_mm._outer_grad, "bf16", types={"out": "*fp32"}, **grouped_mm.outer_grad_blocks(M, N))
 for (dim, of_values), window, cap in (
-    *((dims, None, None) for dims in sorted(TRITON_HEAD_DIMS)), ((128, 128), "i32", None), ((256, 256), "i32", "fp32"),
+    ((32, 32), None, None), ((64, 64), None, None), ((96, 96), None, None), ((128, 128), None, None), ((192, 128), None, None),
+    ((512, 512), None, None), ((128, 128), "i32", None), ((256, 256), "i32", "fp32"),
 ):
     constants = {"GROUP": 2, "DIM": dim, "WIDTH": triton.next_power_of_2(dim)}
     constants |= {"V_DIM": of_values, "V_WIDTH": triton.next_power_of_2(of_values)}
@@ -70,8 +70,7 @@ for (dim, of_values), window, cap in (
         (attention._backward_queries, attention.QUERIES),
         (attention._backward_keys, attention.KEYS),
     ):
-        launch = next(launch for width, launch in launches.items() if dim <= width)
-        compiled(kernel, "bf16", types=types, **constants, **launch)
+        compiled(kernel, "bf16", types=types, **constants, **attention.launch_for(launches, dim))
 for dtype in ("bf16", "fp32"):
     whole = functional._whole_row(3584)
     for centered, weight, bias in ((False, "*fp32", None), (True, "*" + dtype, "*" + dtype), (True, None, None)):
@@ -86,10 +85,9 @@ for dtype in ("bf16", "fp32"):
         compiled(functional._normalize_backward, dtype, types=types, passed=None, **constants)
     for activation in ACTIVATIONS:
         constants = {"ACTIVATION": activation, "DIM": 11008, "BLOCK": functional.BLOCK}
-        compiled(functional._gated, dtype, **constants)
-        compiled(functional._gated_backward, dtype, **constants)
-        compiled(functional._gated, dtype, up=None, **constants)
-        compiled(functional._gated_backward, dtype, up=None, up_grad=None, **constants)
+        alone = [{}, {}] if dtype == "bf16" else [{"up": None}, {"up": None, "up_grad": None}]
+        compiled(functional._gated, dtype, **alone[0], **constants)
+        compiled(functional._gated_backward, dtype, **alone[1], **constants)
     compiled(heads._rotary, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
     shape = {"HEADS": 32, "DIM": 96, "HEAD_BLOCK": 32, "DIM_BLOCK": 128, "num_warps": 8}
     for rotary, over_all, centered, interleaved, first in (
@@ -112,7 +110,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_kernels_compile_for_every_gpu_and_fit_it(capability: int, tmp_path: Path) -> None:
-    """By ranks 16 to 128, heads of 32 to 256 features, rows of no power of two."""
+    """By ranks 16 to 128, heads of 32 to 512 features, rows of no power of two."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", SHAPES, str(capability)]

@@ -38,8 +38,8 @@ from train.nn.varlen import (
 ATTENTION = "lorapack"
 # Autograd nodes whose backward adds up in any order unless told otherwise; see `_make_backward_deterministic`.
 SPLIT_KEY_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0"}
-# Features of a head that `train.nn.triton.attention` takes, of queries and of values, and the most that FlashAttention takes.
-TRITON_HEAD_DIMS = {(dim, dim) for dim in (32, 64, 80, 96, 112, 128, 192, 256)} | {(192, 128)}
+# Features of a head that `train.nn.triton.attention` takes, of queries as of values, and the most that FlashAttention takes.
+TRITON_HEAD_DIMS = range(32, 513)
 FLASH_HEAD_DIM = 256
 # FlashAttention's blocks: a larger bound only starts blocks that end at once.
 LONGEST_MULTIPLE = 128
@@ -135,7 +135,7 @@ def _varlen_kernel(
     dims = q.shape[-1], v.shape[-1]
     if not context.kernels.flash_varlen:
         return None
-    if context.kernels.triton_attention and dims in TRITON_HEAD_DIMS:
+    if context.kernels.triton_attention and all(dim in TRITON_HEAD_DIMS for dim in dims):
         return Triton()
     is_for_flash = dims[0] == dims[1] <= FLASH_HEAD_DIM and dims[0] % 8 == 0 and softcap is None
     return Flash() if is_for_flash else None

@@ -42,11 +42,24 @@ import torch
 import triton
 import triton.language as tl
 
-# BLOCK is how many queries or keys a program takes at once, by the padded features of a head. Those of 128 and less are the fastest on
-# an H200 among those that fit small GPUs; more features take smaller blocks, to fit the 99 KiB of shared memory of sm_86 and sm_120.
-FORWARD = {128: {"BLOCK": 64, "num_warps": 4, "num_stages": 3}, 256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2}}
-QUERIES = {128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2}, 256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2}}
-KEYS = {128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2}, 256: {"BLOCK": 32, "num_warps": 8, "num_stages": 2}}
+# How many queries or keys a program takes at once, by the padded features of a head. Those of 128 and less are the fastest on an H200
+# among those that fit small GPUs. More features take smaller blocks, to fit the 99 KiB of shared memory of sm_86 and sm_120.
+Launch = dict[str, int]
+FORWARD: dict[int, Launch] = {
+    128: {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
+    256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
+    512: {"BLOCK": 16, "num_warps": 8, "num_stages": 1},
+}
+QUERIES: dict[int, Launch] = {
+    128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
+    512: {"BLOCK": 16, "num_warps": 8, "num_stages": 1},
+}
+KEYS: dict[int, Launch] = {
+    128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    256: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
+    512: {"BLOCK": 16, "num_warps": 8, "num_stages": 1},
+}
 LOG2_E = 1 / math.log(2)
 
 
@@ -273,7 +286,8 @@ def forward(
     total, heads, _ = q.shape
     out = q.new_empty(total, heads, v.shape[2])
     log_sums = q.new_empty(heads, total, dtype=torch.float32)
-    widths, launch = _widths(q, k, v), _launch(FORWARD, q)
+    widths = _widths(q, k, v)
+    launch = launch_for(FORWARD, max(q.shape[2], v.shape[2]))
     _forward[_grid(longest, starts, heads, launch)](
         q, k, v, out, log_sums, starts, total, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
         *_scales(scale, softcap), window, **widths, **launch,
@@ -302,13 +316,13 @@ def backward(
     deltas = torch.empty_like(log_sums)
     widths = _widths(q, k, v)
     scales = *_scales(scale, softcap), window, scale
-    launch = _launch(QUERIES, q)
+    launch = launch_for(QUERIES, max(q.shape[2], v.shape[2]))
     _backward_queries[_grid(longest, starts, heads, launch)](
         q, k, v, out, gradient, q_grad, log_sums, deltas, starts, total,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), gradient.stride(0), q_grad.stride(0), *scales,
         **widths, **launch,
     )  # fmt: skip
-    launch = _launch(KEYS, q)
+    launch = launch_for(KEYS, max(q.shape[2], v.shape[2]))
     _backward_keys[_grid(longest, starts, k.shape[1], launch)](
         q, k, v, gradient, k_grad, v_grad, log_sums, deltas, starts, total,
         q.stride(0), k.stride(0), v.stride(0), gradient.stride(0), k_grad.stride(0), v_grad.stride(0), *scales,
@@ -329,12 +343,12 @@ def _widths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]
     return {"GROUP": q.shape[1] // k.shape[1], "DIM": dim, "V_DIM": of_values} | widths
 
 
-def _launch(launches: dict[int, dict[str, int]], q: torch.Tensor) -> dict[str, int]:
-    """The launch for heads of q's size."""
-    return next(launch for width, launch in launches.items() if q.shape[2] <= width)
+def launch_for(launches: dict[int, Launch], dim: int) -> Launch:
+    """The launch for heads of `dim` features."""
+    return next(launch for width, launch in launches.items() if dim <= width)
 
 
-def _grid(longest: int, starts: torch.Tensor, heads: int, launch: dict[str, int]) -> tuple[int, int, int]:
+def _grid(longest: int, starts: torch.Tensor, heads: int, launch: Launch) -> tuple[int, int, int]:
     """A program for every block that the longest sequence could have, of every sequence and head.
 
     Sequences of 130 and 40 tokens take 3 blocks of 64 each; the last two of the second sequence end at once. The grid depends on no
