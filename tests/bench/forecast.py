@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,25 +29,6 @@ TIME_BAR = 0.25
 FIRST_STEP = 2
 TIMED = 8
 HEADER = ("setting", "peak GiB", "forecast", "error", "ms/step", "forecast", "error", "tok/s", "trainer's choice")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A setting's measurement and its forecast."""
-
-    measured: Measured
-    forecast_gib: float
-    forecast_ms: float
-
-    @property
-    def memory_error(self) -> float:
-        """Forecast divided by measurement, minus one; 0 where memory was not measured (on a CPU)."""
-        return self.forecast_gib / self.measured.peak_allocated_gib - 1 if self.measured.peak_allocated_gib else 0.0
-
-    @property
-    def time_error(self) -> float:
-        """Forecast divided by measurement, minus one."""
-        return self.forecast_ms / self.measured.ms_per_step - 1
 
 
 def settings(quick: bool) -> list[Setting]:
@@ -77,8 +58,8 @@ def settings(quick: bool) -> list[Setting]:
     ]
 
 
-def compare(model: Path, cases: Sequence[Setting], timed: int) -> list[Compared]:
-    """Measure every setting, and ask the launcher for its forecast."""
+def compare(model: Path, cases: Sequence[Setting], timed: int) -> list[Measured]:
+    """Measure every setting; the results hold the launcher's forecasts."""
     from bench.measuring import StepClock, attempt
     from bench.ours import NAME, DeviceModel
     from bench.rows import data
@@ -90,32 +71,15 @@ def compare(model: Path, cases: Sequence[Setting], timed: int) -> list[Compared]
         clock = StepClock(FIRST_STEP + timed, timed)
         measured = attempt(NAME, setting, partial(bench.measure, setting, clock))
         print(f"{setting.label}: {measured.error or f'{measured.peak_allocated_gib:.1f} GiB'}", flush=True)
-        compared.append(Compared(measured, *forecast(model, setting)))
+        compared.append(measured)
     return compared
 
 
-def forecast(model: Path, setting: Setting) -> tuple[float, float]:
-    """Peak in GiB and milliseconds of a step, as the plan of such a pack gives them on this machine."""
-    from bench.ours import run_config
-    from bench.rows import LONGEST, ROWS, table
-    from launcher.estimate.arithmetic import memory_bytes, training_seconds
-    from launcher.estimate.devices import GIB, local_device
-    from launcher.estimate.shapes import staged_shape
-    from launcher.estimate.workload import DatasetStats, adapter_of, workload
-
-    shape, device = staged_shape(model), local_device()
-    rows = DatasetStats(ROWS, eval_rows=0, tokens_per_row=float(table(256).lengths().mean()), longest=LONGEST)
-    configs = [run_config(model, setting, seed) for seed in range(setting.runs)]
-    work = [workload(config.train, rows, adapter_of(config.lora, shape), done_steps=0) for config in configs]
-    seconds = training_seconds(configs[0], work, shape, device)
-    return memory_bytes(configs[0], work, shape, device) / GIB, 1000 * seconds / work[0].steps
-
-
-def report(compared: Sequence[Compared]) -> str:
+def report(compared: Sequence[Measured]) -> str:
     """The table, and the worst errors."""
     from bench.tables import markdown
 
-    good = [case for case in compared if case.measured.error is None]
+    good = [case for case in compared if case.error is None]
     lines = [_line(case) for case in compared]
     memory = max((abs(case.memory_error) for case in good), default=0.0)
     seconds = max((abs(case.time_error) for case in good), default=0.0)
@@ -130,18 +94,17 @@ def report(compared: Sequence[Compared]) -> str:
     return f"{markdown(HEADER, lines)}\n\n{verdict}"
 
 
-def _line(case: Compared) -> list[str]:
-    m = case.measured
+def _line(m: Measured) -> list[str]:
     if m.error is not None:
-        return [m.setting.label, m.error, f"{case.forecast_gib:.1f}", "", "", f"{case.forecast_ms:,.0f}", "", "", ""]
+        return [m.setting.label, m.error, f"{m.forecast_gib:.1f}", "", "", f"{m.forecast_ms:,.0f}", "", "", ""]
     return [
         m.setting.label,
         f"{m.peak_allocated_gib:.2f}",
-        f"{case.forecast_gib:.2f}",
-        f"{case.memory_error:+.0%}",
+        f"{m.forecast_gib:.2f}",
+        f"{m.memory_error:+.0%}",
         f"{m.ms_per_step:,.0f}",
-        f"{case.forecast_ms:,.0f}",
-        f"{case.time_error:+.0%}",
+        f"{m.forecast_ms:,.0f}",
+        f"{m.time_error:+.0%}",
         f"{m.tokens_per_second:,.0f}",
         m.note,
     ]
@@ -153,6 +116,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", type=Path, default=Path(tempfile.gettempdir()) / "lorapack-bench", help="kept between calls"
     )
+    parser.add_argument("--shape", default="llama2_7b", help="as in bench.speed")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     parser.add_argument("--quick", action="store_true", help="try the harness: a tiny model, two settings")
     arguments = parser.parse_args(given)
@@ -163,7 +127,7 @@ def main(given: list[str] | None = None) -> None:
     from bench.shapes import model_folder
     from bench.speed import where
 
-    model = model_folder("tiny" if arguments.quick else "llama2_7b", root)
+    model = model_folder("tiny" if arguments.quick else arguments.shape, root, weights=False)
     compared = compare(model, settings(arguments.quick), timed=2 if arguments.quick else TIMED)
     if arguments.json is not None:
         records = [asdict(case) | {"memory_error": case.memory_error} for case in compared]

@@ -21,6 +21,8 @@ ALPHA = 32.0
 QV = ("q_proj", "v_proj")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MEET_SECONDS = 240.0
+# What q_proj and v_proj are in the model of this folder, as a JSON list.
+TARGETS_FILE = "bench-targets.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Setting:
         """The setting that `dataclasses.asdict` and JSON made into `values`."""
         return Setting(**{**values, "targets": tuple(values["targets"])})
 
+    def targets_in(self, model: Path) -> list[str]:
+        """The adapted layers by their names in a model folder: an architecture may have one matrix for q, k and v."""
+        own = model / TARGETS_FILE
+        return json.loads(own.read_text()) if self.targets == QV and own.exists() else list(self.targets)
+
     @property
     def label(self) -> str:
         """The setting in a table."""
@@ -61,7 +68,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """A setting's result in one process. `error` says why there is none. Memory is in GiB, 0 on a CPU."""
+    """A setting's result in one process. `error` says why there is none. Memory is in GiB, 0 on a CPU.
+
+    The forecasts are what a plan says of such a pack; 0 for peers.
+    """
 
     who: str
     setting: Setting
@@ -71,8 +81,20 @@ class Measured:
     peak_allocated_gib: float = 0.0
     peak_reserved_gib: float = 0.0
     warm_seconds: float = 0.0
+    forecast_gib: float = 0.0
+    forecast_ms: float = 0.0
     note: str = ""
     error: str | None = None
+
+    @property
+    def memory_error(self) -> float:
+        """Forecast divided by measurement, minus one; 0 where memory was not measured (on a CPU)."""
+        return self.forecast_gib / self.peak_allocated_gib - 1 if self.peak_allocated_gib else 0.0
+
+    @property
+    def time_error(self) -> float:
+        """Forecast divided by measurement, minus one."""
+        return self.forecast_ms / self.ms_per_step - 1
 
     @staticmethod
     def of(values: dict[str, Any]) -> Measured:

@@ -5,12 +5,11 @@ One process (`bench.start`); the base is loaded again only when a setting needs 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig
 
 from bench.measuring import (
     ALPHA,
@@ -33,21 +33,28 @@ from bench.measuring import (
     note_result,
     result,
 )
-from bench.rows import LONGEST, data
+from bench.rows import LONGEST, ROWS, data, table
+from bench.shapes import quantized_base
 from bench.start import bench_cache
+from launcher.estimate.arithmetic import memory_bytes, training_seconds
+from launcher.estimate.devices import local_device
+from launcher.estimate.shapes import staged_shape
+from launcher.estimate.workload import DatasetStats, adapter_of, workload
 from train.config import RunConfig, parse_run_config
 from train.data.token_table import TokenizedData
 from train.log import log_to
 from train.lora.peft_forms import StockPeft
 from train.lora.targets import adapted_modules
-from train.model.base_cache import BaseCache
+from train.model.base_cache import BaseCache, BaseSpec
+from train.model.folder import WEIGHTS_INDEX
 from train.model.loading import stock_skeleton
+from train.nn.backends import resolve_dtype
 from train.nn.packed_model import PackedModel
 from train.runtime.attempts import open_attempt
 from train.sizing import Fit
 from train.store.layout import CacheDir, RunDir
 from train.store.storage import make_folder
-from train.trainer.base import fit_to_device, open_base
+from train.trainer.base import fit_to_device, open_base, this_device
 from train.trainer.context import JobContext
 from train.trainer.loop import PackLoop
 from train.trainer.pack import build_loop
@@ -82,7 +89,7 @@ def run_config(folder: Path, setting: Setting, seed: int) -> RunConfig:
         {
             "model": {"name": "bench", "source": str(folder), "fingerprint": "bench"},
             "data": {"name": "bench", "source": "bench", "fingerprint": "bench"},
-            "lora": {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(setting.targets)},
+            "lora": {"r": RANK, "lora_alpha": ALPHA, "target_modules": setting.targets_in(folder)},
             "quant": {"load_in_4bit": True},
             "train": {
                 "learning_rate": 2e-4,
@@ -115,9 +122,17 @@ class DeviceModel:
         if self.base is None or fit != self.fit:
             self.base = None
             forget_memory()
+            self._quantize(config)
             self.base = open_base(config, self.folder, fit, LONGEST, BaseCache(self.cache, nothing))
             self.fit = fit
         return self.base, fit
+
+    def _quantize(self, config: RunConfig) -> None:
+        """Make the quantized base of a folder whose weights are a hole."""
+        if not (self.folder / WEIGHTS_INDEX).exists():
+            device = this_device()
+            dtype = resolve_dtype(config.train, device)
+            quantized_base(self.folder, BaseSpec(self.folder, config.model, config.quant, dtype, device), self.cache)
 
     def measure(self, setting: Setting, clock: StepClock) -> Measured:
         """Build the pack, warm up, time."""
@@ -125,7 +140,19 @@ class DeviceModel:
         with tempfile.TemporaryDirectory() as folder, built_loop(self, setting, Path(folder)) as loop:
             tokens = time_steps(loop, clock, self.first_step)
         base.attach(None)
-        return result(NAME, setting, clock, tokens, note=str(fit))
+        gib, milliseconds = forecast(self.folder, setting)
+        measured = result(NAME, setting, clock, tokens, note=f"{base.path}: {fit}")
+        return replace(measured, forecast_gib=gib, forecast_ms=milliseconds)
+
+
+def forecast(model: Path, setting: Setting) -> tuple[float, float]:
+    """Peak in GiB and milliseconds of a step, as the plan of such a pack gives them on this machine."""
+    shape, device = staged_shape(model), local_device()
+    rows = DatasetStats(ROWS, eval_rows=0, tokens_per_row=float(table(256).lengths().mean()), longest=LONGEST)
+    configs = [run_config(model, setting, seed) for seed in range(setting.runs)]
+    work = [workload(config.train, rows, adapter_of(config.lora, shape), done_steps=0) for config in configs]
+    seconds = training_seconds(configs[0], work, shape, device)
+    return memory_bytes(configs[0], work, shape, device) / GIB, 1000 * seconds / work[0].steps
 
 
 @contextmanager
@@ -172,7 +199,7 @@ def measure_all(model: Path, settings: list[Setting], out: Path, warm: int, time
     """The matrix ceiling, then every setting."""
     log_to(sys.stdout)
     append(out, {"ceiling_flops": ceiling_flops()})
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
     bench = DeviceModel(model, data(vocabulary), bench_cache(model), first_step=warm)
     with profile(as_on):
         for index, setting in enumerate(settings):

@@ -38,7 +38,7 @@ Load = Callable[[Path, Setting], Any]
 
 def load_plain(folder: Path, setting: Setting) -> Any:
     """The model with an adapter, as the tutorials load it; in float32 and unquantized on a CPU."""
-    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(setting.targets), task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=setting.targets_in(folder), task_type="CAUSAL_LM")
     if not torch.cuda.is_available():
         return get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

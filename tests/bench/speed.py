@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from bench.tables import ratios, speed_table, together, where_packing_stops
 HERE = Path(__file__).resolve().parent
 WORKER_SECONDS = 300.0
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
-NAME, AS_T4 = "lorapack", "lorapack as on a T4"
-MODULES = {NAME: "bench.start", "plain script": "bench.plain", "Unsloth": "bench.unsloth_peer"}
+NAME, AS_T4, TWIN = "lorapack", "lorapack as on a T4", "a plain Llama of these sizes"
+MODULES = {NAME: "bench.start", TWIN: "bench.start", "plain script": "bench.plain", "Unsloth": "bench.unsloth_peer"}
 HEADLINE = Setting(runs=8, batch=4)
 
 
@@ -84,6 +84,12 @@ TABLES = {
         ),
         needs="unsloth",
     ),
+    "base": Table(
+        "lorapack beside a plain Llama of the same linears and head, and Unsloth",
+        (HEADLINE, Setting()),
+        (Job(TWIN, (HEADLINE,)), _unsloth(Setting())),
+    ),
+    "t4": Table("as on a T4", (), t4=(Setting(runs=8, checkpointing=True),)),
     "ours": Table(
         "lorapack",
         (
@@ -104,10 +110,10 @@ QUICK = Table("the harness", (Setting(), Setting(runs=2)), (_plain(Setting()),))
 
 @dataclass
 class Session:
-    """One invocation: where its files are, and everything measured so far."""
+    """One invocation: where its files are, the model folder of every program, and everything measured so far."""
 
     folder: Path
-    model: Path
+    models: Mapping[str, Path]
     steps: tuple[str, ...]
     again: bool = True
     out: Path | None = None
@@ -159,7 +165,7 @@ class Session:
             "-m",
             MODULES[job.who],
             "--model",
-            self.model,
+            self.models[job.who],
             "--settings",
             folder / "settings.json",
         ]
@@ -204,7 +210,8 @@ def _last_line(log: Path, code: int | None) -> str:
 def measure_tables(session: Session, tables: Sequence[Table]) -> None:
     """Measure lorapack, every peer and lorapack again; then lorapack in the profile of a T4."""
     ours = Job(NAME, tuple(dict.fromkeys(setting for table in tables for setting in table.ours)))
-    session.run(ours)
+    if ours.settings:
+        session.run(ours)
     for job in dict.fromkeys(job for table in tables for job in table.peers):
         session.run(job)
     if session.again and any(table.peers for table in tables):
@@ -244,6 +251,16 @@ def where() -> str:
     return f"{time.strftime('%Y-%m-%d')}, {device}, {versions}"
 
 
+def _model_folders(name: str, root: Path, tables: Sequence[Table]) -> dict[str, Path]:
+    """The model of every program in the tables; without weights for those that open a quantized base."""
+    peers = {job.who for table in tables for job in table.peers}
+    folders = {NAME: model_folder(name, root, weights=False)}
+    if TWIN in peers:
+        folders[TWIN] = model_folder(name, root, twin=True, weights=False)
+    others = sorted(peers - {TWIN})
+    return folders | {who: model_folder(name, root) for who in others}
+
+
 def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
@@ -274,9 +291,9 @@ def main(given: list[str] | None = None) -> None:
         steps = ("--warm", "1", "--timed", "2") if arguments.quick else ("--timed", str(arguments.timed))
         folder = arguments.logs or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        model = model_folder(name, arguments.models.resolve())
+        models = _model_folders(name, arguments.models.resolve(), tables)
         session = Session(
-            folder.resolve(), model, steps, again=not (arguments.once or arguments.quick), out=arguments.json
+            folder.resolve(), models, steps, again=not (arguments.once or arguments.quick), out=arguments.json
         )
         measure_tables(session, tables)
     print(report(session, SHAPES[name], tables))

@@ -12,7 +12,18 @@ from bench.measuring import Measured
 
 # Packing pays while doubling the runs makes a pack at least this much faster.
 PAYS = 1.15
-HEADER = ("what", "setting", "tokens/step", "ms/step", "tok/s", "of the ceiling", "peak GiB", "reserved GiB")
+HEADER = (
+    "what",
+    "setting",
+    "tokens/step",
+    "ms/step",
+    "tok/s",
+    "of the ceiling",
+    "peak GiB",
+    "forecast",
+    "reserved GiB",
+    "note",
+)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -31,17 +42,24 @@ def speed_table(measured: Sequence[Measured], flop_parameters: int, ceiling_flop
 
 def _line(m: Measured, share_per_token: float) -> list[str]:
     if m.error is not None:
-        return [m.who, m.setting.label, m.error, "", "", "", "", ""]
+        return [m.who, m.setting.label, m.error, *[""] * 7]
     return [
         m.who,
         m.setting.label,
         f"{m.tokens_per_step:,.0f}",
-        f"{m.ms_per_step:,.0f}",
+        f"{m.ms_per_step:,.0f}{_error(m.forecast_ms, m.time_error)}",
         f"{m.tokens_per_second:,.0f}",
         f"{m.tokens_per_second * share_per_token:.2f}",
         f"{m.peak_allocated_gib:.1f}",
+        f"{m.forecast_gib:.1f}{_error(m.forecast_gib, m.memory_error)}" if m.forecast_gib else "",
         f"{m.peak_reserved_gib:.1f}",
+        m.note,
     ]
+
+
+def _error(forecast: float, error: float) -> str:
+    """How far a forecast is off, where there is one: ``(+3 %)``."""
+    return f" ({100 * error:+.0f} %)" if forecast else ""
 
 
 def together(parts: Sequence[Measured], processes: int) -> Measured:

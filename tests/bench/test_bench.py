@@ -49,7 +49,7 @@ def test_quick_run_measures_lorapack_and_the_plain_script_over_the_same_rows(
 
 def test_a_worker_that_fails_is_a_line_with_its_last_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(speed.MODULES, "plain script", "bench.no_such_peer")
-    session = speed.Session(tmp_path, tmp_path / "no-model", ("--timed", "2"))
+    session = speed.Session(tmp_path, {"plain script": tmp_path / "no-model"}, ("--timed", "2"))
     [line] = session.run(speed.Job("plain script", (Setting(),)))
     assert line.error is not None
     assert line.error.startswith("exit code 1: ")
@@ -127,8 +127,8 @@ def test_forecasts_are_held_against_measurements(
     out = tmp_path / "forecast.json"
     forecast.main(["--quick", "--json", str(out), "--models", str(tmp_path)])
     cases = json.loads(out.read_text())["settings"]
-    assert [case["measured"]["setting"]["runs"] for case in cases] == [1, 2]
-    assert all(case["measured"]["error"] is None and case["forecast_ms"] > 0 for case in cases)
+    assert [case["setting"]["runs"] for case in cases] == [1, 2]
+    assert all(case["error"] is None and case["forecast_ms"] > 0 for case in cases)
     assert cases[1]["forecast_gib"] > cases[0]["forecast_gib"]
     assert "Memory within 10% in" in capsys.readouterr().out
 

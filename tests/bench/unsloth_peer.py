@@ -28,7 +28,7 @@ def load_unsloth(folder: Path, setting: Setting) -> Any:
         lora_alpha=ALPHA,
         lora_dropout=0,
         bias="none",
-        target_modules=list(setting.targets),
+        target_modules=setting.targets_in(folder),
         use_gradient_checkpointing="unsloth" if setting.checkpointing is True else False,
         random_state=0,
     )

@@ -93,7 +93,7 @@ class BaseCache:
         A cache that cannot be written (full, read-only) costs the next job time, and never stops this one.
         """
         about = wanted.about()
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        key = base_key(about)
         folder = self.cache.base(key)
         found = read_base(folder, wanted.device)
         if found is not None:
@@ -130,6 +130,11 @@ class BaseCache:
     def _for_this_job(self, wanted: BaseSpec, tensors: dict[str, torch.Tensor], why: StorageError) -> QuantizedBase:
         log.warning(f"the quantized base is not kept, so later jobs will quantize again: {why}")
         return _in_memory(tensors, wanted.device)
+
+
+def base_key(about: Record) -> str:
+    """The name of a base in the cache, by what `BaseSpec.about` says of it."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def remove_idle(bases: Path) -> list[str]:
