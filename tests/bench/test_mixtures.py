@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 import packs
 from bench.measuring import Setting
 from bench.mixtures import mixture_folder, qwen3_30b_a3b
@@ -34,7 +32,4 @@ def test_a_job_opens_a_mixture_that_never_existed_in_16_bit(tmp_path: Path) -> N
     assert [*(tmp_path / "cache" / "bases").glob("*/about.json")] == kept
     experts = [module for module in base.model.modules() if isinstance(module, PackedExperts)]
     assert len(experts) == 2
-    assert (
-        base.parameters == sum(p.numel() for p in torch.nn.ParameterList([]).parameters())
-        or base.parameters > size.parameters
-    )
+    assert base.parameters > size.parameters
