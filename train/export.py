@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,6 +36,7 @@ from train.lora.targets import adapted_modules
 from train.model.folder import save_model
 from train.model.linears import frozen_linears
 from train.model.loading import load_tokenizer
+from train.model.modalities import auto_class
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
 from train.store.layout import CacheDir, RunDir
@@ -99,7 +100,8 @@ def tuned_model(
     config = read_run_config(run.config)
     _refuse_another_base(config)
     folder, code = stage_model(config.model, cache), config.model.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=code)
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=code))
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=code)
     targets = adapted_modules(config.lora, list(adapter))
     linears = frozen_linears(model)
     for name, (a, b) in adapter.items():

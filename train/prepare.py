@@ -19,7 +19,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +26,6 @@ from train.config import DataConfig, LoraConfig, ModelConfig
 from train.errors import LorapackError
 from train.log import log_to
 from train.lora.targets import adapted_modules
-from train.model.folder import linear_modules
 from train.section import parse_section
 from train.store.layout import CacheDir
 
@@ -90,6 +88,7 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     # Imported here because they are heavy.
     from train.data.loading import load_tokenized, summary
     from train.lora.peft_forms import StockPeft
+    from train.model.linears import frozen_linears
     from train.model.loading import check_decoder, stock_skeleton
     from train.model.staging import stage_model
 
@@ -97,8 +96,9 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     data = parse_section(DataConfig, request["data"], "data")
     model_dir = stage_model(model, cache)
     check_decoder(model_dir, model, data.max_length)
-    modules = linear_modules(model_dir)
-    peft = StockPeft(model, partial(stock_skeleton, model_dir, model))
+    skeleton = stock_skeleton(model_dir, model)
+    modules = list(frozen_linears(skeleton))
+    peft = StockPeft(model, lambda: skeleton)
     # Before tokenizing, which may take minutes.
     for section in request["loras"]:
         lora = parse_section(LoraConfig, section, "lora")

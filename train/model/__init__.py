@@ -7,10 +7,11 @@
     tiny          the random model of `builtin:tiny`
     folder        what a model folder must hold, and the shapes in the headers of its weights
     architecture  what `config.json` alone rules out, on the login node
+    anatomy       where decoder and layers of a model are, whatever its class
+    modalities    models that also see or hear: how they are loaded, with towers of one layer
     linears       which modules are linear layers
     experts       which parameters are stacks of experts
     loading       decoder and tokenizer by transformers' loaders, and the checks on the meta device
-    anatomy       where decoder and layers of a model are, whatever its class
     layer_kinds   models with fewer layers of every kind
     narrowing     and with smaller sizes
     copies        both together: what `train.nn.judge` measures

@@ -52,7 +52,18 @@ EXPERTS_CHOSEN = (
 LONGEST_HEADER_BYTES = 100_000_000
 SAMPLE_BYTES = 2**14
 
-DECODER_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+# Sizes of a decoder, and the keys under which `config.json` of one architecture or another has them.
+DECODER_SIZES = {
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
+    "vocab_size": ("vocab_size",),
+}
+# The text decoder of a model that also sees or hears, as transformers names it, and in older files as
+# language_model.model.layers.0: there the module is model.language_model.layers.0.
+TEXT_PART = re.compile(r"(^|\.)language_model\.|^lm_head\.")
+OLD_TEXT_PART = re.compile(r"^language_model\.(model\.)?")
+EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|embeddings?)\.weight$")
 
 Shape = tuple[int, ...]
 
@@ -113,7 +124,7 @@ def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
     Raises:
         BadInput: the weights are missing or damaged.
     """
-    shapes = _tensor_shapes(model_dir)
+    shapes = _text_shapes(model_dir)
     found = {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
@@ -138,7 +149,7 @@ def experts_size(model_dir: Path) -> ExpertsSize | None:
         return None
     matrices = [
         shape
-        for name, shape in _tensor_shapes(model_dir).items()
+        for name, shape in _text_shapes(model_dir).items()
         if LAYER_INDEX.match(name)
         and ((".experts." in name and len(shape) > 1) or (len(shape) == 3 and shape[0] == count and min(shape[1:]) > 1))
     ]
@@ -150,23 +161,41 @@ def experts_size(model_dir: Path) -> ExpertsSize | None:
 
 
 def decoder_numbers(model_dir: Path) -> dict[str, int]:
-    """The sizes of a Llama-like decoder, by their keys in ``config.json``; `intermediate_size` defaults to four times the hidden size.
+    """The sizes of a decoder, by Llama's keys in ``config.json``; `intermediate_size` defaults to four times the hidden size.
 
     Raises:
         BadInput: one is missing or not a positive whole number.
     """
-    config = model_config(model_dir)
-    text = config.get("text_config", config)
-    found: dict[str, Any] = {key: text.get(key) for key in DECODER_SIZES} if isinstance(text, dict) else {}
-    if not found.get("intermediate_size") and isinstance(found.get("hidden_size"), int):
+    text = _text_config(model_dir)
+    found: dict[str, Any] = {
+        size: next((text[key] for key in keys if text.get(key)), None) for size, keys in DECODER_SIZES.items()
+    }
+    # Sizes that are the defaults of their architecture need not be in the file, as Gemma 3's vocabulary.
+    for size, rows_or_columns in zip(("vocab_size", "hidden_size"), _embedding_shape(model_dir, found), strict=True):
+        found[size] = found[size] or rows_or_columns
+    if not found["intermediate_size"] and isinstance(found["hidden_size"], int):
         found["intermediate_size"] = 4 * found["hidden_size"]
-    wrong = [key for key in DECODER_SIZES if type(found.get(key)) is not int or found[key] < 1]
+    wrong = [key for key in DECODER_SIZES if type(found[key]) is not int or found[key] < 1]
     if wrong:
         raise BadInput(
-            f"{model_dir / CONFIG} has no proper {', '.join(wrong)}, which every Llama-like decoder has; give such a model, or "
-            "fetch it again."
+            f"{model_dir / CONFIG} has no proper {', '.join(wrong)}, which every decoder has; give such a model, or fetch it again."
         )
     return found
+
+
+def _embedding_shape(model_dir: Path, found: dict[str, Any]) -> tuple[int | None, int | None]:
+    """(vocabulary, features) of the embedding in the weights, where the configuration lacks one of them."""
+    if found["vocab_size"] and found["hidden_size"]:
+        return None, None
+    shapes = [shape for name, shape in _text_shapes(model_dir).items() if EMBEDDING.search(name) and len(shape) == 2]
+    return max(shapes, default=(None, None))
+
+
+def _text_config(model_dir: Path) -> dict[str, Any]:
+    """The settings of the text decoder: those of ``text_config`` where other parts have settings of their own."""
+    config = model_config(model_dir)
+    text = config.get("text_config", config)
+    return text if isinstance(text, dict) else {}
 
 
 def linear_modules(model_dir: Path) -> list[str]:
@@ -175,12 +204,12 @@ def linear_modules(model_dir: Path) -> list[str]:
 
 
 def parameter_count(model_dir: Path) -> int:
-    """All parameters of the model; a head that is tied to the embedding counts once, buffers do not count.
+    """All parameters of the text decoder; a head that is tied to the embedding counts once, buffers do not count.
 
     Raises:
         BadInput: the weights are missing or damaged.
     """
-    shapes = _tensor_shapes(model_dir)
+    shapes = _text_shapes(model_dir)
     if model_config(model_dir).get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
     return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq"))
@@ -207,6 +236,18 @@ def weight_samples(file: Path) -> Iterator[bytes]:
         for begin, end in begins:
             stream.seek(data_start + begin)
             yield stream.read(min(SAMPLE_BYTES, end - begin))
+
+
+def _text_shapes(folder: Path) -> dict[str, Shape]:
+    """The tensors of the text decoder and its head, by the names of today's modules."""
+    shapes = _tensor_shapes(folder)
+    if any("language_model." in name for name in shapes):
+        shapes = {name: shape for name, shape in shapes.items() if TEXT_PART.search(name)}
+    # language_model.lm_head.weight is lm_head.weight.
+    return {
+        OLD_TEXT_PART.sub("" if ".lm_head." in name else "model.language_model.", name): shape
+        for name, shape in shapes.items()
+    }
 
 
 def _tensor_shapes(folder: Path) -> dict[str, Shape]:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from train.model.anatomy import decoder_layers
+from train.model.modalities import auto_class, shallow_towers
 
 # transformers' plain code for attention and experts, which every architecture has.
 REFERENCE = "eager"
@@ -32,10 +33,10 @@ Kind = tuple[Any, ...]
 
 def build(config: PretrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model that `config` describes, with transformers' own initial weights, or with none on the device ``meta``."""
-    config = copy.deepcopy(config)
+    config = shallow_towers(copy.deepcopy(config))
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=REFERENCE, trust_remote_code=True
         )
     # Reference code here too: grouped products of experts exist in no float64.

@@ -16,6 +16,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from train.model.anatomy import text_decoder
+
 # (out, in) features of a probe, and its tokens.
 PROBE_SHAPE = (5, 3)
 PROBE_TOKENS = 2
@@ -52,12 +54,13 @@ class FrozenLinear:
 
 
 def frozen_linears(model: PreTrainedModel) -> dict[str, FrozenLinear]:
-    """Every linear layer that can be adapted, by name: all but the output embedding."""
+    """Every linear layer that can be adapted, by name: all of the text decoder, and no output embedding."""
     head = model.get_output_embeddings()
+    text = set(text_decoder(model).modules())
     return {
         name: FrozenLinear(module, isinstance(module, Conv1D))
         for name, module in model.named_modules()
-        if module is not head and is_linear(module)
+        if module in text and module is not head and is_linear(module)
     }
 
 

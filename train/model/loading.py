@@ -17,7 +17,6 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +27,7 @@ from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
 from train.model.architecture import CHOOSE_ANOTHER, HEAD_WITH_BIAS, refuse_by_config
 from train.model.folder import linear_shapes
+from train.model.modalities import auto_class, shallow_towers
 
 # Named explicitly, since transformers might choose other kernels; `train.nn.packed_model` exchanges it.
 PLAIN_ATTENTION = "sdpa"
@@ -56,8 +56,10 @@ def load_decoder(folder: Path, model: ModelConfig, **how: Any) -> PreTrainedMode
     Raises:
         BadInput: weights are missing or of other shapes, which transformers would fill with random numbers.
     """
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    loaded, info = auto_class(config).from_pretrained(
         folder,
+        config=shallow_towers(config),
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
         attn_implementation=PLAIN_ATTENTION,
@@ -85,7 +87,7 @@ def stock_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
     """The model in `folder` on the meta device, as its users get it from transformers: names and shapes without weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        skeleton: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
     return skeleton
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from train.config import ModelConfig
 from train.model.experts import ExpertStack
 from train.model.loading import PLAIN_ATTENTION, load_decoder
+from train.model.modalities import auto_class, shallow_towers
 from train.model.nf4 import NF4Stack, state_from
 
 # Between the name of a stack of experts and that of one of its parts.
@@ -70,9 +71,9 @@ def load_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, device: 
 
 def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: QuantizedBase) -> PreTrainedModel:
     """The model around `base`: complete but for the weights of its `frozen_linears` and `expert_stacks`, on device ``meta``."""
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
+    config = shallow_towers(AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code))
     with init_empty_weights(include_buffers=False):
-        hollow: PreTrainedModel = AutoModelForCausalLM.from_config(
+        hollow: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code, attn_implementation=PLAIN_ATTENTION
         )
     for name in base.others:

@@ -132,9 +132,10 @@ def fit_pack(
         architecture: transformers' configuration of the model, whose weights are in `model_dir`.
         longest: tokens of the longest sequence.
     """
+    text = architecture.get_text_config(decoder=True)
     base = BaseSize(
-        architecture.num_hidden_layers,
-        architecture.hidden_size,
+        text.num_hidden_layers,
+        text.hidden_size,
         parameter_count(model_dir),
         linear_shapes(model_dir),
         experts_size(model_dir),

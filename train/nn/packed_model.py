@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from train.config import QuantConfig
 from train.data.micro_batch import MicroBatch
 from train.lora.parameters import PackedAdapters
+from train.model.anatomy import text_decoder
 from train.model.experts import ExpertStack
 from train.model.linears import FrozenLinear, frozen_linears
 from train.model.nf4 import dequantize, quantize, quantize_stack
@@ -183,8 +184,9 @@ def pack_model(
     if path != "padded":
         model.set_attn_implementation(ATTENTION)
     context = ForwardContext(setup.kernels)
-    # Weights that are exchanged are not parameters of the model any more, so they are counted before.
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Weights that are exchanged are not parameters of the model any more, so they are counted before. A tied head counts once.
+    text = [*text_decoder(model).parameters(), *model.get_output_embeddings().parameters()]
+    parameters = sum(parameter.numel() for parameter in set(text))
     linears: dict[str, PackedLinear] = {}
     frozen = frozen_linears(model)
     for name, module in list(model.named_modules()):

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from train.errors import LorapackError
 
-PROBE = "lorapack_probe"
+PROBE = "lorapack_windows"
 PROBE_TOKENS = 4
 # Queries at which a mask's formula is evaluated, against all keys.
 PROBE_QUERIES = 64
@@ -107,6 +107,13 @@ def _attention_as(model: PreTrainedModel, attention: Callable[..., Any], mask: C
         yield
     finally:
         model.set_attn_implementation(before)
+        # The registries live as long as the process, and these hold the model.
+        AttentionInterface.register(PROBE, _refuse_call)
+        AttentionMaskInterface.register(PROBE, _refuse_call)
+
+
+def _refuse_call(*_: Any, **_others: Any) -> None:
+    raise RuntimeError(f"the attention {PROBE!r} is for probing alone")
 
 
 def _refuse_others(name: str, others: dict[str, Any]) -> None:
