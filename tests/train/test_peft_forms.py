@@ -161,6 +161,15 @@ def test_targets_that_peft_cannot_load_are_refused_with_others_that_it_can() -> 
     stock_peft(model.config).check(others, adapted_modules(others, list(decoder_linears(model))))
 
 
+def test_one_skeleton_serves_all_questions() -> None:
+    """PEFT changes a model: what an earlier form adapted must not be counted against a later one."""
+    model = tiny_model("gemma3")
+    peft = StockPeft(MODEL, lambda: model)
+    for targets in (["q_proj"], ["k_proj"], "all-linear"):
+        peft.check(lora(targets), adapted_modules(lora(targets), list(decoder_linears(model))))
+    assert not [name for name in model.state_dict() if "lora" in name]
+
+
 def llama_adapter() -> tuple[LoraConfig, dict[str, Any], Tensors]:
     shapes = decoder_linears(tiny_model("llama"))
     config = lora(["q_proj", "up_proj"])

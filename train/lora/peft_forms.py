@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput, LorapackError
 from train.lora.targets import ALL_LINEAR, Target
-from train.model.linears import frozen_linears
+from train.model.linears import FrozenLinear, frozen_linears
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
@@ -59,13 +60,22 @@ class StockPeft:
 
     Args:
         model: the base, which every adapter names.
-        skeleton: the base on the meta device, as stock transformers makes it; a new one for each call, since PEFT changes it.
+        skeleton: makes the base on the meta device, as stock transformers does; called once, where something is asked.
     """
 
     def __init__(self, model: ModelConfig, skeleton: Callable[[], PreTrainedModel]) -> None:
         self._model = model
         self._skeleton = skeleton
         self._found: dict[str, PeftLoraConfig] = {}
+
+    @cached_property
+    def _base(self) -> PreTrainedModel:
+        """The base as it is; PEFT, which changes a model, gets copies."""
+        return self._skeleton()
+
+    @cached_property
+    def _linears(self) -> dict[str, FrozenLinear]:
+        return frozen_linears(self._base)
 
     def config(self, lora: LoraConfig, targets: Mapping[str, Target], tensors: Adapter) -> PeftLoraConfig:
         """The configuration of `lora` with which PEFT loads `tensors` as the adapter of `targets`.
@@ -141,7 +151,6 @@ class StockPeft:
         # Here, since PEFT is slow to import.
         from peft import LoraConfig as PeftLoraConfig
 
-        linears = frozen_linears(self._skeleton())
         config = PeftLoraConfig(
             base_model_name_or_path=self._model.source,
             revision=self._model.revision,
@@ -158,7 +167,7 @@ class StockPeft:
             rank_pattern=_patterns(lora.rank_pattern, form),
             alpha_pattern=_patterns(lora.alpha_pattern, form),
             # GPT-2's Conv1D keeps [in, out], a linear layer [out, in].
-            fan_in_fan_out=any(name in linears and linears[name].transposed for name in names),
+            fan_in_fan_out=any(name in self._linears and self._linears[name].transposed for name in names),
             bias=lora.bias,
         )
         # PEFT writes a set in the order of its hashes, which differ from process to process.
@@ -181,7 +190,7 @@ class StockPeft:
                 # A copy, since PEFT rewrites it. Without dropout: PEFT refuses it where it takes targets for experts, and would not
                 # say which.
                 tried = replace(deepcopy(config), lora_dropout=0.0)
-                model = get_peft_model(self._skeleton(), tried, low_cpu_mem_usage=True)
+                model = get_peft_model(deepcopy(self._base), tried, low_cpu_mem_usage=True)
                 loaded = set_peft_model_state_dict(model, stored, low_cpu_mem_usage=True)
             # What PEFT refuses, it refuses with whatever type: a module of a kind that it does not adapt, tensors of other shapes.
             except Exception as exc:
@@ -198,8 +207,7 @@ class StockPeft:
         Raises:
             BadInput: the base has no such module.
         """
-        linears = frozen_linears(self._skeleton())
-        missing = [name for name in targets if name not in linears]
+        missing = [name for name in targets if name not in self._linears]
         if missing:
             raise BadInput(
                 f"transformers has no linear layer {_some(missing)} in {self._model.source!r}, so PEFT could not load an adapter of "
@@ -207,7 +215,7 @@ class StockPeft:
             )
         blank = {}
         for name, target in targets.items():
-            out_features, in_features = linears[name].shape
+            out_features, in_features = self._linears[name].shape
             shapes = (target.r, in_features), (out_features, target.r)
             blank[name] = (torch.empty(shapes[0], device="meta"), torch.empty(shapes[1], device="meta"))
         return blank
