@@ -122,6 +122,11 @@ def test_our_decoder_computes_hidden_states_and_gradients_of_transformers(name: 
         for module, both in truths.items():
             for found_gradient, truth in zip(mine[module], both, strict=True):
                 assert float((found_gradient - truth).norm()) < 1e-5 * max(float(truth.norm()), 0.01 * largest), module
+    kept = adapters.gradient.clone()
+    adapters.gradient.zero_()
+    base.checkpoint_activations()
+    torch.autograd.backward(base.hidden_states(batch), direction)
+    assert torch.equal(adapters.gradient, kept)
 
 
 def test_norms_stand_where_the_numbers_say() -> None:

@@ -344,8 +344,10 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        formula = gated_backward if len(ctx.saved_tensors) == 2 else split_gated_backward
-        found = dispatch(formula, ctx.fused, gradients[0], *ctx.saved_tensors, ctx.activation)
+        # Read once: activations that are computed again are given out once.
+        projections = ctx.saved_tensors
+        formula = gated_backward if len(projections) == 2 else split_gated_backward
+        found = dispatch(formula, ctx.fused, gradients[0], *projections, ctx.activation)
         return None, None, *(found if isinstance(found, tuple) else (found,))
 
 

@@ -177,7 +177,9 @@ class _AttendVarlenRaw(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         preparation, heads, kernel, scores = ctx.arguments
-        kept, raw = ctx.saved_tensors[: -ctx.of_raw], ctx.saved_tensors[-ctx.of_raw :]
+        # Read once: activations that are computed again are given out once.
+        saved = ctx.saved_tensors
+        kept, raw = saved[: -ctx.of_raw], saved[-ctx.of_raw :]
         q, k, v = split_heads(raw, heads)
         prepared = preparation.forward(q, preparation.q), preparation.forward(k, preparation.k)
         q_grad, k_grad, v_grad = kernel.backward(gradients[0], *prepared, v, kept, scores)
