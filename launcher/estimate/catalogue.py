@@ -1,6 +1,6 @@
 """The shipped models by their real numbers, so that a forecast needs no fetch.
 
-The numbers are those of each model's ``config.json``, and `parameters` is what the hub counts in its weight files:
+The numbers are those of each model's ``config.json``, and `parameters` with `tower` is what the hub counts in its weight files:
 tests/launcher/test_catalogue.py builds every model with transformers and compares layers, shapes and parameters. Once a model is
 fetched, its files speak for it.
 """
@@ -30,7 +30,8 @@ class CatalogueModel:
 
     Attributes:
         architecture: transformers' `model_type`.
-        parameters: all weights, those of a vision tower too; a tied head counts once.
+        parameters: all weights of the text decoder and its head; a tied head counts once.
+        tower: weights of what makes of it a model that also sees.
         heads, kv_heads, head_dim: attention has `heads` queries, and `kv_heads` keys and values, of `head_dim` features each.
         path: how packs of it are computed.
         tied: whether the head is the embedding.
@@ -55,6 +56,7 @@ class CatalogueModel:
     fused: bool = False
     experts: Experts | None = None
     prefix: str = "model"
+    tower: int = 0
     gated: bool = False
 
     @property
@@ -138,12 +140,12 @@ CATALOGUE = {
         "gemma3_text", 999_885_952, 26, 1152, 6912, 4, 1, 256, 262_144, "own", GEMMA, tied=True, gated=True
     ),
     "google/gemma-3-4b-pt": CatalogueModel(
-        "gemma3", 4_300_079_472, 34, 2560, 10_240, 8, 4, 256, 262_208, "own", GEMMA, tied=True, gated=True,
-        prefix="model.language_model",
+        "gemma3", 3_880_263_168, 34, 2560, 10_240, 8, 4, 256, 262_208, "own", GEMMA, tied=True, gated=True,
+        prefix="model.language_model", tower=419_816_304,
     ),
     "google/gemma-3-12b-pt": CatalogueModel(
-        "gemma3", 12_187_325_040, 48, 3840, 15_360, 16, 8, 256, 262_208, "own", GEMMA, tied=True, gated=True,
-        prefix="model.language_model",
+        "gemma3", 11_766_034_176, 48, 3840, 15_360, 16, 8, 256, 262_208, "own", GEMMA, tied=True, gated=True,
+        prefix="model.language_model", tower=421_290_864,
     ),
     "microsoft/phi-4": CatalogueModel(
         "phi3", 14_659_507_200, 40, 5120, 17_920, 40, 10, 128, 100_352, "own", "MIT", fused=True
