@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from bench.measuring import QV, TARGETS_FILE
 from train.model.base_cache import BaseSpec, base_key, write_base
+from train.model.experts import expert_stacks
 from train.model.linears import frozen_linears
 from train.model.quantizing import Quantizer
 from train.store.layout import CacheDir
@@ -57,10 +58,12 @@ class Shape:
 
     @cached_property
     def flop_parameters(self) -> int:
-        """How many weights each token is multiplied with: linears and head. Each takes 4 FLOP per token over a frozen base."""
+        """How many weights each token is multiplied with: linears, experts that it chooses, and head. Each takes 4 FLOP per token."""
         model = self.hollow()
+        chosen = getattr(model.config, "num_experts_per_tok", 0)
+        experts = sum(chosen * stack.matrices[0].numel() for stack in expert_stacks(model).values())
         head = model.get_output_embeddings().weight.numel()
-        return head + sum(linear.weight.numel() for linear in frozen_linears(model).values())
+        return head + experts + sum(linear.weight.numel() for linear in frozen_linears(model).values())
 
     def twin(self) -> Shape:
         """A plain Llama with linears and a head of the same sizes: what the architecture would cost without its own ideas."""
