@@ -1,7 +1,7 @@
 """Times the kernels of decoders besides Llama's, one by one, with shapes of real models: see README.md in this folder.
 
-Each line is forward + backward of one layer in microseconds, and how fast the forward moves its bytes. `--launches 32,4,2 64,8,1` times
-attention of 256 features with these launches too: BLOCK, num_warps and num_stages of all three kernels.
+Each line is forward + backward of one layer in microseconds, and how fast the forward moves its bytes. `--launches 32,32,4,2
+64,16,8,2` times attention of 256 features with these launches too: BLOCK, STEP, num_warps and num_stages of all three kernels.
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ def main() -> None:
     from train.nn.triton import attention
 
     for launch in arguments.launches:
-        block, warps, stages = map(int, launch.split(","))
+        names = ("BLOCK", "STEP", "num_warps", "num_stages")
         for launches in (attention.FORWARD, attention.QUERIES, attention.KEYS):
-            launches[256] = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
+            launches[256] = dict(zip(names, map(int, launch.split(",")), strict=True))
         cases = attention_cases(arguments.tokens, Triton(), f"ours by {launch}")
         show(case for case in cases if " of 256" in case.name)
 

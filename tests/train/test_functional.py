@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.cohere import modeling_cohere
@@ -102,9 +103,13 @@ CASES = dict(_cases())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_autograds(case: str) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_are_autograds(case: str, checkpointed: bool) -> None:
+    """Checkpointed too, where a backward may read what it kept a single time."""
     formula, ours, inputs = CASES[case]
     given = [numbers(5, 8).mul(i + 1) for i in range(inputs)]
+    if checkpointed:
+        ours = partial(checkpoint, ours, use_reentrant=False)
     results = [_value_and_gradients(f, given) for f in (formula, ours)]
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)

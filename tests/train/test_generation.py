@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import packs
+from architectures import ARCHITECTURES, VOCABULARY, tiny_model
 from train.nn.generation import GenerationLimits, generate
+from train.nn.packed_model import DeviceSetup, pack_model
 from train.runtime.signals import StopFlag, Stopped
 from train.sizing import ComputePath
 from train.store.layout import RunDir
@@ -79,12 +81,35 @@ def test_in_half_precision_on_a_gpu_the_cache_changes_no_answer(tmp_path: Path) 
     assert sum(own == anew for own, anew in pairs) > 0.9 * len(pairs)
 
 
-@pytest.mark.parametrize("path", ["own", "flat"])
+@pytest.mark.parametrize("path", ["own", "flat", "padded"])
 def test_the_bare_base_answers_as_transformers(path: ComputePath) -> None:
     base = packs.tiny_base(path=path)
     assert base.path == path
     found = generate(base, {0: PROMPTS}, 1, UNCLOSED, StopFlag())
     assert found == {0: [reference(None, prompt, set()) for prompt in PROMPTS]}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        *((name, "padded") for name in ("gpt2", "falcon-alibi", "qwen3.5", "gpt-oss", "falcon-h1", "llama4")),
+        # Windows of 8 tokens, caps, heads of several sizes, keys shared between layers.
+        *((name, "flat") for name in ("mistral", "gemma2", "gemma3", "gemma4-small", "youtu", "qwen3-moe")),
+    ],
+)
+def test_any_architecture_answers_as_transformers(name: str, path: ComputePath) -> None:
+    if missing := ARCHITECTURES[name].missing:
+        pytest.skip(missing)
+    prompts = [np.arange(3, 3 + n, dtype=np.int32) % VOCABULARY for n in (2, 7, 11)]
+    setup = DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", longest=64)
+    found = generate(pack_model(tiny_model(name), setup, path=path), {0: prompts}, 1, UNCLOSED, StopFlag())[0]
+    model = tiny_model(name)
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens = torch.from_numpy(prompt).long()
+        for token in answer:
+            with torch.no_grad():
+                assert int(model(tokens[None], use_cache=False).logits[0, -1].argmax()) == token
+            tokens = torch.cat([tokens, torch.tensor([token])])
 
 
 def test_an_answer_ends_with_the_first_closing_token_or_at_the_limit() -> None:

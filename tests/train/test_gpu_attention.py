@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import packs
 
@@ -19,6 +20,7 @@ from train.nn.backends import EAGER, Kernels
 from train.nn.forward_context import ForwardContext
 from train.nn.functional import Norm
 from train.nn.heads import HeadTransform, heads_autograd
+from train.nn.triton import attention as kernels
 from train.nn.triton.attention import backward, forward
 
 DEVICE = packs.DEVICES[-1]
@@ -136,6 +138,15 @@ def test_heads_of_every_size(dim: int, of_values: int, dtype: torch.dtype) -> No
         torch.testing.assert_close(mine.float(), other, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_that_are_met_in_smaller_steps(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for launches in (kernels.FORWARD, kernels.QUERIES, kernels.KEYS):
+        monkeypatch.setitem(launches, 128, launches[128] | {"STEP": 16})
+    given, lengths = inputs((70, 9), (2, 1, 32), torch.float16), (70, 9)
+    for mine, other in zip(ours(given, lengths, None, window), torchs(given, lengths, window), strict=True):
+        torch.testing.assert_close(mine.float(), other, rtol=4e-3, atol=4e-3)
+
+
 def test_keys_outside_of_a_window_are_not_read() -> None:
     """A NaN there would reach every sum that its block is in."""
     given = inputs((200,), HEADS[0], torch.float16)
@@ -193,8 +204,8 @@ def test_the_trainer_takes_the_kernels_for_heads_that_they_are_made_for(
         )
     *qkv, gradient = inputs((5, 70, 9), HEADS[1], torch.float16)
     found = []
-    for kernels in (Kernels(flash_varlen=True, triton_attention=True), EAGER):
-        context = context_of((5, 70, 9), kernels)
+    for chosen in (Kernels(flash_varlen=True, triton_attention=True), EAGER):
+        context = context_of((5, 70, 9), chosen)
         leaves = [x.clone().requires_grad_() for x in qkv]
         out = attend(*leaves, context, SCALE, window, softcap)
         found.append((out.detach(), *torch.autograd.grad(out, leaves, gradient)))
@@ -225,6 +236,10 @@ def test_raw_heads_are_kept_instead_of_prepared_ones(joined: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         raw = (torch.cat(leaves, 1),) if joined else tuple(leaves)
         out = attention.attend_heads(raw, (4, 2), transforms, (cos, sin), context, SCALE)
+    again = checkpoint(attention.attend_heads, raw, (4, 2), transforms, (cos, sin), context, SCALE, use_reentrant=False)
+    assert torch.equal(
+        torch.autograd.grad(again.sum(), leaves[0])[0], torch.autograd.grad(out.sum(), leaves[0], retain_graph=True)[0]
+    )
     mine = out, *torch.autograd.grad(out, leaves, gradient)
     # The projections [7, 8, 32], out [7, 4, 32] and log_sums [4, 7].
     assert sum(x.numel() for x in kept) == 7 * (8 + 4) * 32 + 7 * 4

@@ -165,6 +165,9 @@ def _attend_padded(
     if q.device.type == "cpu":
         # In half precision PyTorch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    elif softcap is None:
+        # Where FlashAttention cannot run, as on a T4, grouped heads would leave only the kernel that writes all scores to memory.
+        k, v = (_repeated(x, q.shape[1]) for x in (k, v))
     if softcap is not None or (window is not None and window < q.shape[2]):
         out = masked_attention(q, k, v, _seen(q.shape[2], window, q.device), scale, softcap)
     else:
@@ -173,6 +176,12 @@ def _attend_padded(
     _make_backward_deterministic(out)
     out = out.to(dtype)
     return unpad(out.transpose(1, 2), batch.attention, batch.total)
+
+
+def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values [S, K, L, dim] again for each of the `heads` / K queries that share them: [S, heads, L, dim]."""
+    of_keys = x.shape[1]
+    return x if of_keys == heads else x.unsqueeze(2).expand(-1, -1, heads // of_keys, -1, -1).flatten(1, 2)
 
 
 def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:

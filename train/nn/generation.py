@@ -2,6 +2,9 @@
 
 Prompts of 3 and 5 tokens are one micro-batch of 8 flat tokens, whose last tokens are numbers 2 and 7. Their hidden states give the
 first token of each answer. The next micro-batch has 2 tokens, at positions 3 and 5, and attention reads the rest from the cache.
+
+On padded sequences transformers' own mixers compute, whose states nobody keeps for us. There the next micro-batch is the sequences of
+4 and 6 tokens once more: slow, but right for every causal model.
 """
 
 from __future__ import annotations
@@ -75,16 +78,12 @@ def _answer(
     advance: Callable[[int], None],
 ) -> list[list[int]]:
     """The answers to prompts that fit in one batch."""
-    lengths = np.array([len(prompt.tokens) for prompt in prompts])
-    cache = KeyValueCache(torch.from_numpy(lengths).to(base.device), room=limits.max_new_tokens)
-    # Lengths 3 and 5 end at flat tokens 2 and 7.
-    last_tokens = torch.from_numpy(np.cumsum(lengths) - 1).to(base.device)
-    stop.check()
-    hidden = base.hidden_states(MicroBatch(prompts, pack_size, base.device), cache=cache)[last_tokens]
     answers: list[list[int]] = [[] for _ in prompts]
     complete = 0
+    passes = (_CachedPasses if base.takes_cache else _WholePasses)(base, prompts, pack_size, limits.max_new_tokens)
     while True:
-        likeliest = base.head.logits(hidden).argmax(dim=-1).tolist()
+        stop.check()
+        likeliest = base.head.logits(passes.last_states()).argmax(dim=-1).tolist()
         # A complete answer's sequence runs on until all are complete; its further tokens are dropped here.
         for answer, token in zip(answers, likeliest, strict=True):
             if not limits.are_reached(answer):
@@ -93,13 +92,59 @@ def _answer(
         advance(complete - before)
         if complete == len(answers):
             return answers
-        stop.check()
-        cache.advance()
-        follow = [
-            _without_targets(prompt.run_index, prompt.index, np.array([token]), start=length)
-            for prompt, token, length in zip(prompts, likeliest, cache.lengths.tolist(), strict=True)
+        passes.append(likeliest)
+
+
+class _CachedPasses:
+    """The prompts in the first pass, one token of each sequence in every other one."""
+
+    def __init__(self, base: PackedModel, prompts: list[TokenSequence], pack_size: int, room: int) -> None:
+        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts], device=base.device)
+        self._base = base
+        self._pack_size = pack_size
+        self._cache = KeyValueCache(lengths, room)
+        self._new = prompts
+
+    def last_states(self) -> torch.Tensor:
+        """The hidden state [S, dim] of every sequence's last token."""
+        return _last_states(self._base, self._new, self._pack_size, self._cache)
+
+    def append(self, tokens: list[int]) -> None:
+        """Put one token behind every sequence."""
+        self._cache.advance()
+        self._new = [
+            _without_targets(old.run_index, old.index, np.array([token]), start=length)
+            for old, token, length in zip(self._new, tokens, self._cache.lengths.tolist(), strict=True)
         ]
-        hidden = base.hidden_states(MicroBatch(follow, pack_size, base.device), cache=cache)
+
+
+class _WholePasses:
+    """All of each sequence in every pass."""
+
+    def __init__(self, base: PackedModel, prompts: list[TokenSequence], pack_size: int, _room: int) -> None:
+        self._base = base
+        self._pack_size = pack_size
+        self._sequences = prompts
+
+    def last_states(self) -> torch.Tensor:
+        """The hidden state [S, dim] of every sequence's last token."""
+        return _last_states(self._base, self._sequences, self._pack_size)
+
+    def append(self, tokens: list[int]) -> None:
+        """Put one token behind every sequence."""
+        self._sequences = [
+            _without_targets(old.run_index, old.index, np.append(old.tokens, token))
+            for old, token in zip(self._sequences, tokens, strict=True)
+        ]
+
+
+def _last_states(
+    base: PackedModel, sequences: list[TokenSequence], pack_size: int, cache: KeyValueCache | None = None
+) -> torch.Tensor:
+    # Lengths 3 and 5 end at flat tokens 2 and 7.
+    ends = np.cumsum([len(sequence.tokens) for sequence in sequences]) - 1
+    hidden = base.hidden_states(MicroBatch(sequences, pack_size, base.device), cache=cache)
+    return hidden[torch.from_numpy(ends).to(base.device)]
 
 
 def _without_targets(run: int, index: int, tokens: np.ndarray, start: int = 0) -> TokenSequence:

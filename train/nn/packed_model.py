@@ -112,6 +112,11 @@ class PackedModel:
         replays = self.path == "own" and not self._recomputes and not self._calls_modules
         return self.context.kernels.cuda_graphs and replays
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether `hidden_states` can go on from a cache: on padded sequences transformers' mixers keep their states to themselves."""
+        return self.path != "padded"
+
     def members(self) -> set[tuple[int, ...]]:
         """The distinct groups of runs that adapt a layer."""
         return {linear.lora.members for linear in self.linears.values() if linear.lora is not None}

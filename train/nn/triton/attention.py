@@ -42,23 +42,24 @@ import torch
 import triton
 import triton.language as tl
 
-# How many queries or keys a program takes at once, by the padded features of a head. Those of 128 and less are the fastest on an H200
-# among those that fit small GPUs. More features take smaller blocks, to fit the 99 KiB of shared memory of sm_86 and sm_120.
+# By the padded features of a head: how many queries a program takes (BLOCK), and how many keys they meet at once (STEP); in the last
+# kernel the keys are taken and meet queries. Those of 128 features and less are the fastest on an H200 among those that fit small GPUs.
+# More features take smaller blocks, to fit the 99 KiB of shared memory of sm_86 and sm_120.
 Launch = dict[str, int]
 FORWARD: dict[int, Launch] = {
-    128: {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
-    256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
-    512: {"BLOCK": 16, "num_warps": 8, "num_stages": 1},
+    128: {"BLOCK": 64, "STEP": 64, "num_warps": 4, "num_stages": 3},
+    256: {"BLOCK": 32, "STEP": 32, "num_warps": 4, "num_stages": 2},
+    512: {"BLOCK": 16, "STEP": 16, "num_warps": 8, "num_stages": 1},
 }
 QUERIES: dict[int, Launch] = {
-    128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    256: {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
-    512: {"BLOCK": 16, "num_warps": 8, "num_stages": 1},
+    128: {"BLOCK": 64, "STEP": 64, "num_warps": 4, "num_stages": 2},
+    256: {"BLOCK": 32, "STEP": 32, "num_warps": 4, "num_stages": 2},
+    512: {"BLOCK": 16, "STEP": 16, "num_warps": 8, "num_stages": 1},
 }
 KEYS: dict[int, Launch] = {
-    128: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    256: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
-    512: {"BLOCK": 16, "num_warps": 8, "num_stages": 1},
+    128: {"BLOCK": 64, "STEP": 64, "num_warps": 4, "num_stages": 2},
+    256: {"BLOCK": 32, "STEP": 32, "num_warps": 8, "num_stages": 2},
+    512: {"BLOCK": 16, "STEP": 16, "num_warps": 8, "num_stages": 1},
 }
 LOG2_E = 1 / math.log(2)
 
@@ -123,14 +124,14 @@ def _is_seen(queries, keys, window):
 
 
 @triton.jit
-def _first_keys(start, first, window, BLOCK: tl.constexpr):
+def _first_keys(start, first, window, STEP: tl.constexpr):
     """The start of the first block with a key that a query from `first` on sees.
 
-    A sequence that starts at 10, queries from 138 on, blocks of 64 and a window of 70: key 69 is the first, in the block 10 to 73.
+    A sequence that starts at 10, queries from 138 on, steps of 64 and a window of 70: key 69 is the first, in the block 10 to 73.
     """
     first_keys = start
     if window is not None:
-        first_keys += tl.maximum(first - start - window + 1, 0) // BLOCK * BLOCK
+        first_keys += tl.maximum(first - start - window + 1, 0) // STEP * STEP
     return first_keys
 
 
@@ -138,6 +139,7 @@ def _first_keys(start, first, window, BLOCK: tl.constexpr):
 def _forward(
     q, k, v, out, log_sums, starts, total, q_row, k_row, v_row, out_row, scale, cap, window,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """out [T, H, V_DIM] and log_sums [H, T], to base two, of one block of queries of one head."""
     start, first, end = _own_block(starts, BLOCK)
@@ -152,8 +154,8 @@ def _forward(
     running_sum = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, V_WIDTH), tl.float32)
     # Up to the queries' own block, the last one with keys that any of them sees.
-    for at in range(_first_keys(start, first, window, BLOCK), first + BLOCK, BLOCK):
-        keys = at + tl.arange(0, BLOCK)
+    for at in range(_first_keys(start, first, window, STEP), first + BLOCK, STEP):
+        keys = at + tl.arange(0, STEP)
         products = tl.dot(q_block, tl.trans(_load_rows(k, keys, end, k_row, kv_head * DIM, DIM, WIDTH)))
         scores, _tanh = _capped(products, scale, cap)
         # Without a window the first block holds key `start`, which all queries see, so no running maximum stays -inf.
@@ -180,6 +182,7 @@ def _backward_queries(
     q, k, v, out, gradient, q_grad, log_sums, deltas, starts, total,
     q_row, k_row, v_row, out_row, gradient_row, q_grad_row, scale, cap, window, factor,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries of one head. `deltas` [H, T] are kept for `_backward_keys`, which runs after this kernel."""
     start, first, end = _own_block(starts, BLOCK)
@@ -197,8 +200,8 @@ def _backward_queries(
     tl.store(deltas + place, delta, mask=queries < end)
     log_sum = tl.load(log_sums + place, mask=queries < end, other=0.0)
     acc = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for at in range(_first_keys(start, first, window, BLOCK), first + BLOCK, BLOCK):
-        keys = at + tl.arange(0, BLOCK)
+    for at in range(_first_keys(start, first, window, STEP), first + BLOCK, STEP):
+        keys = at + tl.arange(0, STEP)
         k_block = _load_rows(k, keys, end, k_row, kv_head * DIM, DIM, WIDTH)
         scores, tanh = _capped(tl.dot(q_block, tl.trans(k_block)), scale, cap)
         p = tl.where(_is_seen(queries[:, None], keys[None, :], window), tl.exp2(scores - log_sum[:, None]), 0.0)
@@ -217,6 +220,7 @@ def _backward_keys(
     q, k, v, gradient, k_grad, v_grad, log_sums, deltas, starts, total,
     q_row, k_row, v_row, gradient_row, k_grad_row, v_grad_row, scale, cap, window, factor,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys and values of one key-value head, from all queries of its group of heads.
 
@@ -239,8 +243,8 @@ def _backward_keys(
     for member in range(GROUP):
         head = kv_head * GROUP + member
         # From the keys' own block on: earlier queries see none of these keys.
-        for at in range(first, last, BLOCK):
-            queries = at + tl.arange(0, BLOCK)
+        for at in range(first, last, STEP):
+            queries = at + tl.arange(0, STEP)
             place = head.to(tl.int64) * total + queries
             q_block = _load_rows(q, queries, end, q_row, head * DIM, DIM, WIDTH)
             log_sum = tl.load(log_sums + place, mask=queries < end, other=0.0)
