@@ -149,3 +149,11 @@ def test_a_damaged_tokenizer_is_refused(content: str, tiny_model: Any, tmp_path:
     (tmp_path / "model" / "tokenizer.json").write_text(content)
     with pytest.raises(BadInput, match=r"the tokenizer in .* cannot be loaded"):
         load_tokenizer(tmp_path / "model", model)
+
+
+def test_a_model_without_fused_attention_loads(tmp_path: Path) -> None:
+    """transformers' fused attention has no soft cap."""
+    sizes = SIZES | {"head_dim": 8, "num_key_value_heads": 2, "eos_token_id": 1, "bos_token_id": 2}
+    folder = saved(Gemma2Config(**sizes), tmp_path / "gemma2")
+    loaded = load_decoder(folder, ModelConfig(name="m", source=str(folder)), dtype=torch.float32)
+    assert loaded(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from train.errors import BadInput
 from train.model.anatomy import layers_name
 from train.model.layer_kinds import build, first_alike, layer_kinds, one_of_each, shortened, text_config
-from train.model.loading import PLAIN_ATTENTION
+from train.model.loading import with_plain_attention
 from train.model.narrowing import divisors, narrowed, with_fewer_rows
 
 # A larger copy would cost the login node minutes.
@@ -93,9 +92,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
 
 def run_as_loaded(model: PreTrainedModel) -> PreTrainedModel:
     """`model`, from reference code to the code that a loaded model runs by (`train.model.loading`)."""
-    # Raised by architectures that have reference code alone.
-    with suppress(ValueError):
-        model.set_attn_implementation(PLAIN_ATTENTION)
+    with_plain_attention(model)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(model.get_correct_experts_implementation(None))
     return model
