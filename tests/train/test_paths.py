@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 import packs
 from architectures import ARCHITECTURES, LONGEST, VOCABULARY, WINDOW, tiny_model
@@ -151,6 +152,26 @@ def test_padded_sequences_in_buckets(name: str, recompute: bool, monkeypatch: py
 def test_attention_that_flat_tokens_do_not_compute_is_named(name: str, reason: str) -> None:
     with pytest.raises(UnknownAttention, match=reason):
         built(name, "flat")
+
+
+def test_a_key_that_all_heads_share_is_expanded_for_fused_kernels() -> None:
+    base = built("falcon-7b", "padded")
+    random_adapters(base, len(LENGTHS))
+    heads: list[set[int]] = []
+
+    class Noting(TorchFunctionMode):
+        """Sees what the mode within it calls."""
+
+        def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is scaled_dot_product_attention:
+                heads.append({x.shape[1] for x in args[:3]})
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        for _ in range(2):
+            add_gradients(base, MicroBatch(sequences(), len(LENGTHS), packs.CPU), torch.ones(len(LENGTHS) + 1), None)
+    assert len(heads) == 2 * len(base.model.transformer.h)
+    assert all(len(kinds) == 1 for kinds in heads)
 
 
 def test_windows_are_measured_at_the_longest_sequence() -> None:

@@ -109,9 +109,15 @@ class Padding:
     def pad_with_zeros(self, flat: torch.Tensor) -> torch.Tensor:
         """[T, ...] -> [G, L, ...]; fillers are zero, whatever their group holds."""
         padded = self.pad(flat)
-        if self.real is None:
+        if self._fillers is None:
             return padded
-        return padded.masked_fill(~self.real.view(*self.real.shape, *[1] * (flat.dim() - 1)), 0)
+        # In place: with fillers, `pad` has made a new tensor.
+        return padded.masked_fill_(self._fillers.view(*self._fillers.shape, *[1] * (flat.dim() - 1)), 0)
+
+    @cached_property
+    def _fillers(self) -> torch.Tensor | None:
+        """[G, L] True at fillers, None if there are none."""
+        return None if self.real is None else ~self.real
 
     def unpad(self, padded: torch.Tensor, total: int) -> torch.Tensor:
         """[G, L, ...] -> [T, ...]; flat tokens outside of all groups are zero."""
