@@ -6,6 +6,7 @@ and many on a busy network file system, for fallbacks that nobody calls here. Wh
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -42,8 +43,13 @@ def quantize(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, An
 
 def dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """The values [out, in] that the packed weight stands for, in the dtype that it was quantized from."""
-    dense: torch.Tensor = _functional().dequantize_4bit(packed, state)
-    return dense
+    flat = copy.copy(state)
+    # bitsandbytes' CPU kernel starts a block of its own in each row, which blocks of 64 values in rows of 48 do not (0.50: the
+    # values of all other rows were scaled wrongly, without an error). Of one row it computes the right values.
+    if packed.device.type == "cpu" and state.shape[-1] % BLOCK_SIZE:
+        flat.shape = torch.Size([state.shape.numel()])
+    dense: torch.Tensor = _functional().dequantize_4bit(packed, flat)
+    return dense.view(state.shape)
 
 
 def state_from(parts: Mapping[str, torch.Tensor], device: torch.device) -> Any:
