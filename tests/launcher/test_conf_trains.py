@@ -113,16 +113,7 @@ def train_here(sweep: Sweep, folder: Path) -> None:
     assert PackJob(str(pack))() == "done"
 
 
-NOT_YET = {"gpt_oss_20b"}
-
-
-@pytest.mark.parametrize(
-    ("group", "option"),
-    [
-        pytest.param(group, option, marks=pytest.mark.xfail(strict=True) if option in NOT_YET else ())
-        for group, option in OPTIONS
-    ],
-)
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_trains_a_step(group: str, option: str, tmp_path: Path, tiny_model: Tiny) -> None:
     _, cache, tiny = tiny_model
     words = overrides(group, option, tmp_path, tiny)

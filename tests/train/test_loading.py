@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from architectures import ARCHITECTURES, tiny_model
 from train.config import ModelConfig
 from train.errors import BadInput
 from train.model.architecture import NO_DECODER, UNLIKE_LLAMA, check_architecture
@@ -151,9 +152,19 @@ def test_a_damaged_tokenizer_is_refused(content: str, tiny_model: Any, tmp_path:
         load_tokenizer(tmp_path / "model", model)
 
 
-def test_a_model_without_fused_attention_loads(tmp_path: Path) -> None:
-    """transformers' fused attention has no soft cap."""
-    sizes = SIZES | {"head_dim": 8, "num_key_value_heads": 2, "eos_token_id": 1, "bos_token_id": 2}
-    folder = saved(Gemma2Config(**sizes), tmp_path / "gemma2")
-    loaded = load_decoder(folder, ModelConfig(name="m", source=str(folder)), dtype=torch.float32)
-    assert loaded(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
+QUICK = {"gpt-oss", "gemma2", "gpt2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+)
+@torch.no_grad()
+def test_every_architecture_is_loaded_from_its_files(name: str, tmp_path: Path) -> None:
+    """Those too that transformers computes by code of their own alone, without PyTorch's attention."""
+    if ARCHITECTURES[name].missing:
+        pytest.skip(ARCHITECTURES[name].missing)
+    tiny_model(name).save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = load_decoder(tmp_path, ModelConfig(name="m", source=str(tmp_path)), dtype=torch.float32).eval()
+    tokens = torch.arange(3, 15)[None]
+    torch.testing.assert_close(loaded(tokens).logits, stock(tokens).logits, atol=1e-4, rtol=1e-4)
