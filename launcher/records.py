@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.config import ClusterConfig
 from train.config import RunConfig, TrackingConfig
+from train.sizing import ComputePath
 from train.store.layout import RunDir, SweepDir
 from train.store.record_file import FileRecord, RecordPart
 from train.store.records import ForecastRecord
@@ -97,6 +98,8 @@ class Pack:
     """The runs that one job trains together, by id, and what the job is asked for with.
 
     gres: what ``--gres`` takes, empty on this machine. minutes: the job's time limit, None for no limit.
+    path: how the base is computed, None if that is checked once it is fetched. slower: how many times as long that takes as by our own
+    decoder.
     """
 
     id: str
@@ -105,6 +108,8 @@ class Pack:
     forecast: Forecast
     gres: str = ""
     minutes: int | None = None
+    path: ComputePath | None = None
+    slower: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,8 @@ class PlannedPackRecord(RecordPart):
     partition: str
     runs: list[str]
     forecast: ForecastRecord
+    path: str | None = None
+    slower: float | None = None
 
 
 class PlanRecord(FileRecord):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import model_facts
+from launcher.estimate import checking
 from train.config import ModelConfig
 from train.model.source import model_fingerprint
 from train.store.layout import CacheDir
@@ -34,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_in_this_process() -> Iterator[None]:
+    """Let plans made in this process measure models in it: the process of its own would import torch again for every fresh cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checking, "measured_facts", model_facts.measured_here)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,14 @@ and writes one to stdout. Everything else (progress, what libraries print) goes 
 
     stdin     {"cache": …, "requests": [{"model": ModelConfig, "data": DataConfig, "loras": [LoraConfig, …]}, …]}
     stdout    {"ok": true, "prepared": [{…, "model_dir": …}, …]}
+
+    stdin     {"cache": …, "judge": ModelConfig}
+    stdout    {"ok": true, "facts": …}
+
               {"ok": false, "error": …, "exit_code": …, "message": …}
 
-What is ``prepared`` for a request: the stats of its tokenized data and its model's folder.
+What is ``prepared`` for a request: the stats of its tokenized data and its model's folder. ``judge`` names a model that was fetched
+already, and is answered by its `ModelFacts`, which the cache keeps too.
 """
 
 from __future__ import annotations
@@ -19,13 +24,15 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from train.config import DataConfig, LoraConfig, ModelConfig
-from train.errors import LorapackError
+from train.errors import BadInput, LorapackError
 from train.log import log_to
 from train.lora.targets import adapted_modules
+from train.model.source import staged_model
 from train.section import parse_section
 from train.store.layout import CacheDir
 
@@ -65,6 +72,8 @@ def answer_document(document: str) -> Json:
     try:
         request = json.loads(document)
         cache = CacheDir(Path(request["cache"]))
+        if "judge" in request:
+            return {"ok": True, "facts": judge(request["judge"], cache)}
         return {"ok": True, "prepared": [prepare(item, cache) for item in request["requests"]]}
     except LorapackError as exc:
         return _failure(exc, exc.exit_code)
@@ -88,17 +97,19 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     # Imported here because they are heavy.
     from train.data.loading import load_tokenized, summary
     from train.lora.peft_forms import StockPeft
-    from train.model.linears import frozen_linears
-    from train.model.loading import check_decoder, stock_skeleton
+    from train.model.loading import check_files, stock_skeleton
     from train.model.staging import stage_model
+    from train.nn.facts import known_facts
 
     model = parse_section(ModelConfig, request["model"], "model")
     data = parse_section(DataConfig, request["data"], "data")
     model_dir = stage_model(model, cache)
-    check_decoder(model_dir, model, data.max_length)
-    skeleton = stock_skeleton(model_dir, model)
-    modules = list(frozen_linears(skeleton))
-    peft = StockPeft(model, lambda: skeleton)
+    check_files(model_dir, model)
+    facts = known_facts(model_dir, model, cache)
+    if facts.refusal is not None:
+        raise BadInput(facts.refusal)
+    modules = list(facts.linears)
+    peft = StockPeft(model, partial(stock_skeleton, model_dir, model))
     # Before tokenizing, which may take minutes.
     for section in request["loras"]:
         lora = parse_section(LoraConfig, section, "lora")
@@ -106,6 +117,21 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     stats = load_tokenized(data, model, model_dir, cache).stats
     log.info(f"{data.name} for {model.name}: {summary(stats)}")
     return stats | {"model_dir": str(model_dir)}
+
+
+def judge(section: Json, cache: CacheDir) -> Json:
+    """What is known of a model that was fetched already, by which path it is computed first of all.
+
+    Raises:
+        BadInput: it was not fetched, or transformers cannot build it.
+    """
+    from train.nn.facts import known_facts
+
+    model = parse_section(ModelConfig, section, "model")
+    model_dir = staged_model(model, cache)
+    if model_dir is None:
+        raise BadInput(f"model.source={model.source!r} is not in the cache {cache.path}; fetch it first.")
+    return known_facts(model_dir, model, cache).model_dump(mode="json")
 
 
 def _failure(exc: Exception, exit_code: int) -> Json:

@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 
-from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, training_seconds
+from launcher.estimate.arithmetic import Correction, fits, forecast, memory_bytes, slowdown, training_seconds
 from launcher.estimate.devices import GIB, DeviceSpec, Partition
 from launcher.estimate.gpus import known_gpu
 from launcher.estimate.workload import BaseKey, SizingInputs, Workload, base_key, share
@@ -43,6 +43,10 @@ class Forecaster:
         gpus, price = self._partition.gpus_per_job, self._partition.usd_per_gpu_hour
         expected = forecast(config, work, shape, self._device, self._correction(config), gpus)
         return expected if price is None else replace(expected, usd=price * expected.gpu_hours)
+
+    def slowdown(self, config: RunConfig, work: list[Workload]) -> float:
+        """How many times as long a pack takes by its path as by our own decoder."""
+        return slowdown(config, work, self._inputs.shape(config.model), self._device, self._partition.gpus_per_job)
 
     def fits(self, runs: list[Run], work: list[Workload]) -> bool:
         """Whether the device holds the pack."""

@@ -83,7 +83,7 @@ def _cell(choice: str, source: str, shape: ModelShape, name: str, runs: int) -> 
 
 def _config(source: str, shape: ModelShape) -> RunConfig:
     """A run with rank 16 on q and v, or on the one layer that a model has for them, in batches of 4."""
-    names = {name.rpartition(".")[2] for name in shape.linears}
+    names = {name.rpartition(".")[2] for name in shape.size.linears}
     return RunConfig(
         model=ModelConfig(name="model", source=source),
         data=DataConfig(name="alpaca", source="tatsu-lab/alpaca"),

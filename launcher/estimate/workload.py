@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from launcher.estimate.shapes import ModelShape, model_shape
+from launcher.estimate.checking import checked_facts
+from launcher.estimate.shapes import ModelShape, expected_shape, shape_of
 from train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from train.data.reading import read_split
 from train.data.rows import AlpacaRow, Row
 from train.data.source import data_path, read_dataset_stats
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, trainable_parameters
-from train.model.architecture import check_architecture
+from train.model.facts import ModelFacts
+from train.model.folder import check_weights
 from train.model.source import staged_model
 from train.store.layout import CacheDir
 
@@ -113,13 +115,13 @@ def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter:
             size is known, so nothing is refused then.
     """
     try:
-        targets = adapted_modules(lora, list(shape.linears))
-        return Adapter(trainable_parameters(lora, shape.linears), frozenset(targets))
+        targets = adapted_modules(lora, list(shape.size.linears))
+        return Adapter(trainable_parameters(lora, shape.size.linears), frozenset(targets))
     except BadInput:
         if shape.origin != "size":
             raise
         # Assumed: two square projections per layer, each with A and B of r * hidden parameters.
-        return Adapter(shape.layers * 2 * lora.r * 2 * shape.hidden, frozenset())
+        return Adapter(shape.size.layers * 2 * lora.r * 2 * shape.size.hidden, frozenset())
 
 
 def _guessed_stats(data: DataConfig) -> DatasetStats:
@@ -157,12 +159,33 @@ class SizingInputs:
         self._shapes: dict[ModelConfig, ModelShape] = {}
         self._data: dict[tuple[ModelConfig, DataConfig], DatasetStats] = {}
         self._adapters: dict[tuple[ModelConfig, str], Adapter] = {}
-        self._checked: set[tuple[ModelConfig, int]] = set()
+        self._facts: dict[ModelConfig, ModelFacts | None] = {}
+
+    def facts(self, model: ModelConfig) -> ModelFacts | None:
+        """What is known of the base model; None if it is not fetched, or could not be measured.
+
+        Raises:
+            BadInput: it cannot be trained, or its files are damaged.
+        """
+        if model not in self._facts:
+            folder = staged_model(model, self._cache)
+            if folder is not None:
+                check_weights(folder)
+            self._facts[model] = checked_facts(model, self._cache)
+        facts = self._facts[model]
+        if facts is not None and facts.refusal is not None:
+            raise BadInput(facts.refusal)
+        return facts
 
     def shape(self, model: ModelConfig) -> ModelShape:
-        """The base model's shape, real or assumed."""
+        """The base model's shape, real or assumed.
+
+        Raises:
+            BadInput: see `facts`.
+        """
         if model not in self._shapes:
-            self._shapes[model] = model_shape(model, self._cache)
+            facts = self.facts(model)
+            self._shapes[model] = expected_shape(model.source) if facts is None else shape_of(facts)
         return self._shapes[model]
 
     def work(self, config: RunConfig, done_steps: int = 0) -> Workload:
@@ -171,19 +194,10 @@ class SizingInputs:
         Raises:
             BadInput: the model cannot be trained, or has no module that the adapter targets.
         """
-        self._check(config.model, config.data.max_length)
         key = (config.model, config.data)
         if key not in self._data:
             self._data[key] = dataset_stats(config, self._cache)
         return workload(config.train, self._data[key], self._adapter(config.model, config.lora), done_steps)
-
-    def _check(self, model: ModelConfig, longest: int) -> None:
-        """Refuse a model that cannot be trained, by its ``config.json``, if that has been fetched."""
-        if (model, longest) not in self._checked:
-            self._checked.add((model, longest))
-            folder = staged_model(model, self._cache)
-            if folder is not None:
-                check_architecture(folder, longest)
 
     def _adapter(self, model: ModelConfig, lora: LoraConfig) -> Adapter:
         """The adapter of a run. A thousand runs have few different ones, and only these keys decide about its size."""

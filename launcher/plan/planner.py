@@ -54,6 +54,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             {
                 "id": pack.id,
                 "partition": pack.partition,
+                "path": pack.path,
+                "slower": round(pack.slower, 2),
                 "runs": list(pack.runs),
                 "forecast": {
                     key: value if value is None else round(value, 4) for key, value in asdict(pack.forecast).items()
@@ -120,6 +122,8 @@ def _pack(routed: Routed, prior_plans: int) -> Pack:
         routed.forecast,
         routed.partition.gres,
         routed.minutes,
+        routed.path,
+        routed.slower,
     )
 
 

@@ -18,6 +18,7 @@ from launcher.estimate.workload import SizingInputs, Workload
 from launcher.plan.packing import MOST_RUNS_PER_PACK, DeviceModel, by_base, pack_runs
 from launcher.plan.refusal import refuse
 from launcher.records import Forecast, Run
+from train.sizing import ComputePath
 from train.store.layout import SweepDir
 
 # Time limits are this much above the forecast, which is right to about that factor.
@@ -28,11 +29,13 @@ TIME_SPARE_MINUTES = 10
 
 @dataclass(frozen=True)
 class Routed:
-    """Runs that will train as one pack in a partition."""
+    """Runs that will train as one pack in a partition; `path` and `slower` as in `Pack`."""
 
     partition: Partition
     runs: list[Run]
     forecast: Forecast
+    path: ComputePath | None = None
+    slower: float = 1.0
 
     @property
     def minutes(self) -> int | None:
@@ -130,7 +133,13 @@ class Router:
         )
         largest = self._cluster.max_runs_per_pack or MOST_RUNS_PER_PACK
         packs = pack_runs(group, largest, lambda run: self._work[run.id].train_tokens, device)
-        return [Routed(partition, runs, forecast(runs)) for runs in packs]
+        shape = self._inputs.shape(group[0].config.model)
+        # What the catalogue says is checked once the model is fetched.
+        path = None if shape.assumed else shape.path
+        return [
+            Routed(partition, runs, forecast(runs), path, forecaster.slowdown(runs[0].config, self._work_of(runs)))
+            for runs in packs
+        ]
 
     def _slots(self, partition: Partition) -> int:
         """How many packs train side by side there."""

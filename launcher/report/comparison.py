@@ -65,6 +65,7 @@ class FinishedRun:
     attempts: int | None
     device: str | None
     dtype: str | None
+    path: str | None
 
 
 @dataclass(frozen=True)

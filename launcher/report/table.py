@@ -16,6 +16,8 @@ from launcher.report.comparison import FinishedRun, Report
 from launcher.terminal.units import count, number, percent, seconds
 
 TOP_ROWS = 50
+# What `_where` tells.
+WHERE = ("device", "dtype", "path")
 # Characters at most, of a run's name and of a swept value.
 NAME_WIDTH = 20
 
@@ -76,6 +78,7 @@ def _print_ranking(report: Report, console: Console) -> None:
         left_out += sum(measure.key == key for measure in measures)
         measures = [measure for measure in measures if measure.key != key]
     console.print(_ranking(report, measures))
+    console.print(escape(_where(report.rows)), style="dim", highlight=False)
     if left_out:
         console.print(f"columns that do not fit here: {left_out} (report.html and --json have all)", style="dim")
 
@@ -101,6 +104,12 @@ def _ranking(report: Report, measures: Sequence[Measure]) -> Table:
         cells += [measure.text(getattr(row, measure.key)) for measure in measures]
         table.add_row(mark, escape(row.name), *cells, style="bold green" if row.rank == 1 else None)
     return table
+
+
+def _where(rows: Sequence[FinishedRun]) -> str:
+    """On which devices, in which precision and by which paths runs were computed: ``computed on cpu in float32 by the path own``."""
+    device, dtype, path = (" and ".join(sorted({getattr(row, key) or "?" for row in rows})) for key in WHERE)
+    return f"computed on {device} in {dtype} by the path {path}"
 
 
 def _short(key: str) -> str:

@@ -13,6 +13,7 @@ from launcher.installation import child_environment
 from train.config import RunConfig
 from train.data.source import read_dataset_stats
 from train.errors import BadInput, LorapackError, StorageError
+from train.model.facts import read_facts
 from train.model.source import staged_model
 from train.store.layout import CacheDir
 
@@ -45,7 +46,7 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[dict[str, Any]]:
 
 
 def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:
-    """Those of `configs` whose model or tokenized data is not in the cache."""
+    """Those of `configs` whose model or tokenized data is not in the cache, or whose model was not judged."""
     groups = _by_model_and_data(configs)
     return [config for alike in groups if not _is_prepared(alike[0], CacheDir(cache)) for config in alike]
 
@@ -66,10 +67,11 @@ def _request(alike: list[RunConfig]) -> dict[str, Any]:
 
 
 def _is_prepared(config: RunConfig, cache: CacheDir) -> bool:
-    return (
-        staged_model(config.model, cache) is not None
-        and read_dataset_stats(config.data, config.model, cache) is not None
-    )
+    folder = staged_model(config.model, cache)
+    if folder is None or read_dataset_stats(config.data, config.model, cache) is None:
+        return False
+    facts = read_facts(folder, config.model, cache)
+    return facts is not None and facts.judged
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from launcher.records import JobSlots, Plan, RunStatus, State, Verdict
+from launcher.records import JobSlots, Pack, Plan, RunStatus, State, Verdict
 from launcher.terminal.units import MISSING, count, number, seconds
 
 # Of a table in the terminal; --json has all rows.
@@ -145,13 +145,20 @@ def _pack_table(plan: Plan) -> Table:
     """A line per pack. On Slurm it says which GPUs a job asks for, since a partition can have several types."""
     on_slurm = any(pack.gres for pack in plan.packs)
     place = ("partition", "GPUs") if on_slurm else ("partition",)
-    table = _table("pack", *place, "runs", "memory GiB", "time", "GPU-hours")
+    table = _table("pack", *place, "runs", "memory GiB", "time", "GPU-hours", "path")
     for pack in plan.packs[:MOST_ROWS]:
         forecast = pack.forecast
         measures = (number(forecast.vram_gib, 1), seconds(forecast.seconds), number(forecast.gpu_hours, 2))
         where = (pack.partition, escape(pack.gres)) if on_slurm else (pack.partition,)
-        table.add_row(pack.id, *where, str(len(pack.runs)), *measures)
+        table.add_row(pack.id, *where, str(len(pack.runs)), *measures, path_text(pack))
     return table
+
+
+def path_text(pack: Pack) -> str:
+    """``own``, ``padded, 3.1 times the time``; a model that is not fetched is checked later."""
+    if pack.path is None:
+        return "checked once fetched"
+    return pack.path if pack.path == "own" else f"{pack.path}, {pack.slower:.1f} times the time"
 
 
 def _print_title(title: str, console: Console) -> None:

@@ -38,7 +38,7 @@ from bench.shapes import quantized_base
 from bench.start import bench_cache
 from launcher.estimate.arithmetic import memory_bytes, training_seconds
 from launcher.estimate.devices import local_device
-from launcher.estimate.shapes import staged_shape
+from launcher.estimate.shapes import shape_of
 from launcher.estimate.workload import DatasetStats, adapter_of, workload
 from train.config import RunConfig, parse_run_config
 from train.data.token_table import TokenizedData
@@ -49,6 +49,7 @@ from train.model.base_cache import BaseCache, BaseSpec
 from train.model.folder import WEIGHTS_INDEX
 from train.model.loading import stock_skeleton
 from train.nn.backends import resolve_dtype
+from train.nn.facts import known_facts, known_sizes
 from train.nn.packed_model import PackedModel
 from train.runtime.attempts import open_attempt
 from train.sizing import Fit
@@ -118,7 +119,7 @@ class DeviceModel:
     def base_for(self, setting: Setting) -> tuple[PackedModel, Fit]:
         """The base as `setting` needs it; loaded again only if the fit changed."""
         config = run_config(self.folder, setting, seed=0)
-        fit = fit_to_device(config, self.folder, LONGEST)
+        fit = fit_to_device(config, known_sizes(self.folder, config.model, self.cache), LONGEST)
         if self.base is None or fit != self.fit:
             self.base = None
             forget_memory()
@@ -147,7 +148,8 @@ class DeviceModel:
 
 def forecast(model: Path, setting: Setting) -> tuple[float, float]:
     """Peak in GiB and milliseconds of a step, as the plan of such a pack gives them on this machine."""
-    shape, device = staged_shape(model), local_device()
+    facts = known_facts(model, run_config(model, setting, 0).model, bench_cache(model))
+    shape, device = shape_of(facts), local_device()
     rows = DatasetStats(ROWS, eval_rows=0, tokens_per_row=float(table(256).lengths().mean()), longest=LONGEST)
     configs = [run_config(model, setting, seed) for seed in range(setting.runs)]
     work = [workload(config.train, rows, adapter_of(config.lora, shape), done_steps=0) for config in configs]

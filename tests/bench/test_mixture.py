@@ -7,8 +7,9 @@ import pytest
 from bench.measuring import Setting
 from bench.ours import run_config
 from bench.shapes import SHAPES, Shape, model_folder, quantized_base
+from model_facts import sizes
 from train.model.base_cache import BaseCache, BaseSpec
-from train.model.folder import check_model_folder, experts_size
+from train.model.folder import check_model_folder
 from train.nn.backends import resolve_dtype
 from train.nn.experts import PackedExperts
 from train.store.layout import CacheDir
@@ -21,11 +22,12 @@ def test_a_job_opens_a_mixture_that_never_existed_in_16_bit(tmp_path: Path, monk
     monkeypatch.setitem(SHAPES, "small", Shape(real.model_type, real.numbers | small | {"vocab_size": 320}))
     folder = model_folder("small", tmp_path, weights=False)
     check_model_folder(folder)
-    size = experts_size(folder)
+    facts = sizes(folder)
+    size = facts.size().experts
     assert size is not None
     assert (size.parameters, size.count, size.chosen) == (2 * 16 * 3 * 96 * 256, 16, 8)
     run = run_config(folder, Setting(residency="nf4"), seed=0)
-    fit = fit_to_device(run, folder, 64)
+    fit = fit_to_device(run, facts, 64)
     cache = CacheDir(tmp_path / "cache")
     dtype = resolve_dtype(run.train, this_device())
     quantized_base(folder, BaseSpec(folder, run.model, run.quant, dtype, this_device()), cache)

@@ -72,7 +72,7 @@ def result(run, steps):
     shares = {"eval_exact_match": 0.5, "base_eval_exact_match": 0.0}
     costs = {"tokens": 100, "seconds": 1.0, "gpu_hours": 0.0, "tokens_per_second": 100.0, "peak_memory_gib": 0.1}
     sizes = {"trainable_parameters": 10, "total_parameters": 100, "adapter_mb": 0.1, "attempts": 1}
-    where = {"device": "cpu", "dtype": "float32", "versions": {}}
+    where = {"device": "cpu", "dtype": "float32", "path": "own", "versions": {}}
     return {"run_id": run.id, "name": run.name, "steps": steps} | losses | shares | costs | sizes | where
 '''
 

@@ -165,6 +165,7 @@ def result(run: RunDir, config: RunConfig, end: float, steps: int) -> dict[str, 
         "attempts": 1,
         "device": "cpu",
         "dtype": "float32",
+        "path": "own",
         "versions": {"torch": "2.13.0"},
     }
 

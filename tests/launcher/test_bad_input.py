@@ -19,9 +19,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, MistralConfig, PhiConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import launcher
+from architectures import ARCHITECTURES
 from stand_in import Program
 from train.config import ModelConfig
 from train.store.layout import CacheDir
@@ -206,26 +207,13 @@ def test_a_hub_that_cannot_be_reached(program: Program, hub: str, wanted: str) -
         refuse(program, [*QUICK[1:], "model=tiny", wanted], f"{address} cannot be reached", "launcher stage", "local f")
 
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = SIZES | {"num_key_value_heads": 2, "vocab_size": 300}
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (MistralConfig(**GROUPED, sliding_window=64), "data.max_length to at most 64"),
-        (Gemma2Config(**GROUPED, head_dim=8, pad_token_id=0), "final_logit_softcapping"),
-        (PhiConfig(**SIZES, vocab_size=300), "the output layer of 'phi' has a bias"),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_an_architecture_that_would_be_computed_differently(
-    program: Program, tiny_model: Tiny, config: PretrainedConfig, said: str
-) -> None:
+@pytest.mark.slow
+def test_an_architecture_that_no_path_computes(program: Program, tiny_model: Tiny) -> None:
+    config = ARCHITECTURES["doge-window"].config()
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(program.cwd / "odd")
     AutoTokenizer.from_pretrained(tiny_model[2]).save_pretrained(program.cwd / "odd")
-    modules = "lora.target_modules=all-linear"
-    refuse(program, [*QUICK[1:], "model.source=./odd", "data.source=good.jsonl", modules], said)
+    words = [*QUICK[1:], "model.source=./odd", "data.source=good.jsonl", "lora.target_modules=all-linear"]
+    refuse(program, words, "'doge' is computed by no path as transformers computes it", "padded: ")
 
 
 def without_privileges() -> None:

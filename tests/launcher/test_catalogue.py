@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import architectures
 from launcher.estimate.catalogue import CATALOGUE, CatalogueModel
 from launcher.estimate.model_table import shipped_models, with_table
-from launcher.estimate.shapes import catalogue_shape, model_shape, staged_shape
+from launcher.estimate.shapes import catalogue_shape
+from launcher.estimate.workload import SizingInputs
 from launcher.installation import SOURCE_DIR, shipped_conf
+from model_facts import sizes
 from train.config import ModelConfig
 from train.model.linears import frozen_linears
 from train.store.layout import CacheDir
@@ -103,15 +105,16 @@ def test_a_file_says_licence_and_gating(choice: str, source: str) -> None:
 
 def test_a_shipped_model_needs_no_fetch(tmp_path: Path) -> None:
     model = ModelConfig(name="m", source="Qwen/Qwen3-8B-Base")
-    shape = model_shape(model, CacheDir(tmp_path))
+    shape = SizingInputs(CacheDir(tmp_path)).shape(model)
     assert shape == catalogue_shape(CATALOGUE[model.source])
-    assert (shape.origin, shape.assumed, shape.parameters) == ("catalogue", True, 8_190_735_360)
+    assert (shape.origin, shape.assumed, shape.size.parameters) == ("catalogue", True, 8_190_735_360)
 
 
 def test_a_fetched_model_speaks_for_itself(tiny_model: tuple[ModelConfig, CacheDir, Path]) -> None:
     model, cache, folder = tiny_model
-    assert model_shape(model, cache) == staged_shape(folder)
-    assert not staged_shape(folder).assumed
+    shape = SizingInputs(cache).shape(model)
+    assert shape.size == sizes(folder).size()
+    assert (shape.path, shape.assumed) == ("own", False)
 
 
 def test_the_page_has_the_table_of_now() -> None:

@@ -9,8 +9,17 @@ import pytest
 from launcher.estimate.arithmetic import STARTUP_SECONDS, Correction, fits, forecast, memory_bytes, training_seconds
 from launcher.estimate.devices import GIB, DeviceSpec, cpu_device, gpu_device, local_device
 from launcher.estimate.forecaster import median_ratio
-from launcher.estimate.shapes import model_shape, staged_shape, typical_shape
-from launcher.estimate.workload import Adapter, DatasetStats, Workload, adapter_of, dataset_stats, workload
+from launcher.estimate.shapes import shape_of, typical_shape
+from launcher.estimate.workload import (
+    Adapter,
+    DatasetStats,
+    SizingInputs,
+    Workload,
+    adapter_of,
+    dataset_stats,
+    workload,
+)
+from model_facts import sizes
 from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
 from train.errors import BadInput
 from train.store.layout import CacheDir
@@ -18,7 +27,7 @@ from train.store.layout import CacheDir
 H200, T4 = gpu_device("NVIDIA H200", 139.8), gpu_device("Tesla T4", 15.0)
 LAPTOP = DeviceSpec("cpu", "2 CPU cores", 16.0, 100e9)
 LLAMA_7B = typical_shape("meta-llama/Llama-2-7b-hf")
-QUERY_AND_VALUE = frozenset(name for name in LLAMA_7B.linears if name.endswith(("q_proj", "v_proj")))
+QUERY_AND_VALUE = frozenset(name for name in LLAMA_7B.size.linears if name.endswith(("q_proj", "v_proj")))
 TOKENS_PER_ROW = 131.4
 STEPS = 100
 
@@ -68,7 +77,7 @@ def pack(
     shared = config(residency=residency, gradient_checkpointing=recomputed, batch_size=batch_size)
     work = runs(count, batch_size)
     if all_linear:
-        work = [replace(w, adapter_parameters=39_976_960, adapted=frozenset(LLAMA_7B.linears)) for w in work]
+        work = [replace(w, adapter_parameters=39_976_960, adapted=frozenset(LLAMA_7B.size.linears)) for w in work]
     return shared, work
 
 
@@ -100,7 +109,7 @@ def test_memory_with_recomputation_on_a_t4(count: int, measured_gib: float) -> N
 
 def test_a_typical_shape_has_the_models_own_numbers() -> None:
     norms = (2 * 32 + 1) * 4096
-    assert LLAMA_7B.parameters + norms == 6_738_415_616
+    assert LLAMA_7B.size.parameters + norms == 6_738_415_616
     assert LLAMA_7B.assumed
     assert adapter_of(config().lora, LLAMA_7B).parameters == 8_388_608
 
@@ -116,7 +125,7 @@ def test_a_typical_shape_has_the_models_own_numbers() -> None:
     ],
 )
 def test_the_size_in_a_source_tells_the_shape(source: str, layers: int) -> None:
-    assert typical_shape(source).layers == layers
+    assert typical_shape(source).size.layers == layers
 
 
 def test_nf4_takes_a_quarter_of_16_bit_and_double_quantization_saves_more() -> None:
@@ -178,17 +187,17 @@ def test_this_machine_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_real_shape_of_a_staged_model(tiny_model: tuple[ModelConfig, CacheDir, Path]) -> None:
     model, cache, folder = tiny_model
-    shape = staged_shape(folder)
-    assert model_shape(model, cache) == shape
-    assert (shape.layers, shape.hidden, shape.intermediate, shape.assumed) == (4, 64, 128, False)
-    assert 0 < shape.size.linear_parameters < shape.parameters
-    assert len(shape.linears) == 4 * 7
+    shape = shape_of(sizes(folder))
+    assert SizingInputs(cache).shape(model) == replace(shape, path="own")
+    assert (shape.size.layers, shape.size.hidden, shape.vocabulary, shape.assumed) == (4, 64, 259, False)
+    assert 0 < shape.size.linear_parameters < shape.size.parameters
+    assert len(shape.size.linears) == 4 * 7
 
 
 def test_a_target_that_a_staged_model_lacks_is_refused(tiny_model: tuple[ModelConfig, CacheDir, Path]) -> None:
     wrong = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"])
     with pytest.raises(BadInput, match=r"c_attn.*q_proj"):
-        adapter_of(wrong, staged_shape(tiny_model[2]))
+        adapter_of(wrong, shape_of(sizes(tiny_model[2])))
     assert adapter_of(wrong, LLAMA_7B).parameters > 0
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 
+import architectures
 from launcher.compose.composer import compose
 from launcher.estimate.devices import local_partition
 from launcher.estimate.forecaster import Forecaster
@@ -22,6 +24,7 @@ from launcher.estimate.workload import SizingInputs
 from launcher.plan.packing import DeviceModel, pack_runs
 from launcher.plan.planner import make_plan, plan_json
 from launcher.records import Run, Sweep, Verdict
+from launcher.terminal.tables import path_text
 from train.config import ModelConfig
 from train.errors import BadInput
 from train.store.layout import CacheDir, RunDir
@@ -261,9 +264,8 @@ def test_a_missing_target_is_refused_before_anything_is_queued(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "phi"}, "output layer of 'phi'"),
-        ({"sliding_window": 64}, "data.max_length to at most 64"),
-        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"model_type": "bert"}, "'bert' is computed by no path as transformers computes it"),
+        ({"model_type": "t5"}, "cannot be loaded by transformers"),
     ],
 )
 def test_an_architecture_that_cannot_be_trained_is_refused_by_its_configuration(
@@ -279,6 +281,18 @@ def test_an_architecture_that_cannot_be_trained_is_refused_by_its_configuration(
 def test_a_model_that_is_not_fetched_says_what_is_not_checked(tmp_path: Path) -> None:
     plan = make_plan(tiny_sweep(tmp_path, "lora.target_modules=[c_attn]"))
     assert "once the model is fetched" in plan.runs[0].reason
+    assert plan.packs[0].path is None
+    assert path_text(plan.packs[0]) == "checked once fetched"
+
+
+def test_a_slower_path_is_named_with_its_price(tmp_path: Path) -> None:
+    architectures.ARCHITECTURES["falcon-h1"].config().save_pretrained(tmp_path / "model")
+    save_file({}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    pack = make_plan(tiny_sweep(tmp_path, f"model.source={tmp_path / 'model'}")).packs[0]
+    assert pack.path == "padded"
+    assert pack.slower > 1
+    assert path_text(pack) == f"padded, {pack.slower:.1f} times the time"
 
 
 def test_finished_packs_correct_the_forecast(tmp_path: Path) -> None:
@@ -302,7 +316,7 @@ def test_the_json_contract(tmp_path: Path) -> None:
     assert document["sweep"] == "rank-tiny-tasks"
     assert document["runs"][0].keys() == {"id", "name", "verdict", "reason", "overrides", "pack"}
     assert document["runs"][0]["overrides"] == {"lora.r": 4}
-    assert document["packs"][0].keys() == {"id", "partition", "runs", "forecast"}
+    assert document["packs"][0].keys() == {"id", "partition", "path", "slower", "runs", "forecast"}
     assert document["packs"][0]["forecast"].keys() == {"vram_gib", "seconds", "gpu_hours", "usd"}
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 import packs
 from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
+from model_facts import sizes
 from train.config import ModelConfig, QuantConfig
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.experts import ExpertStack, expert_stacks
-from train.model.folder import experts_size
 from train.model.nf4 import dequantize, quantize, quantize_stack
 from train.model.quantized import hollow_model, load_model
 from train.nn.backends import EAGER
@@ -197,13 +197,13 @@ def test_experts_come_back_from_the_cache_as_they_were_quantized(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_the_launcher_counts_the_experts_that_files_have(name: str, tmp_path: Path) -> None:
+def test_the_launcher_counts_the_experts_of_a_configuration(name: str, tmp_path: Path) -> None:
     if missing := ARCHITECTURES[name].missing:
         pytest.skip(missing)
     model = tiny_model(name, torch.float32)
-    model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
     stacks = expert_stacks(model).values()
-    size = experts_size(tmp_path)
+    size = sizes(tmp_path).size().experts
     assert size is not None
     assert size.parameters == sum(stack.weight.numel() for stack in stacks)
     assert {size.count} == {stack.experts for stack in stacks}

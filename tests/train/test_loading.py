@@ -1,4 +1,4 @@
-"""Models that would be trained wrongly are told by their configuration, names and shapes, before any weight is loaded."""
+"""A model is known by its configuration before any weight is loaded: its sizes, and the path by which packs compute it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    CohereConfig,
-    FalconConfig,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PhiConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, PretrainedConfig
 
 from architectures import ARCHITECTURES, tiny_model
 from train.config import ModelConfig
 from train.errors import BadInput
-from train.model.architecture import NO_DECODER, UNLIKE_LLAMA, check_architecture
-from train.model.loading import check_decoder, load_decoder, load_tokenizer
+from train.model.facts import ModelFacts, facts_file, read_facts
+from train.model.loading import check_files, load_decoder, load_tokenizer
+from train.nn import facts
+from train.nn.facts import known_facts, known_sizes
+from train.store.layout import CacheDir
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -40,7 +28,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 64,
 }
-LONGEST = 512
 
 
 def saved(config: PretrainedConfig, folder: Path) -> Path:
@@ -48,61 +35,70 @@ def saved(config: PretrainedConfig, folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path, longest: int = LONGEST) -> None:
-    check_decoder(folder, ModelConfig(name="m", source=str(folder)), longest)
+def model_of(folder: Path) -> ModelConfig:
+    return ModelConfig(name="m", source=str(folder))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SIZES, attention_bias=True),
-        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=LONGEST),
-        Qwen3Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
-        MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_decoders_like_llama_are_welcome(config: PretrainedConfig, tmp_path: Path) -> None:
-    check(saved(config, tmp_path))
-    check_architecture(tmp_path, LONGEST)
+def check(folder: Path) -> None:
+    check_files(folder, model_of(folder))
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=128), "data.max_length to at most 128 (now 512)"),
-        (CohereConfig(**SIZES), "logit_scale"),
-        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0), "final_logit_softcapping"),
-        (PhiConfig(**SIZES), "the output layer of 'phi' has a bias"),
-        (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64), "c_attn"),
-        (FalconConfig(**{k: v for k, v in SIZES.items() if k != "intermediate_size"}), "attention in 0 of them"),
-        (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, pad_token_id=0), "MambaForCausalLM"),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_an_architecture_that_would_be_computed_differently_is_refused(
-    config: PretrainedConfig, said: str, tmp_path: Path
+def measured(config: PretrainedConfig, folder: Path) -> ModelFacts:
+    config.save_pretrained(folder / "model")
+    return known_facts(folder / "model", model_of(folder / "model"), CacheDir(folder / "cache"))
+
+
+@pytest.mark.parametrize(("name", "path"), [("llama", "own"), ("falcon-h1", "padded"), ("gpt-oss", "padded")])
+def test_the_path_of_an_architecture_is_measured_on_its_configuration(name: str, path: str, tmp_path: Path) -> None:
+    found = measured(ARCHITECTURES[name].config(), tmp_path)
+    assert found.path == path
+    assert found.refusal is None
+    assert found.attempts[-1].startswith(f"{path}: ")
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused_with_the_difference(tmp_path: Path) -> None:
+    found = measured(ARCHITECTURES["doge-window"].config(), tmp_path)
+    assert found.path is None
+    assert found.refusal is not None
+    assert "'doge' is computed by no path as transformers computes it" in found.refusal
+    assert "padded: " in found.refusal
+    assert "differ by" in found.refusal
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="T5Config"):
+        measured(AutoConfig.for_model("t5", d_model=32, num_layers=2, vocab_size=64), tmp_path)
+    assert measured(BertConfig(**SIZES), tmp_path).refusal is not None
+
+
+def test_facts_are_measured_once_and_again_where_anything_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BadInput) as caught:
-        check(saved(config, tmp_path))
-    assert said in str(caught.value)
-    assert "https" not in str(caught.value)
-    # The login node knows it without transformers.
-    with pytest.raises(BadInput):
-        check_architecture(tmp_path, LONGEST)
+    first = measured(LlamaConfig(**SIZES), tmp_path)
+    folder, cache = tmp_path / "model", CacheDir(tmp_path / "cache")
+    model = model_of(folder)
+    monkeypatch.setattr(facts, "judge_architecture", lambda _: pytest.fail("judged again"))
+    assert known_facts(folder, model, cache) == first == read_facts(folder, model, cache)
+    # Damaged: measured again.
+    facts_file(folder, model, cache).write_text("{")
+    assert read_facts(folder, model, cache) is None
+    assert not known_sizes(folder, model, cache).judged
+    # Another configuration is another file.
+    before = facts_file(folder, model, cache)
+    change_config(folder, rope_theta=1.0)
+    assert facts_file(folder, model, cache) != before
 
 
-# Those are above.
-@pytest.mark.parametrize("kind", sorted(UNLIKE_LLAMA.keys() - {"falcon", "gpt2", "mamba", "phi"}))
-def test_what_the_login_node_refuses_by_name_transformers_model_would_be_refused_for(kind: str, tmp_path: Path) -> None:
-    if UNLIKE_LLAMA[kind] == NO_DECODER:
-        assert kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        return
-    names = {"d_model": 32, "n_heads": 4, "n_layers": 2, "n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
-    kept = SIZES.keys() - ({"intermediate_size"} if kind in {"falcon", "rwkv"} else set())
-    config = CONFIG_MAPPING[kind](**{key: SIZES[key] for key in kept} | names)
-    with pytest.raises(BadInput):
-        check(saved(config, tmp_path))
+def test_sizes_are_kept_when_the_measurement_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(facts, "judge_architecture", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measured(LlamaConfig(**SIZES), tmp_path)
+    kept = read_facts(tmp_path / "model", model_of(tmp_path / "model"), CacheDir(tmp_path / "cache"))
+    assert kept is not None
+    assert (kept.judged, kept.layers, kept.vocabulary) == (False, 2, 64)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 import packs
 from architectures import VOCABULARY
+from model_facts import sizes
 from train.config import ModelConfig
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.lora.parameters import PackedAdapters
 from train.lora.targets import Target
 from train.model.base_cache import BaseCache, BaseSpec
-from train.model.folder import decoder_numbers, linear_shapes, parameter_count
 from train.model.linears import frozen_linears
 from train.model.loading import stock_skeleton
 from train.nn.base import load_base
@@ -124,16 +124,14 @@ def test_in_four_bits_only_the_text_is_quantized(folder: Path, tmp_path: Path) -
     torch.testing.assert_close(logits(base), stock_logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_the_login_node_reads_the_same_modules_off_the_files(folder: Path, tmp_path: Path) -> None:
+def test_the_facts_of_the_text_are_those_of_the_base(folder: Path, tmp_path: Path) -> None:
     base = packed(folder, packs.SIXTEEN_BIT, tmp_path)
-    on_files = linear_shapes(folder)
-    assert sorted(on_files.values()) == sorted(base.shapes.values())
-    ends = [sorted(name.partition("layers.")[2] for name in names) for names in (on_files, base.shapes)]
-    assert ends[0] == ends[1]
-    assert parameter_count(folder) == base.parameters
-    assert decoder_numbers(folder) == {
-        key: TEXT[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    }
+    found = sizes(folder)
+    assert found.linears == base.shapes
+    assert found.parameters == base.parameters
+    assert [found.layers, found.hidden, found.vocabulary] == [
+        TEXT[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")
+    ]
 
 
 def test_adapters_have_the_names_that_stock_peft_has(folder: Path, tmp_path: Path) -> None:

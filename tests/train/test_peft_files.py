@@ -13,12 +13,12 @@ from peft import PeftModel
 from test_targets import CASES, lora
 from transformers import AutoModelForCausalLM
 
+from model_facts import linear_shapes
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
 from train.lora.peft_files import read_adapter, write_adapter
 from train.lora.peft_forms import StockPeft
 from train.lora.targets import adapted_modules
-from train.model.folder import linear_shapes
 from train.model.loading import stock_skeleton
 from train.store.layout import CacheDir
 

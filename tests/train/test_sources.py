@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from model_facts import sizes
 from train.config import DataConfig, ModelConfig
 from train.data.source import data_fingerprint, data_path
 from train.errors import BadInput
-from train.model.folder import check_model_folder, decoder_numbers, linear_modules, linear_shapes, parameter_count
+from train.model.folder import check_model_folder, check_weights
 from train.model.source import model_fingerprint, model_key, source_kind, staged_model
 from train.store.layout import CacheDir
 
@@ -146,17 +147,17 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])
     with pytest.raises(BadInput, match="cut short"):
-        parameter_count(folder)
+        check_weights(folder)
     for content in (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"", b"\x02" + b"\0" * 7 + b"[]"):
         weights.write_bytes(content)
         with pytest.raises(BadInput, match="not a safetensors file"):
-            parameter_count(folder)
+            check_weights(folder)
 
 
-def test_shapes_by_headers_are_those_of_the_loaded_model(tiny_model: Tiny) -> None:
+def test_sizes_by_the_configuration_are_those_of_the_loaded_model(tiny_model: Tiny) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tiny_model[2])
-    assert linear_shapes(tiny_model[2]) == torch_linears(loaded)
-    assert parameter_count(tiny_model[2]) == loaded.num_parameters()
+    assert sizes(tiny_model[2]).linears == torch_linears(loaded)
+    assert sizes(tiny_model[2]).parameters == loaded.num_parameters()
 
 
 def test_shards_and_tied_embeddings_and_many_layers(tmp_path: Path) -> None:
@@ -173,20 +174,15 @@ def test_shards_and_tied_embeddings_and_many_layers(tmp_path: Path) -> None:
     tied.save_pretrained(tmp_path, max_shard_size="10KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert linear_shapes(tmp_path) == torch_linears(tied)
-    assert parameter_count(tmp_path) == tied.num_parameters()
-    layers = [int(name.split(".")[2]) for name in linear_modules(tmp_path)]
+    assert sizes(tmp_path).linears == torch_linears(tied)
+    assert sizes(tmp_path).parameters == tied.num_parameters()
+    assert sizes(tmp_path).tied
+    layers = [int(name.split(".")[2]) for name in sizes(tmp_path).linears]
     assert layers == sorted(layers)
+    check_weights(tmp_path)
     shards[-1].unlink()
     with pytest.raises(BadInput, match=shards[-1].name):
-        linear_shapes(tmp_path)
-
-
-def test_a_stored_copy_of_the_tied_head_counts_once(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    before = parameter_count(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    assert before - parameter_count(folder) == config["vocab_size"] * config["hidden_size"]
+        check_weights(tmp_path)
 
 
 def test_data_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +249,3 @@ def test_a_damaged_json_file_of_a_model_is_refused(name: str, content: str, said
     (folder / name).write_text(content)
     with pytest.raises(BadInput, match=said):
         check_model_folder(folder)
-
-
-def test_the_sizes_of_a_decoder_are_demanded(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": None, "vocab_size": "many"}))
-    with pytest.raises(BadInput, match="has no proper hidden_size, vocab_size"):
-        decoder_numbers(folder)

@@ -11,10 +11,10 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from model_facts import linear_shapes
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput
 from train.lora.targets import adapted_modules, parameter_line, trainable_parameters
-from train.model.folder import linear_modules, linear_shapes
 from train.store.layout import CacheDir
 
 Tiny = tuple[ModelConfig, CacheDir, Path]
@@ -64,14 +64,15 @@ def test_the_same_modules_ranks_and_scalings_as_peft(values: dict[str, Any], tin
         if hasattr(module, "lora_A")
     }
     ours = {
-        name: (target.r, target.scaling) for name, target in adapted_modules(config, linear_modules(folder)).items()
+        name: (target.r, target.scaling)
+        for name, target in adapted_modules(config, list(linear_shapes(folder))).items()
     }
     assert ours == adapted
     assert trainable_parameters(config, linear_shapes(folder)) == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_modules_come_in_the_order_given(tiny_model: Tiny) -> None:
-    names = linear_modules(tiny_model[2])[::-1]
+    names = list(linear_shapes(tiny_model[2]))[::-1]
     assert list(adapted_modules(lora("all-linear"), names)) == names
 
 
@@ -90,7 +91,7 @@ def test_modules_come_in_the_order_given(tiny_model: Tiny) -> None:
 )
 def test_what_would_adapt_nothing_is_refused(values: dict[str, Any], told: str, tiny_model: Tiny) -> None:
     with pytest.raises(BadInput, match=told):
-        adapted_modules(lora(**values), linear_modules(tiny_model[2]))
+        adapted_modules(lora(**values), list(linear_shapes(tiny_model[2])))
 
 
 @pytest.mark.parametrize(("r", "trainable"), [(8, 4_194_304), (16, 8_388_608)])

@@ -23,7 +23,7 @@ from train.data.source import TokenizedStats, tokens_key
 from train.data.token_table import TokenizedData, TokenTable, read_tokenized, write_tokenized
 from train.data.tokenizing import Advance, RowTokenizer
 from train.errors import BadInput
-from train.model.folder import decoder_numbers
+from train.model.folder import vocabulary
 from train.store.layout import CacheDir
 
 log = logging.getLogger("lorapack.data")
@@ -108,9 +108,9 @@ def _progress(what: str, total: int) -> Iterator[Advance]:
 
 def _refuse_foreign_tokens(model_dir: Path, *tables: TokenTable) -> None:
     """Reject a tokenizer with tokens that the model does not have: its embedding would be read out of bounds."""
-    vocab_size = decoder_numbers(model_dir)["vocab_size"]
+    vocab_size = vocabulary(model_dir)
     largest = max(int(table.tokens.max()) for table in tables)
-    if largest >= vocab_size:
+    if vocab_size is not None and largest >= vocab_size:
         raise BadInput(
             f"the tokenizer in {model_dir} gives token {largest}, but the model has a vocabulary of {vocab_size}; use the "
             "tokenizer that belongs to the model."

@@ -5,13 +5,13 @@
     hub           whether the Hugging Face hub can be reached
     gguf_package  a GGUF file in a Python package, converted
     tiny          the random model of `builtin:tiny`
-    folder        what a model folder must hold, and the shapes in the headers of its weights
-    architecture  what `config.json` alone rules out, on the login node
+    folder        what a model folder must hold, and whether its weights are whole
+    facts         what is known of a model from its configuration, kept in the cache
     anatomy       where decoder and layers of a model are, whatever its class
     modalities    models that also see or hear: how they are loaded, with towers of one layer
     linears       which modules are linear layers
     experts       which parameters are stacks of experts
-    loading       decoder and tokenizer by transformers' loaders, and the checks on the meta device
+    loading       decoder and tokenizer by transformers' loaders, and whether its files fit
     layer_kinds   models with fewer layers of every kind
     narrowing     and with smaller sizes
     copies        both together: what `train.nn.judge` measures
@@ -20,6 +20,5 @@
     quantizing    from the files of a model to such a base, a weight at a time
     base_cache    bases quantized once per cluster
 
-Another kind of source belongs in `source.source_kind` and `staging`. A model that must be refused belongs in
-`architecture.UNLIKE_LLAMA` if its `config.json` shows it, and in `loading.refuse_unsupported` if not.
+Another kind of source belongs in `source.source_kind` and `staging`. No model is refused here by its name: `train.nn.judge` measures.
 """

@@ -1,4 +1,4 @@
-"""An ordinary Hugging Face model folder: the files it must have, and the tensors' shapes in the headers of its weights.
+"""An ordinary Hugging Face model folder: the files it must have, and whether its weights are whole.
 
 Light on purpose: the launcher checks a model on the login node. A safetensors file starts with 8 bytes (the header's length,
 little-endian) and a JSON header {name: {"dtype", "shape", "data_offsets"}}, so no weight is read.
@@ -7,7 +7,6 @@ little-endian) and a JSON header {name: {"dtype", "shape", "data_offsets"}}, so 
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import BadInput
-from train.sizing import ExpertsSize
 from train.store.storage import readable, storage_errors
 
 if TYPE_CHECKING:
@@ -36,36 +34,9 @@ TOKENIZER_FILES = (
 )
 
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
-# Experts and router of a mixture of experts: transformers has them as bare parameters, which cannot be adapted.
-MIXTURE = re.compile(r"\.experts\.|\.(gate|router)\.weight$")
-# Keys of `config.json`: how many experts a layer has, and how many a token goes through.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-EXPERTS_CHOSEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_k",
-    "moe_top_k",
-    "moe_topk",
-    "top_k_experts",
-)
 # The format's own limit.
 LONGEST_HEADER_BYTES = 100_000_000
 SAMPLE_BYTES = 2**14
-
-# Sizes of a decoder, and the keys under which `config.json` of one architecture or another has them.
-DECODER_SIZES = {
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
-    "vocab_size": ("vocab_size",),
-}
-# The text decoder of a model that also sees or hears, as transformers names it, and in older files as
-# language_model.model.layers.0: there the module is model.language_model.layers.0.
-TEXT_PART = re.compile(r"(^|\.)language_model\.|^lm_head\.")
-OLD_TEXT_PART = re.compile(r"^language_model\.(model\.)?")
-EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|embeddings?)\.weight$")
-
-Shape = tuple[int, ...]
 
 
 def check_model_folder(folder: Path) -> None:
@@ -118,101 +89,26 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """(out, in) features of every linear layer of the decoder, layer by layer; no embedding, norm or head.
+def check_weights(folder: Path) -> None:
+    """Refuse weight files that are damaged, by their headers and sizes.
 
     Raises:
-        BadInput: the weights are missing or damaged.
+        BadInput: naming the file.
     """
-    shapes = _text_shapes(model_dir)
-    found = {
-        name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and LAYER_INDEX.match(name) and not MIXTURE.search(name)
-    }
-    return dict(sorted(found.items(), key=lambda item: _by_layer(item[0])))
+    for file in weight_files(folder):
+        _read_header(file)
 
 
-def experts_size(model_dir: Path) -> ExpertsSize | None:
-    """The experts of a mixture, None for a dense model.
-
-    Files keep an expert's matrix by itself (model.layers.0.mlp.experts.7.up_proj.weight) or all of a layer in one stack.
+def vocabulary(folder: Path) -> int | None:
+    """How many tokens the model's ``config.json`` says that it has, None if it does not say.
 
     Raises:
-        BadInput: the weights are missing or damaged.
+        BadInput: it cannot be read, or is not a JSON object.
     """
-    config = model_config(model_dir)
-    # DBRX has a section for them.
-    text = {**config, **config.get("text_config", {}), **config.get("ffn_config", {})}
-    count = next((text[key] for key in EXPERTS if isinstance(text.get(key), int) and text[key] > 1), None)
-    if count is None:
-        return None
-    matrices = [
-        shape
-        for name, shape in _text_shapes(model_dir).items()
-        if LAYER_INDEX.match(name)
-        and ((".experts." in name and len(shape) > 1) or (len(shape) == 3 and shape[0] == count and min(shape[1:]) > 1))
-    ]
-    # Biases of stacks [experts, features] are no stacks.
-    parameters = sum(math.prod(shape) for shape in matrices if not (len(shape) == 2 and shape[0] == count))
-    # Where the configuration does not say it, all of them count.
-    chosen = next((text[key] for key in EXPERTS_CHOSEN if isinstance(text.get(key), int)), count)
-    return ExpertsSize(parameters, count, min(chosen, count)) if parameters else None
-
-
-def decoder_numbers(model_dir: Path) -> dict[str, int]:
-    """The sizes of a decoder, by Llama's keys in ``config.json``; `intermediate_size` defaults to four times the hidden size.
-
-    Raises:
-        BadInput: one is missing or not a positive whole number.
-    """
-    text = _text_config(model_dir)
-    found: dict[str, Any] = {
-        size: next((text[key] for key in keys if text.get(key)), None) for size, keys in DECODER_SIZES.items()
-    }
-    # Sizes that are the defaults of their architecture need not be in the file, as Gemma 3's vocabulary.
-    for size, rows_or_columns in zip(("vocab_size", "hidden_size"), _embedding_shape(model_dir, found), strict=True):
-        found[size] = found[size] or rows_or_columns
-    if not found["intermediate_size"] and isinstance(found["hidden_size"], int):
-        found["intermediate_size"] = 4 * found["hidden_size"]
-    wrong = [key for key in DECODER_SIZES if type(found[key]) is not int or found[key] < 1]
-    if wrong:
-        raise BadInput(
-            f"{model_dir / CONFIG} has no proper {', '.join(wrong)}, which every decoder has; give such a model, or fetch it again."
-        )
-    return found
-
-
-def _embedding_shape(model_dir: Path, found: dict[str, Any]) -> tuple[int | None, int | None]:
-    """(vocabulary, features) of the embedding in the weights, where the configuration lacks one of them."""
-    if found["vocab_size"] and found["hidden_size"]:
-        return None, None
-    shapes = [shape for name, shape in _text_shapes(model_dir).items() if EMBEDDING.search(name) and len(shape) == 2]
-    return max(shapes, default=(None, None))
-
-
-def _text_config(model_dir: Path) -> dict[str, Any]:
-    """The settings of the text decoder: those of ``text_config`` where other parts have settings of their own."""
-    config = model_config(model_dir)
+    config = model_config(folder)
     text = config.get("text_config", config)
-    return text if isinstance(text, dict) else {}
-
-
-def linear_modules(model_dir: Path) -> list[str]:
-    """The names of `linear_shapes`."""
-    return list(linear_shapes(model_dir))
-
-
-def parameter_count(model_dir: Path) -> int:
-    """All parameters of the text decoder; a head that is tied to the embedding counts once, buffers do not count.
-
-    Raises:
-        BadInput: the weights are missing or damaged.
-    """
-    shapes = _text_shapes(model_dir)
-    if model_config(model_dir).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq"))
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    return size if type(size) is int else None
 
 
 def layer_index(name: str) -> int | None:
@@ -238,26 +134,6 @@ def weight_samples(file: Path) -> Iterator[bytes]:
             yield stream.read(min(SAMPLE_BYTES, end - begin))
 
 
-def _text_shapes(folder: Path) -> dict[str, Shape]:
-    """The tensors of the text decoder and its head, by the names of today's modules."""
-    shapes = _tensor_shapes(folder)
-    if any("language_model." in name for name in shapes):
-        shapes = {name: shape for name, shape in shapes.items() if TEXT_PART.search(name)}
-    # language_model.lm_head.weight is lm_head.weight.
-    return {
-        OLD_TEXT_PART.sub("" if ".lm_head." in name else "model.language_model.", name): shape
-        for name, shape in shapes.items()
-    }
-
-
-def _tensor_shapes(folder: Path) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {}
-    for file in weight_files(folder):
-        header = _read_header(file)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
-
-
 def _read_header(file: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file whose size agrees with it."""
     with readable(file), file.open("rb") as stream:
@@ -275,11 +151,6 @@ def _read_header(file: Path) -> dict[str, Any]:
     if file.stat().st_size < 8 + length_bytes + end:
         raise BadInput(f"{file} is cut short: {file.stat().st_size} of {8 + length_bytes + end} bytes; fetch it again.")
     return header
-
-
-def _by_layer(name: str) -> tuple[int, str]:
-    index = layer_index(name)
-    return (-1 if index is None else index, name)
 
 
 def model_config(folder: Path) -> dict[str, Any]:

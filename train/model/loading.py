@@ -1,7 +1,7 @@
-"""Decoder and tokenizer by transformers' own loaders, and the refusal of models that the packed trainer would compute differently.
+"""Decoder and tokenizer by transformers' own loaders.
 
-`check_decoder` looks at a model on the meta device: names, shapes and one forward without numbers. That takes a second and no
-memory, so it is done before anything is submitted. The job loads the same files, so the result holds for it too.
+`check_files` looks at a model on the meta device: names and shapes. That takes a second and no memory, so it is done before anything is
+submitted. The job loads the same files, so the result holds for it too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
@@ -25,16 +23,13 @@ from transformers.utils import logging
 
 from train.config import ModelConfig
 from train.errors import BadInput, LorapackError
-from train.model.architecture import CHOOSE_ANOTHER, HEAD_WITH_BIAS, refuse_by_config
-from train.model.folder import linear_shapes
 from train.model.modalities import auto_class, shallow_towers
 
 # Named explicitly, since transformers might choose other kernels; `train.nn.packed_model` exchanges it. Every model has the first, and
 # not all the second, which is faster: Gemma 2 has none with its soft cap.
 REFERENCE_ATTENTION = "eager"
 PLAIN_ATTENTION = "sdpa"
-PROBE_ATTENTION = "lorapack_probe"
-PROBE_TOKENS = 4
+CHOOSE_ANOTHER = "choose another model"
 # Characters: some messages of transformers list everything that it knows.
 LONGEST_REASON = 300
 
@@ -45,7 +40,7 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: its files are damaged or of a kind that transformers does not know.
     """
-    with _foreign_errors(f"the tokenizer in {folder}", "save the tokenizer there again"):
+    with foreign_errors(f"the tokenizer in {folder}", "save the tokenizer there again"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=model.trust_remote_code
         )
@@ -101,69 +96,14 @@ def with_plain_attention(decoder: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def check_decoder(folder: Path, model: ModelConfig, longest: int) -> None:
-    """Refuse a model that a job over sequences of at most `longest` tokens could not train, without loading its weights.
+def check_files(folder: Path, model: ModelConfig) -> None:
+    """Refuse a model whose files a job could not load, without loading its weights.
 
     Raises:
-        BadInput: transformers cannot load it, weights are missing, or it is not a Llama-like decoder.
+        BadInput: transformers cannot load it, or weights are missing or of other shapes.
     """
-    with quiet(), _foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
-        refuse_by_config(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), longest)
-        decoder = load_decoder(folder, model, dtype=torch.bfloat16, device_map="meta")
-        refuse_unsupported(decoder, longest)
-        _refuse_other_linears(decoder, folder)
-        _refuse_other_mixing(decoder)
-
-
-def refuse_unsupported(decoder: PreTrainedModel, longest: int) -> None:
-    """Refuse what would silently be computed differently from transformers.
-
-    Raises:
-        BadInput: attention sees fewer tokens than `longest`, logits are scaled or capped, or the output layer has a bias.
-    """
-    refuse_by_config(decoder.config, longest)
-    if getattr(decoder.get_output_embeddings(), "bias", None) is not None:
-        raise BadInput(f"{HEAD_WITH_BIAS.format(decoder.config.model_type)}; {CHOOSE_ANOTHER}.")
-
-
-def _refuse_other_linears(decoder: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model whose files have matrices that look like linear layers, but are not: they cannot be adapted."""
-    linears = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    others = sorted({name.rpartition(".")[2] for name in linear_shapes(folder).keys() - linears})
-    if others:
-        raise BadInput(
-            f"the architecture {_kind(decoder)} keeps {_some(others)} in modules of its own kind, which cannot be adapted; "
-            f"{CHOOSE_ANOTHER}."
-        )
-
-
-def _refuse_other_mixing(decoder: PreTrainedModel) -> None:
-    """Refuse a decoder whose layers mix tokens in another way than by attention that can be exchanged, once a layer.
-
-    The trainer concatenates sequences and keeps them apart in attention. A convolution, a state space or an attention of the model's
-    own would let them see each other.
-    """
-    calls = 0
-
-    def probe(
-        _module: nn.Module, query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any, **_others: Any
-    ) -> Any:
-        nonlocal calls
-        calls += 1
-        return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-
-    AttentionInterface.register(PROBE_ATTENTION, probe)
-    decoder.set_attn_implementation(PROBE_ATTENTION)
-    tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device="meta")
-    output = decoder.base_model(input_ids=tokens, position_ids=tokens, use_cache=False)
-    layers = decoder.config.num_hidden_layers
-    if calls != layers:
-        raise BadInput(
-            f"the architecture {_kind(decoder)} has {layers} layers and transformers' exchangeable attention in {calls} of them, "
-            f"so packed sequences cannot be kept apart; {CHOOSE_ANOTHER}."
-        )
-    if not hasattr(output, "last_hidden_state"):
-        raise BadInput(f"the architecture {_kind(decoder)} does not give its last hidden state; {CHOOSE_ANOTHER}.")
+    with quiet(), foreign_errors(f"the model in {folder}", CHOOSE_ANOTHER):
+        load_decoder(folder, model, dtype=torch.bfloat16, device_map="meta")
 
 
 def _kind(decoder: PreTrainedModel) -> str:
@@ -171,7 +111,7 @@ def _kind(decoder: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _foreign_errors(what: str, advice: str) -> Iterator[None]:
+def foreign_errors(what: str, advice: str) -> Iterator[None]:
     """Translate whatever a loader raises: the types differ from library to library and from version to version.
 
     Raises:

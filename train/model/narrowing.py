@@ -35,7 +35,8 @@ WIDTH = re.compile(
 )
 NO_WIDTH = re.compile(r"position|^max_|num_|layers|multiple|token|norm")
 EXPERTS = re.compile(r"^(n|num|moe_num)(_(local|routed))?_experts$")
-CHOSEN = re.compile(r"experts?_per_tok(en)?$|top_?k(_experts)?$|^n_group$")
+PER_TOKEN = re.compile(r"experts?_per_tok(en)?$|top_?k(_experts)?$|^moe_k$")
+CHOSEN = re.compile(rf"{PER_TOKEN.pattern}|^n_group$")
 WINDOWS = re.compile(r"sliding_window(_size)?$|attention_chunk_size$|^window_size$")
 CHUNKS = re.compile(r"^(mamba_)?chunk_size$")
 # Lists with a number per rotated pair of features.
@@ -72,10 +73,9 @@ def _numbers(values: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def narrowed(config: PretrainedConfig, heads: int, features: int) -> PretrainedConfig:
-    """`config` with its sizes divided, and those of its other parts (a vision tower, which text never enters) too."""
+    """`config` with its sizes divided."""
     config = copy.deepcopy(config)
     text = text_config(config)
-    _shorten_towers(config, text)
     numbers = dict(_numbers(vars(text)))
     # Every expert group, and more experts than a token chooses.
     chosen = max((value for key, value in numbers.items() if CHOSEN.search(key)), default=1)
@@ -131,10 +131,9 @@ def _fewer_pairs(value: Any, features: int, width: int, key: str = "") -> Any:
 
 
 def with_fewer_rows(config: PretrainedConfig) -> PretrainedConfig:
-    """`config` with the first words and experts, and without what text never enters."""
+    """`config` with the first words and experts."""
     config = copy.deepcopy(config)
     text = text_config(config)
-    _shorten_towers(config, text)
     numbers = dict(_numbers(vars(text)))
     chosen = max((value for key, value in numbers.items() if CHOSEN.search(key)), default=1)
     for key, value in numbers.items():
@@ -148,8 +147,6 @@ def with_fewer_rows(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _shorten_towers(config: PretrainedConfig, text: Any) -> None:
-    """Leave one layer to the parts that text never enters, such as a vision tower."""
-    for part in (value for value in vars(config).values() if isinstance(value, PretrainedConfig) and value is not text):
-        set_key(part, "num_hidden_layers", 1)
-        set_key(part, "depth", 1)
+def chosen_experts(text: Mapping[str, Any]) -> int:
+    """How many experts a token goes through."""
+    return max((value for key, value in _numbers(text) if PER_TOKEN.search(key)), default=1)

@@ -30,6 +30,7 @@ In reading order:
     gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph
     probing          what the judge compares: numbers of stock transformers and of a packed model
     judge            which path computes a model, decided by these numbers
+    facts            what is known of a model, measured
     base             the base of a pack, loaded, judged and packed
     generation       greedy answers of many runs at once
     triton/          the kernels behind functional, heads, grouped_mm and attention, for GPUs from sm_80 on

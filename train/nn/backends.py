@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from train.config import RunConfig, TrainConfig
 from train.errors import BadInput
-from train.model.folder import experts_size, linear_shapes, parameter_count
 from train.sizing import BaseSize, Device, Fit, choose_fit
 
 # What FlashAttention-2, Triton's matrix instructions and bfloat16 need.
@@ -123,22 +120,7 @@ def device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def fit_pack(
-    shared: RunConfig, architecture: Any, model_dir: Path, dtype: torch.dtype, device: torch.device, longest: int
-) -> Fit:
-    """How packs over the base of `shared` use the device's memory (`train.sizing`).
-
-    Args:
-        architecture: transformers' configuration of the model, whose weights are in `model_dir`.
-        longest: tokens of the longest sequence.
-    """
-    text = architecture.get_text_config(decoder=True)
-    base = BaseSize(
-        text.num_hidden_layers,
-        text.hidden_size,
-        parameter_count(model_dir),
-        linear_shapes(model_dir),
-        experts_size(model_dir),
-    )
+def fit_pack(shared: RunConfig, base: BaseSize, dtype: torch.dtype, device: torch.device, longest: int) -> Fit:
+    """How packs over the base of `shared` use the device's memory (`train.sizing`); `longest` is the longest sequence's tokens."""
     size = Device("cuda" if device.type == "cuda" else "cpu", device_bytes(device))
     return choose_fit(shared.train, shared.quant, base, dtype.itemsize, size, longest)

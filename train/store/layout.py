@@ -263,6 +263,10 @@ class CacheDir:
         """Folder of a model's files while they are downloaded: files from before an interruption are not downloaded again."""
         return self.path / "downloads" / key
 
+    def facts(self, key: str) -> Path:
+        """What was measured of an architecture (`train.model.facts`)."""
+        return self.path / "facts" / f"{key}.json"
+
     def base(self, key: str) -> BaseDir:
         """A base model as jobs load it, quantized; complete if it exists. Its modification time is that of its last use."""
         return BaseDir(self.path / "bases" / key)

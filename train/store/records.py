@@ -103,6 +103,7 @@ class ResultRecord(FileRecord):
     attempts: int | None = None
     device: str | None = None
     dtype: str | None = None
+    path: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     peak_memory_gib: float | None = None
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from transformers import AutoConfig
 
 from train.config import RunConfig
 from train.model.base_cache import BaseCache, BaseSpec
+from train.model.facts import ModelFacts
 from train.nn.backends import choose_kernels, fit_pack, missing_compiler, resolve_dtype
 from train.nn.base import load_base
 from train.nn.packed_model import PackedModel
@@ -27,11 +27,10 @@ def this_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def fit_to_device(config: RunConfig, model_dir: Path, longest: int) -> Fit:
+def fit_to_device(config: RunConfig, facts: ModelFacts, longest: int) -> Fit:
     """How packs over the base of `config` use this device, for rows of at most `longest` tokens."""
     device = this_device()
-    architecture = AutoConfig.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
-    return fit_pack(config, architecture, model_dir, resolve_dtype(config.train, device), device, longest)
+    return fit_pack(config, facts.size(), resolve_dtype(config.train, device), device, longest)
 
 
 def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases: BaseCache) -> PackedModel:
@@ -57,6 +56,7 @@ class Software(TypedDict):
 
     device: str
     dtype: str
+    path: str
     versions: dict[str, str]
 
 
@@ -67,7 +67,7 @@ class Environment(Software):
 
 
 def environment_info(base: PackedModel) -> Software:
-    """Device, dtype and the versions of what computes."""
+    """Device, dtype, path and the versions of what computes."""
     versions = {}
     for name in VERSIONED:
         try:
@@ -75,7 +75,12 @@ def environment_info(base: PackedModel) -> Software:
         # Run from a copy of the source, lorapack itself is not installed.
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"device": device_name(base.device), "dtype": str(base.dtype).removeprefix("torch."), "versions": versions}
+    return {
+        "device": device_name(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "path": base.path,
+        "versions": versions,
+    }
 
 
 def device_name(device: torch.device) -> str:

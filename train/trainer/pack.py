@@ -25,6 +25,7 @@ from train.model.base_cache import BaseCache
 from train.model.loading import stock_skeleton
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
+from train.nn.facts import known_sizes
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import Activity
 from train.runtime.attempts import cause_of
@@ -66,7 +67,7 @@ def train_pack(leases: Leases, cache: CacheDir, job: JobContext) -> None:
     data = tokenized_data(configs, model_dir, cache, job.stop)
     job.stop.check()
     longest = longest_row(data)
-    fit = fit_to_device(configs[0], model_dir, longest)
+    fit = fit_to_device(configs[0], known_sizes(model_dir, configs[0].model, cache), longest)
     base = open_base(configs[0], model_dir, fit, longest, BaseCache(cache, job.stop.check, job.activity))
     job.stop.check()
     log.info(f"ready after {time.monotonic() - started:.1f} s")

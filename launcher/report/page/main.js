@@ -46,7 +46,7 @@ function drawTiles() {
     [peak ? `${fixed(2)(peak)} GiB` : MISSING, "peak memory"],
     sum("gpu_hours") ? [fixed(2)(sum("gpu_hours")), "GPU-hours"] : null,
     sum("cost_usd") ? [dollars(sum("cost_usd")), "cost of the finished runs"] : null,
-    doc.rows[0]?.device ? [doc.rows[0].device, doc.rows[0].dtype ?? "device"] : null,
+    doc.rows[0]?.device ? [doc.rows[0].device, [doc.rows[0].dtype ?? "device", doc.rows[0].path ? `path ${doc.rows[0].path}` : null].filter(Boolean).join(", ")] : null,
   ];
   byId("tiles").hidden = !doc.rows.length;
   byId("tiles").replaceChildren(...tiles.filter(Boolean).map(([value, note]) => html("div", { class: "tile" }, html("b", {}, value), html("span", { class: "muted" }, note))));

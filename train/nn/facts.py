@@ -1,0 +1,102 @@
+"""The facts of a model (`train.model.facts`), measured: sizes on a model without weights, the path on a small copy."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from train.config import ModelConfig
+from train.errors import BadInput, StorageError
+from train.model.anatomy import decoder_layers, text_decoder
+from train.model.experts import expert_stacks
+from train.model.facts import ModelFacts, facts_file, read_facts
+from train.model.layer_kinds import text_config
+from train.model.linears import frozen_linears
+from train.model.loading import CHOOSE_ANOTHER, foreign_errors, quiet, stock_skeleton
+from train.model.narrowing import chosen_experts
+from train.nn.base import judge_architecture
+from train.store.layout import CacheDir
+from train.store.record_file import write_record
+from train.store.storage import make_folder
+
+log = logging.getLogger("lorapack.model")
+
+
+def known_facts(model_dir: Path, model: ModelConfig, cache: CacheDir) -> ModelFacts:
+    """The facts of the model in a folder, from the cache; measured now, and kept there, if the cache does not have them.
+
+    Raises:
+        BadInput: transformers cannot build the model.
+    """
+    found = read_facts(model_dir, model, cache)
+    if found is not None and found.judged:
+        return found
+    full = _skeleton(model_dir, model)
+    sizes = measure_sizes(full)
+    # First without a verdict: if this process is stopped meanwhile, the sizes are known.
+    _keep(sizes, facts_file(model_dir, model, cache))
+    facts = with_verdict(sizes, full)
+    _keep(facts, facts_file(model_dir, model, cache))
+    return facts
+
+
+def known_sizes(model_dir: Path, model: ModelConfig, cache: CacheDir) -> ModelFacts:
+    """The same, perhaps without a verdict: nothing is judged now.
+
+    Raises:
+        BadInput: transformers cannot build the model.
+    """
+    found = read_facts(model_dir, model, cache)
+    return measure_sizes(_skeleton(model_dir, model)) if found is None else found
+
+
+def _skeleton(model_dir: Path, model: ModelConfig) -> PreTrainedModel:
+    with quiet(), foreign_errors(f"the model in {model_dir}", CHOOSE_ANOTHER):
+        return stock_skeleton(model_dir, model)
+
+
+def measure_sizes(full: PreTrainedModel) -> ModelFacts:
+    """The facts of a model, without a verdict; its weights may be on ``meta``.
+
+    Raises:
+        BadInput: no list of decoder layers is found.
+    """
+    text = text_config(full.config)
+    embedding, head = full.get_input_embeddings(), full.get_output_embeddings()
+    if head is None:
+        raise BadInput(
+            f"the architecture {full.config.model_type!r} is not a decoder that predicts the next token; choose another model."
+        )
+    stacks = expert_stacks(full).values()
+    return ModelFacts(
+        model_type=full.config.model_type,
+        layers=len(decoder_layers(full)),
+        hidden=embedding.weight.shape[1],
+        vocabulary=head.weight.shape[0],
+        parameters=sum(parameter.numel() for parameter in {*text_decoder(full).parameters(), *head.parameters()}),
+        linears={name: linear.shape for name, linear in frozen_linears(full).items()},
+        tied=head.weight is embedding.weight,
+        expert_parameters=sum(stack.weight.numel() for stack in stacks),
+        experts=max((stack.experts for stack in stacks), default=0),
+        chosen=chosen_experts(vars(text)) if stacks else 0,
+    )
+
+
+def with_verdict(sizes: ModelFacts, full: PreTrainedModel) -> ModelFacts:
+    """`sizes` with the judge's verdict on the architecture."""
+    try:
+        verdict = judge_architecture(full)
+        path = verdict.checked(sizes.model_type)
+    except BadInput as exc:
+        return sizes.model_copy(update={"refusal": str(exc)})
+    return sizes.model_copy(update={"path": path, "attempts": [str(attempt) for attempt in verdict.attempts]})
+
+
+def _keep(facts: ModelFacts, file: Path) -> None:
+    # A cache that is read-only for this user: it is measured again next time.
+    with suppress(StorageError):
+        make_folder(file.parent)
+        write_record(file, facts)
