@@ -16,6 +16,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,6 +48,16 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def plain_attention(config: PretrainedConfig) -> str:
+    """`PLAIN_ATTENTION` where transformers has it for the architecture, as it would choose itself, else its reference code.
+
+    Chosen when a model is made: Falcon's layers are of another class for each, and differ in what they compute.
+    """
+    # Code of the repository's own is in no table.
+    known = auto_class(config)._model_mapping.get(type(config), None)
+    return PLAIN_ATTENTION if getattr(known, "_supports_sdpa", True) else REFERENCE_ATTENTION
+
+
 def load_decoder(folder: Path, model: ModelConfig, **how: Any) -> PreTrainedModel:
     """The model in `folder`, with all of its weights; `how` is for transformers (dtype, device_map).
 
@@ -59,13 +70,13 @@ def load_decoder(folder: Path, model: ModelConfig, **how: Any) -> PreTrainedMode
         config=shallow_towers(config),
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,
-        attn_implementation=REFERENCE_ATTENTION,
+        attn_implementation=plain_attention(config),
         # Reported below, in one sentence.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **how,
     )
-    decoder: PreTrainedModel = with_plain_attention(loaded)
+    decoder: PreTrainedModel = loaded
     if info["missing_keys"]:
         raise BadInput(
             f"the weights in {folder} are incomplete: {_some(sorted(info['missing_keys']))} of the architecture "
@@ -89,7 +100,7 @@ def stock_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
 
 
 def with_plain_attention(decoder: PreTrainedModel) -> PreTrainedModel:
-    """The model with `PLAIN_ATTENTION` where it supports that, else as it is."""
+    """A model that was made with other attention, with `plain_attention` where that can be exchanged."""
     # Raised by architectures that have reference code alone.
     with suppress(ValueError):
         decoder.set_attn_implementation(PLAIN_ATTENTION)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from train.config import ModelConfig
 from train.model.experts import ExpertStack
-from train.model.loading import REFERENCE_ATTENTION, load_decoder, with_plain_attention
+from train.model.loading import load_decoder, plain_attention
 from train.model.modalities import auto_class, shallow_towers
 from train.model.nf4 import NF4Stack, state_from
 
@@ -74,7 +74,7 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
     config = shallow_towers(AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code))
     with init_empty_weights(include_buffers=False):
         hollow: PreTrainedModel = auto_class(config).from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code, attn_implementation=REFERENCE_ATTENTION
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code, attn_implementation=plain_attention(config)
         )
     for name in base.others:
         owner, _, attribute = name.rpartition(".")
@@ -84,4 +84,4 @@ def hollow_model(model_dir: Path, model: ModelConfig, dtype: torch.dtype, base: 
         is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
         setattr(module, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     hollow.tie_weights()
-    return with_plain_attention(hollow).eval()
+    return hollow.eval()
