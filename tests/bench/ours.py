@@ -88,7 +88,7 @@ def run_config(folder: Path, setting: Setting, seed: int) -> RunConfig:
     """One run of a setting, by the configuration's own keys and defaults."""
     return parse_run_config(
         {
-            "model": {"name": "bench", "source": str(folder), "fingerprint": "bench"},
+            "model": {"name": "bench", "source": str(folder), "fingerprint": f"bench-{folder.name}"},
             "data": {"name": "bench", "source": "bench", "fingerprint": "bench"},
             "lora": {"r": RANK, "lora_alpha": ALPHA, "target_modules": setting.targets_in(folder)},
             "quant": {"load_in_4bit": True},
