@@ -31,7 +31,7 @@ from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.trainer.loop import PackLoop
 from train.trainer.optim import PackedAdamW, StepOutcome
 
-OPERATIONS = ("rms_norm_residual", "apply_linears", "rotary_autograd", "attend", "swiglu_autograd")
+OPERATIONS = ("norm_residual", "apply_linears", "attend_heads", "gated_autograd")
 
 
 @dataclass

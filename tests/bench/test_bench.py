@@ -144,13 +144,13 @@ def test_forecasts_are_tried_over_every_kind_of_pack() -> None:
 
 
 def test_lockstep_names_the_operation_where_a_pack_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, config, right, calls = packs.tiny_base(torch.float32), packs.run_config(), decoder.swiglu_autograd, count()
+    base, config, right, calls = packs.tiny_base(torch.float32), packs.run_config(), decoder.gated_autograd, count()
     assert lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "right") == [None]
     # The pack's second layer in the second step: pack and run alone take turns, two layers a step.
     wrong_in_the_pack = 5
     monkeypatch.setattr(
-        decoder, "swiglu_autograd", lambda *given: right(*given) * (1 + (next(calls) == wrong_in_the_pack))
+        decoder, "gated_autograd", lambda *given: right(*given) * (1 + (next(calls) == wrong_in_the_pack))
     )
     (difference,) = lockstep.march(base, [config], seed=0, steps=3, folder=tmp_path / "wrong")
     assert difference is not None
-    assert difference.startswith("step 2: swiglu_autograd (operation ")
+    assert difference.startswith("step 2: gated_autograd (operation ")

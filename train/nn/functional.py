@@ -274,13 +274,6 @@ def norm_residual(x: torch.Tensor, norm: Norm, fused: bool) -> tuple[torch.Tenso
     return both
 
 
-def rms_norm_residual(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, fused: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`norm_residual` by a root-mean-square norm."""
-    return norm_residual(x, Norm(weight, eps), fused)
-
-
 class _AddNormed(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -355,8 +348,3 @@ def gated_autograd(projections: tuple[torch.Tensor, ...], activation: str, fused
     """`gated` with autograd of (gate, up), both [T, dim], or of one [T, 2 dim] with gate first."""
     product: torch.Tensor = _Gated.apply(activation, fused, *projections)
     return product
-
-
-def swiglu_autograd(gate: torch.Tensor, up: torch.Tensor, fused: bool) -> torch.Tensor:
-    """`gated` by silu with autograd."""
-    return gated_autograd((gate, up), "silu", fused)
