@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.rows import table
-from train.nn import functional, heads
+from train.nn import activations, functional, heads
 from train.nn.functional import Norm, dispatch
 from train.nn.heads import HeadTransform
 from train.nn.varlen import Flash, Scores, Triton, VarlenKernel
@@ -98,16 +98,16 @@ def row_cases(tokens: int) -> Iterator[Case]:
         gate, up = (x.contiguous() for x in joined.chunk(2, 1))
         yield Case(
             f"{activation}(gate) * up, {inner}",
-            lambda gate=gate, up=up, a=activation: dispatch(functional.gated, FUSED, gate, up, a),
+            lambda gate=gate, up=up, a=activation: dispatch(activations.gated, FUSED, gate, up, a),
             lambda gate=gate, up=up, g=gradient, a=activation: dispatch(
-                functional.gated_backward, FUSED, g, gate, up, a
+                activations.gated_backward, FUSED, g, gate, up, a
             ),
             3 * gate.nbytes,
         )
         yield Case(
             f"the same, of one matrix, {inner}",
-            lambda x=joined, a=activation: dispatch(functional.split_gated, FUSED, x, a),
-            lambda x=joined, g=gradient, a=activation: dispatch(functional.split_gated_backward, FUSED, g, x, a),
+            lambda x=joined, a=activation: dispatch(activations.split_gated, FUSED, x, a),
+            lambda x=joined, g=gradient, a=activation: dispatch(activations.split_gated_backward, FUSED, g, x, a),
             3 * gate.nbytes,
         )
 

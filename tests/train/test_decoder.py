@@ -147,13 +147,13 @@ def test_an_error_of_a_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr("train.nn.triton.functional.gated", broken)
+    monkeypatch.setattr("train.nn.triton.activations.gated", broken)
     assert "no kernel image" in judged_with_kernels().why
 
 
 @NEEDS_TRITON
 def test_a_kernel_that_computes_anything_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.nn.triton.functional.gated", lambda gate, up, _activation: gate * up)
+    monkeypatch.setattr("train.nn.triton.activations.gated", lambda gate, up, _activation: gate * up)
     attempt = judged_with_kernels()
     assert attempt.path == "own"
     assert not attempt.passed

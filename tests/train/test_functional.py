@@ -17,19 +17,14 @@ from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 
+from train.nn.activations import ACTIVATIONS, activate, activate_autograd, gated, gated_autograd, gated_backward
 from train.nn.attention import _seen
 from train.nn.functional import (
-    ACTIVATIONS,
     CHUNK_NUMEL,
     Norm,
-    activate,
-    activate_autograd,
     add_normed,
     add_normed_autograd,
     dispatch,
-    gated,
-    gated_autograd,
-    gated_backward,
     masked_attention,
     norm_residual,
     normalize,

@@ -24,8 +24,8 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from train.nn.functional import ACTIVATIONS
-from train.nn.triton import attention, functional, grouped_mm, heads
+from train.nn.activations import ACTIVATIONS
+from train.nn.triton import activations, attention, functional, grouped_mm, heads
 
 CAPABILITY = int(sys.argv[1])
 NARROW = {
@@ -84,10 +84,10 @@ for dtype in ("bf16", "fp32"):
         compiled(functional._normalize_backward, dtype, types=types, multiplier=None, **constants)
         compiled(functional._normalize_backward, dtype, types=types, passed=None, **constants)
     for activation in ACTIVATIONS:
-        constants = {"ACTIVATION": activation, "DIM": 11008, "BLOCK": functional.BLOCK}
+        constants = {"ACTIVATION": activation, "DIM": 11008, "BLOCK": activations.BLOCK}
         alone = [{}, {}] if dtype == "bf16" else [{"up": None}, {"up": None, "up_grad": None}]
-        compiled(functional._gated, dtype, **alone[0], **constants)
-        compiled(functional._gated_backward, dtype, **alone[1], **constants)
+        compiled(activations._gated, dtype, **alone[0], **constants)
+        compiled(activations._gated_backward, dtype, **alone[1], **constants)
     compiled(heads._rotary, dtype, HEADS=9, HALF=48, BACK=True, HEAD_BLOCK=16, HALF_BLOCK=64)
     shape = {"HEADS": 32, "DIM": 96, "HEAD_BLOCK": 32, "DIM_BLOCK": 128, "num_warps": 8}
     for rotary, over_all, centered, interleaved, first in (

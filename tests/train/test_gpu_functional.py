@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import packs
 if packs.LACKS_TRITON is not None:
     pytest.skip(packs.LACKS_TRITON, allow_module_level=True)
 
-from train.nn import functional, heads, loss
+from train.nn import activations, functional, heads, loss
+from train.nn.triton import activations as activation_kernels
 from train.nn.triton import functional as kernels
 from train.nn.triton import heads as head_kernels
 from train.trainer import optim
@@ -56,13 +58,13 @@ def calls(dtype: torch.dtype, rows: int = 7) -> dict[str, Call]:
         found[f"add_normed {name}"] = functional.add_normed, (passed, x, norm, 0.3)
         found[f"add_normed_backward {name}"] = functional.add_normed_backward, (gradient, x, norm, 0.3)
     found["add_normed without a norm"] = functional.add_normed, (passed, x, None, 0.3)
-    for name in functional.ACTIVATIONS:
-        found[f"activate {name}"] = functional.activate, (x, name)
-        found[f"activate_backward {name}"] = functional.activate_backward, (gradient, x, name)
-        found[f"gated {name}"] = functional.gated, (x, up, name)
-        found[f"gated_backward {name}"] = functional.gated_backward, (gradient, x, up, name)
-    found["split_gated"] = functional.split_gated, (torch.cat([x, up], 1), "silu")
-    found["split_gated_backward"] = functional.split_gated_backward, (gradient, torch.cat([x, up], 1), "silu")
+    for name in activations.ACTIVATIONS:
+        found[f"gated {name}"] = activations.gated, (x, up, name)
+        found[f"gated_backward {name}"] = activations.gated_backward, (gradient, x, up, name)
+    found["activate"] = activations.activate, (x, "relu2")
+    found["activate_backward"] = activations.activate_backward, (gradient, x, "relu2")
+    found["split_gated"] = activations.split_gated, (torch.cat([x, up], 1), "silu")
+    found["split_gated_backward"] = activations.split_gated_backward, (gradient, torch.cat([x, up], 1), "silu")
     return found | calls_of_heads(dtype, rows)
 
 
@@ -172,7 +174,7 @@ def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch
         return lambda *arguments: taken.append(name) or kernel(*arguments)
 
     for formula, _ in calls(torch.float32).values():
-        module = head_kernels if formula.__module__ == heads.__name__ else kernels
+        module = {heads: head_kernels, activations: activation_kernels}.get(sys.modules[formula.__module__], kernels)
         if (name := formula.__name__) not in taken:
             taken.append(name)
             monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
@@ -183,9 +185,9 @@ def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch
     for takes_kernels in (True, False):
         normed, passed = functional.norm_residual(x, norm, takes_kernels)
         added = functional.add_normed_autograd(passed, normed, norm, 1.0, takes_kernels)
-        product = functional.gated_autograd((added, up), "silu", takes_kernels)
-        joined = functional.gated_autograd((torch.cat([product, up], 1),), "silu", takes_kernels)
-        active = functional.activate_autograd(joined, "relu2", takes_kernels)
+        product = activations.gated_autograd((added, up), "silu", takes_kernels)
+        joined = activations.gated_autograd((torch.cat([product, up], 1),), "silu", takes_kernels)
+        active = activations.activate_autograd(joined, "relu2", takes_kernels)
         rotated = heads.heads_autograd(of_heads.requires_grad_(), (cos, sin), heads.HeadTransform(), takes_kernels)
         prepared = heads.heads_autograd(rotated, (cos, sin), heads.HeadTransform(interleaved=True), takes_kernels)
         (active.sum() + prepared.sum()).backward()

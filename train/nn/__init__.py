@@ -3,7 +3,8 @@
 In reading order:
 
     backends         which kernels, dtype and memory a device offers; decided once per pack
-    functional       norms and activations with their gradients, by torch or by a Triton kernel
+    functional       norms with their gradients, and how formulas are computed: by torch or by a Triton kernel
+    activations      the activations of a decoder's MLP, likewise
     forward_context  what attention and adapters look up during a forward; the key-value cache of a generation
     padding          between flat tokens and padded sequences, with gradients
     heads            the norms and rotations of queries and keys, likewise
@@ -33,7 +34,7 @@ In reading order:
     facts            what is known of a model, measured
     base             the base of a pack, loaded, judged and packed
     generation       greedy answers of many runs at once
-    triton/          the kernels behind functional, heads, grouped_mm and attention, for GPUs from sm_80 on
+    triton/          the kernels behind functional, activations, heads, grouped_mm and attention, for GPUs from sm_80 on
 
 A new model family needs no word here: `judge` takes the first path that computes it right, ours if `reading` finds its description.
 What a description cannot say yet belongs in `description`, `reading` and `decoder`, with an entry in tests/architectures.

@@ -37,7 +37,7 @@ class Kernels:
         triton_attention: attention by `train.nn.triton.attention` instead, for the head sizes that it supports.
         grouped_lora: adapters take flat runs (`train.nn.triton.grouped_mm`); else runs are padded for batched products.
         grouped_experts: one launch multiplies the tokens of all experts of a layer (`torch.nn.functional.grouped_mm`).
-        fused_elementwise: each formula is one kernel (`train.nn.triton.functional`).
+        fused_elementwise: each formula is one kernel (`train.nn.triton`).
         cuda_graphs: the steps of small packs are replayed as CUDA graphs (`train.nn.gradients`).
     """
 

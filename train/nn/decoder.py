@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train.data.micro_batch import MicroBatch
 from train.model.anatomy import decoder_layers, text_decoder
+from train.nn.activations import activate_autograd, gated_autograd
 from train.nn.attention import attend_heads
 from train.nn.description import (
     AttentionDescription,
@@ -36,7 +37,7 @@ from train.nn.description import (
     Scalar,
 )
 from train.nn.forward_context import ForwardContext
-from train.nn.functional import Norm, activate_autograd, add_normed_autograd, gated_autograd, norm_residual
+from train.nn.functional import Norm, add_normed_autograd, norm_residual
 from train.nn.heads import CosSin, HeadTransform, heads_autograd
 from train.nn.linear import PackedLinear, apply_linears
 from train.nn.matching import norm_parameters

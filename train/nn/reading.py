@@ -17,6 +17,7 @@ from train.errors import BadInput
 from train.model.copies import small_model
 from train.model.layer_kinds import layer_kinds, shortened
 from train.model.linears import is_linear
+from train.nn.activations import ACTIVATIONS
 from train.nn.attention_reading import read_attention
 from train.nn.description import (
     DecoderDescription,
@@ -27,7 +28,6 @@ from train.nn.description import (
     Scalar,
     Undescribable,
 )
-from train.nn.functional import ACTIVATIONS
 from train.nn.matching import coefficients, find_scalar, is_close, near, ratio, read_norm
 from train.nn.tracing import Call, LayerTrace, ModelTrace, trace
 

@@ -1,5 +1,5 @@
-"""Our Triton kernels, for GPUs from sm_80 on: `attention`, `functional`, `grouped_mm` and `heads` stand in for the modules of
-`train.nn` of the same names.
+"""Our Triton kernels, for GPUs from sm_80 on: `activations`, `attention`, `functional`, `grouped_mm` and `heads` stand in for the
+modules of `train.nn` of the same names.
 
 Triton comes with PyTorch on machines with a GPU, and these modules are imported only there (`train.nn.backends` decides). All of them
 keep these rules:
