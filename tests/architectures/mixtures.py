@@ -47,7 +47,7 @@ ARCHITECTURES = [
         enable_moe_block=True, top_k_experts=2, idle=r"layers\.3\.layer_scalar", **experts(),
     ),
     model(
-        "gpt-oss", "gpt_oss", "padded", moe=True, head_dim=16, sliding_window=WINDOW,
+        "gpt-oss", "gpt_oss", "flat", moe=True, head_dim=16, sliding_window=WINDOW,
         layer_types=[SLIDING, FULL, SLIDING],
         rope_parameters=rope(
             "yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=32,
@@ -60,7 +60,7 @@ ARCHITECTURES = [
         **experts(chosen=1),
     ),
     model(
-        "flint", "flint", "padded", moe=True, head_dim=16, sliding_window=WINDOW,
+        "flint", "flint", "flat", moe=True, head_dim=16, sliding_window=WINDOW,
         layer_types=[FULL, SLIDING, SLIDING], shared_expert_intermediate_size=32, mlp_only_layers=[0], **experts(),
     ),
 ]  # fmt: skip

@@ -269,3 +269,32 @@ def test_other_heads_are_left_to_flash_attention_or_padded(
     context = context_of((5,), Kernels(flash_varlen=True, triton_attention=True))
     q, v = torch.zeros(5, 2, dim), torch.zeros(5, 2, of_values)
     assert isinstance(attention._varlen_kernel(context, q, v, softcap), expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kernel", [varlen.Triton(), varlen.Flash()], ids=["triton", "flash"])
+def test_a_sink_takes_its_share_of_every_softmax(
+    kernel: varlen.VarlenKernel, window: int | None, dtype: torch.dtype
+) -> None:
+    if isinstance(kernel, varlen.Flash) and DEVICE.type != "cuda":
+        pytest.skip("NOT TESTED ON A GPU: FlashAttention needs one")
+    lengths, heads = (5, 70), (4, 2, 64)
+    *qkv, gradient = inputs(lengths, heads, dtype)
+    sinks = torch.tensor([-2.0, 0.0, 1.0, 3.0], device=DEVICE)
+    scores = varlen.Scores(torch.tensor([0, 5, 75], device=DEVICE).int(), 128, SCALE, window, None)
+    leaves = [x.requires_grad_() for x in qkv]
+    out = varlen.attend_varlen(*leaves, varlen.WithSinks(kernel, sinks), scores)
+    found = [out, *torch.autograd.grad(out, leaves, gradient)]
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    parts = []
+    for q, k, v in zip(*(x.split(lengths) for x in wide), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+        behind = torch.arange(q.shape[1], device=DEVICE)[:, None] - torch.arange(q.shape[1], device=DEVICE)
+        is_seen = (behind >= 0) & (behind < (window or q.shape[1]))
+        rows = (SCALE * q @ k.transpose(1, 2)).masked_fill(~is_seen, -torch.inf)
+        rows = torch.cat([sinks[:, None, None].expand(-1, q.shape[1], 1), rows], 2)
+        parts.append((rows.softmax(-1)[..., 1:] @ v).transpose(0, 1))
+    expected = torch.cat(parts)
+    for mine, other in zip(found, [expected, *torch.autograd.grad(expected, wide, gradient.float())], strict=True):
+        torch.testing.assert_close(mine.float(), other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -143,7 +143,6 @@ def test_padded_sequences_in_buckets(name: str, recompute: bool, monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gpt-oss", "gives its attention s_aux"),
         ("doge", "makes its own attention mask"),
         # Its chunks are of 8 tokens.
         ("llama4", "other tokens than those before it or a sliding window"),

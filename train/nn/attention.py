@@ -29,6 +29,7 @@ from train.nn.varlen import (
     Scores,
     Triton,
     VarlenKernel,
+    WithSinks,
     attend_varlen,
     attend_varlen_raw,
     deterministic_algorithms,
@@ -68,6 +69,7 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of flat tokens, each within its own sequence.
 
@@ -77,6 +79,7 @@ def attend(
         scale: the factor of the products of q and k.
         window: the token at position i sees positions j with i - window < j <= i; None for all up to i.
         softcap: scores s become softcap * tanh(s / softcap) before the softmax; None for s itself.
+        sinks: [heads] a score more in each token's softmax, without a value (GPT-OSS); None for none.
 
     Returns:
         [T, heads, dim of v].
@@ -85,12 +88,14 @@ def attend(
     cache = context.cache
     # A generation's first pass fills the cache and attends as usual; later passes bring one token per sequence.
     if cache is not None and cache.is_filled:
-        return cache.attend(q, k, v, scale, window, softcap)
+        return cache.attend(q, k, v, scale, window, softcap, sinks)
     if cache is not None:
         cache.fill(k, v, batch.attention)
     kernel = _varlen_kernel(context, q, v, softcap)
     if kernel is None:
-        return _attend_padded(q, k, v, batch, scale, window, softcap)
+        return _attend_padded(q, k, v, batch, scale, window, softcap, sinks)
+    if sinks is not None:
+        kernel = WithSinks(kernel, sinks)
     return attend_varlen(q, k, v, kernel, _scores(batch, scale, window, softcap))
 
 
@@ -157,6 +162,7 @@ def _attend_padded(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """`attend` by padded sequences."""
     # [T, heads, dim] -> [S, L, heads, dim] -> [S, heads, L, dim], as PyTorch's attention takes it.
@@ -165,11 +171,11 @@ def _attend_padded(
     if q.device.type == "cpu":
         # In half precision PyTorch's CPU kernel takes three times as long as in float32 (measured with 2.13 and AVX512-BF16).
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-    elif softcap is None:
+    elif softcap is None and sinks is None:
         # Where FlashAttention cannot run, as on a T4, grouped heads would leave only the kernel that writes all scores to memory.
         k, v = (_repeated(x, q.shape[1]) for x in (k, v))
-    if softcap is not None or (window is not None and window < q.shape[2]):
-        out = masked_attention(q, k, v, _seen(q.shape[2], window, q.device), scale, softcap)
+    if softcap is not None or sinks is not None or (window is not None and window < q.shape[2]):
+        out = masked_attention(q, k, v, _seen(q.shape[2], window, q.device), scale, softcap, sinks)
     else:
         grouped = q.shape[1] != k.shape[1]
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -199,6 +205,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attend` as transformers calls it.
@@ -206,7 +213,7 @@ def packed_attention(
     Args:
         module: the decoder's attention module; `forward_context` was attached to it by `train.nn.packed_model`.
         query: [1, heads, T, dim]; `key` and `value` [1, key-value heads, T, dim].
-        scaling, sliding_window, softcap: `attend`'s scale, window and soft cap, for this layer.
+        scaling, sliding_window, softcap, s_aux: `attend`'s scale, window, soft cap and sinks, for this layer.
 
     Returns:
         [1, T, heads, dim], and None for the weights.
@@ -217,7 +224,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Some models have their window in the mask alone, and some name one that their mask does not have.
     window = context.windows.get(module, sliding_window)
-    return attend(q, k, v, context, scale, window, softcap).unsqueeze(0), None
+    return attend(q, k, v, context, scale, window, softcap, s_aux).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

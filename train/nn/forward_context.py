@@ -60,10 +60,11 @@ class KeyValueCache:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one new token of each sequence [S, heads, dim] to its sequence and itself, in the next layer.
 
-        `window` and `softcap` are those of `train.nn.attention.attend`.
+        `window`, `softcap` and `sinks` are those of `train.nn.attention.attend`.
         """
         keys, values = self._layers[self._layer]
         self._layer += 1
@@ -73,7 +74,7 @@ class KeyValueCache:
         seen = self._positions <= self.lengths[:, None]
         if window is not None:
             seen &= self._positions > self.lengths[:, None] - window
-        out = masked_attention(query.unsqueeze(2), keys, values, seen[:, None, None], scale, softcap)
+        out = masked_attention(query.unsqueeze(2), keys, values, seen[:, None, None], scale, softcap, sinks)
         return out.squeeze(2)
 
     def _spread(self, flat: torch.Tensor, padding: Padding) -> torch.Tensor:

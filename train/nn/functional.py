@@ -96,22 +96,36 @@ def _normalized_backward(gradient: torch.Tensor, x: torch.Tensor, norm: Norm) ->
 
 
 def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q [S, heads, L, dim] to k and v [S, key-value heads, M, dim], with autograd.
 
-    `seen` masks the scores [S, heads, L, M] or all that broadcasts to them; `softcap` is as `train.nn.attention.attend` takes it.
+    `seen` masks the scores [S, heads, L, M] or all that broadcasts to them; `softcap` and `sinks` are as `train.nn.attention.attend`
+    takes them.
     """
     of_keys = k.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != of_keys
         )
     # [S, K, H / K, L, dim] and [S, K, 1, M, dim]: grouped-query attention without copies of the keys.
     grouped, k, v = q.unflatten(1, (of_keys, -1)), k.unsqueeze(2), v.unsqueeze(2)
     # Scaled before the product, which would exceed float16's range sooner.
-    scores = softcap * torch.tanh(widened((grouped * scale) @ k.transpose(-1, -2)) / softcap)
-    weights = torch.softmax(scores.masked_fill(~seen.unsqueeze(-3), -math.inf), -1)
+    scores = widened((grouped * scale) @ k.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen.unsqueeze(-3), -math.inf)
+    if sinks is not None:
+        # A score more in every row [S, K, H / K, L, M + 1].
+        column = sinks.to(scores.dtype).view(1, of_keys, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
+    weights = torch.softmax(scores, -1)[..., : k.shape[-2]]
     return (weights.to(v.dtype) @ v).flatten(1, 2)
 
 

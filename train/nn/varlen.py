@@ -2,6 +2,7 @@
 
     Triton  kernels of our own (`train.nn.triton.attention`), from sm_80 on
     Flash   PyTorch's FlashAttention-2, from sm_80 on
+    WithSinks  either of them, with a sink per head
 
     autograd function   takes                                         kept per token
     attend_varlen       q, k, v as they meet                          q, k, v, out, log_sums
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +45,13 @@ class Scores:
 
 
 class VarlenKernel(Protocol):
-    """Attention of flat q [T, H, D] to k [T, K, D] and v [T, K, E]."""
+    """Attention of flat q [T, H, D] to k [T, K, D] and v [T, K, E].
+
+    Attributes:
+        log_unit: the second result of `forward` times this is the natural logarithm of the sums of exponentials, [H, T].
+    """
+
+    log_unit: float
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Tensors:
         """The result [T, H, E], log_sums, and what else the backward needs."""
@@ -56,6 +64,9 @@ class VarlenKernel(Protocol):
 
 class Triton:
     """`train.nn.triton.attention`, imported where it is used, since Triton is not installed everywhere."""
+
+    # It has logarithms to base 2.
+    log_unit = math.log(2)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Tensors:
         """As `VarlenKernel`."""
@@ -82,6 +93,8 @@ class Flash:
     a resumed run to repeat the same bits.
     """
 
+    log_unit = 1.0
+
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Tensors:
         """As `VarlenKernel`."""
         out, log_sums, random, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -103,6 +116,38 @@ class Flash:
                 0.0, True, random, unused, scale=scores.scale, **_flash_window(scores),
             )  # fmt: skip
         return found
+
+
+class WithSinks:
+    """A kernel of another, whose softmax has one score more per head, the sink's, that no value belongs to (GPT-OSS).
+
+    With the sums l = sum(exp(scores)) of the other kernel, a sink of score s only makes the weights smaller, by f = l / (l + exp(s)):
+
+        out       f * out
+        log_sums  log(l + exp(s))
+
+    The backward of a softmax needs its weights, exp(scores) / sums, and the sum of gradient * out. Both follow from these two, so the
+    other kernel's backward is right as it is. Sinks are frozen.
+    """
+
+    def __init__(self, kernel: VarlenKernel, sinks: torch.Tensor) -> None:
+        self.log_unit = kernel.log_unit
+        self._kernel = kernel
+        self._sinks = sinks
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Tensors:
+        """As `VarlenKernel`."""
+        out, log_sums, *others = self._kernel.forward(q, k, v, scores)
+        sums = log_sums * self.log_unit
+        with_sink = torch.logaddexp(sums, self._sinks.to(sums.dtype)[:, None])
+        factor = torch.exp(sums - with_sink).t().unsqueeze(-1)
+        return (out * factor).to(out.dtype), with_sink / self.log_unit, *others
+
+    def backward(
+        self, gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Tensors, scores: Scores
+    ) -> Tensors:
+        """As `VarlenKernel`."""
+        return self._kernel.backward(gradient, q, k, v, kept, scores)
 
 
 def _flash_window(scores: Scores) -> dict[str, int]:

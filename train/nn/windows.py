@@ -6,7 +6,7 @@ evaluated at distances up to the longest sequence, which no short forward would 
 
     causal             key <= query                                    None
     sliding window w   key <= query and key > query - w                w
-    chunks, additive masks, biases, sinks and whatever else            UnknownAttention, so that another path is taken
+    chunks, additive masks, biases and whatever else                   UnknownAttention, so that another path is taken
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_TOKENS = 4
 PROBE_QUERIES = 64
 # Numbers among the arguments of transformers' attention functions that change nothing, or that we compute.
 KNOWN_NUMBERS = {"dropout", "scaling", "softcap", "sliding_window"}
-KNOWN_TENSORS = {"position_ids", "cache_position"}
+KNOWN_TENSORS = {"position_ids", "cache_position", "s_aux"}
 
 
 class UnknownAttention(LorapackError):
