@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.sizing import ComputePath, ExpertsSize
+from train.sizing import Activations, ComputePath, ExpertsSize
 
 GEMMA = "Gemma terms of use"
 APACHE = "Apache-2.0"
@@ -37,6 +37,7 @@ class CatalogueModel:
         tied: whether the head is the embedding.
         fused: q, k and v are one layer, and so are gate and up.
         experts: instead of the MLP of each layer.
+        norms: how many norms over the residual stream a layer has.
         prefix: of the decoder layers' names.
         gated: the hub wants a login and the licence accepted.
     """
@@ -55,6 +56,7 @@ class CatalogueModel:
     tied: bool = False
     fused: bool = False
     experts: Experts | None = None
+    norms: int = 2
     prefix: str = "model"
     tower: int = 0
     gated: bool = False
@@ -62,7 +64,11 @@ class CatalogueModel:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear layer of the decoder that can be adapted, with its (out, in) features."""
-        layer = self._attention() | ({} if self.experts else self._mlp())
+        layer = {f"self_attn.{name}": (features, self.hidden) for name, features in self._qkv().items()}
+        layer["self_attn.o_proj"] = (self.hidden, self._queries)
+        if self.experts is None:
+            layer |= {f"mlp.{name}": (features, self.hidden) for name, features in self._gate_up().items()}
+            layer["mlp.down_proj"] = (self.hidden, self.intermediate)
         return {
             f"{self.prefix}.layers.{index}.{name}": shape
             for index in range(self.layers)
@@ -77,22 +83,37 @@ class CatalogueModel:
         of_one = 3 * self.experts.intermediate * self.hidden
         return ExpertsSize(self.layers * self.experts.count * of_one, self.experts.count, self.experts.chosen)
 
-    def _attention(self) -> dict[str, tuple[int, int]]:
-        queries, key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        into = {"q_proj": queries, "k_proj": key_value, "v_proj": key_value}
-        if self.fused:
-            into = {"qkv_proj": sum(into.values())}
-        return {f"self_attn.{name}": (features, self.hidden) for name, features in into.items()} | {
-            "self_attn.o_proj": (self.hidden, queries)
-        }
+    @property
+    def activations(self) -> Activations | None:
+        """What our decoder keeps for the backward (`train.nn.kept`); None where another one computes the model."""
+        if self.path != "own":
+            return None
+        # Of a layer: the inputs of its norms; q, k and v, and what attention makes of them; gate and up.
+        kept = self.norms * self.hidden + self._queries + sum({**self._qkv(), **self._gate_up()}.values())
+        inputs = []
+        for index in range(self.layers):
+            layer = f"{self.prefix}.layers.{index}"
+            inputs += [(frozenset(f"{layer}.self_attn.{name}" for name in self._qkv()), self.hidden)]
+            inputs += [(frozenset(f"{layer}.mlp.{name}" for name in self._gate_up()), self.hidden)]
+            inputs += [(frozenset([f"{layer}.mlp.down_proj"]), self.intermediate)]
+        return Activations(self.layers * kept, tuple(inputs))
 
-    def _mlp(self) -> dict[str, tuple[int, int]]:
-        into = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
+    @property
+    def _queries(self) -> int:
+        return self.heads * self.head_dim
+
+    def _qkv(self) -> dict[str, int]:
+        """The features that attention's projections make of the hidden state."""
+        key_value = self.kv_heads * self.head_dim
         if self.fused:
-            into = {"gate_up_proj": sum(into.values())}
-        return {f"mlp.{name}": (features, self.hidden) for name, features in into.items()} | {
-            "mlp.down_proj": (self.hidden, self.intermediate)
-        }
+            return {"qkv_proj": self._queries + 2 * key_value}
+        return {"q_proj": self._queries, "k_proj": key_value, "v_proj": key_value}
+
+    def _gate_up(self) -> dict[str, int]:
+        """The same of the MLP's."""
+        if self.fused:
+            return {"gate_up_proj": 2 * self.intermediate}
+        return {"gate_proj": self.intermediate, "up_proj": self.intermediate}
 
 
 # By source: architecture, parameters; layers, hidden and MLP features; heads of q, of k and v, features of each; vocabulary; path.
@@ -137,14 +158,14 @@ CATALOGUE = {
         "qwen3_moe", 30_532_122_624, 48, 2048, 6144, 32, 4, 128, 151_936, "flat", experts=Experts(128, 8, 768)
     ),
     "google/gemma-3-1b-pt": CatalogueModel(
-        "gemma3_text", 999_885_952, 26, 1152, 6912, 4, 1, 256, 262_144, "own", GEMMA, tied=True, gated=True
+        "gemma3_text", 999_885_952, 26, 1152, 6912, 4, 1, 256, 262_144, "own", GEMMA, tied=True, norms=4, gated=True
     ),
     "google/gemma-3-4b-pt": CatalogueModel(
-        "gemma3", 3_880_263_168, 34, 2560, 10_240, 8, 4, 256, 262_208, "own", GEMMA, tied=True, gated=True,
+        "gemma3", 3_880_263_168, 34, 2560, 10_240, 8, 4, 256, 262_208, "own", GEMMA, tied=True, norms=4, gated=True,
         prefix="model.language_model", tower=419_816_304,
     ),
     "google/gemma-3-12b-pt": CatalogueModel(
-        "gemma3", 11_766_034_176, 48, 3840, 15_360, 16, 8, 256, 262_208, "own", GEMMA, tied=True, gated=True,
+        "gemma3", 11_766_034_176, 48, 3840, 15_360, 16, 8, 256, 262_208, "own", GEMMA, tied=True, norms=4, gated=True,
         prefix="model.language_model", tower=421_290_864,
     ),
     "microsoft/phi-4": CatalogueModel(

@@ -77,7 +77,7 @@ def expected_shape(source: str) -> ModelShape:
 
 def catalogue_shape(model: CatalogueModel) -> ModelShape:
     """The shape of a shipped model."""
-    size = BaseSize(model.layers, model.hidden, model.parameters, model.linears, model.experts_size)
+    size = BaseSize(model.layers, model.hidden, model.parameters, model.linears, model.experts_size, model.activations)
     return ModelShape(size, model.vocabulary, model.path, "catalogue")
 
 

@@ -18,7 +18,10 @@ from launcher.estimate.workload import SizingInputs
 from launcher.installation import SOURCE_DIR, shipped_conf
 from model_facts import sizes
 from train.config import ModelConfig
+from train.model.anatomy import layers_name
 from train.model.linears import frozen_linears
+from train.nn.kept import activations
+from train.nn.reading import describe_model
 from train.store.layout import CacheDir
 
 TOWER_PART = "vision|multi_modal"
@@ -80,6 +83,14 @@ def test_the_numbers_are_those_of_the_model(source: str) -> None:
     assert sum(p.numel() for name, p in theirs.named_parameters() if re.search(TOWER_PART, name)) == model.tower
     stacks = sum(parameter.numel() for parameter in theirs.model.parameters() if parameter.dim() == 3)
     assert stacks == (model.experts_size.parameters if model.experts_size else 0)
+
+
+@pytest.mark.parametrize("source", [source for source, model in CATALOGUE.items() if model.path == "own"])
+def test_our_decoder_keeps_as_much_of_a_token(source: str) -> None:
+    model = CATALOGUE[source]
+    theirs = built(model)
+    kept = activations(describe_model(theirs), layers_name(theirs), model.linears, model.hidden)
+    assert model.activations == kept
 
 
 @pytest.mark.parametrize("source", CATALOGUE)
