@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from train.errors import BadInput
-from train.model.anatomy import layers_name
+from train.model.anatomy import layers_name, text_decoder
 from train.model.layer_kinds import build, first_alike, layer_kinds, one_of_each, shortened, text_config
 from train.model.loading import with_plain_attention
 from train.model.narrowing import divisors, narrowed, with_fewer_rows
@@ -67,10 +67,13 @@ def first_sentence(error: BaseException, longest: int = 300) -> str:
 def randomize(model: PreTrainedModel, seed: int = 0) -> None:
     """Weights with which every part matters: transformers' initial ones leave norms at one, biases at zero and outputs tiny."""
     random = torch.Generator().manual_seed(seed)
+    # Not a vision tower, which may be large.
+    text = [text_decoder(model), model.get_output_embeddings()]
+    parameters = {id(parameter): parameter for part in text if part is not None for parameter in part.parameters()}
     embeddings = {id(model.get_input_embeddings().weight)} | {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    for parameter in model.parameters():
+    for parameter in parameters.values():
         noise = torch.randn(parameter.shape, generator=random)
         mean, std = float(parameter.float().mean()), float(parameter.float().std()) if parameter.numel() > 1 else 0.0
         if id(parameter) in embeddings:

@@ -96,16 +96,18 @@ class ModelTrace:
 
 
 def trace(model: PreTrainedModel) -> ModelTrace:
-    """Run a small `model` on random tokens with random weights, and note every call. The model is changed: weights, precision, hooks.
+    """Run the text decoder of a small `model` on random tokens with random weights, and note every call. The model is changed: weights,
+    precision, attention.
 
     Raises:
         Exception: whatever the model's own code raises.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        _randomize(model)
+        # Not a vision tower, which may be large.
+        _randomize(text_decoder(model).double())
         tokens = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, TRACED_TOKENS))
-        return _Tracer(model.double().eval()).run(tokens)
+        return _Tracer(model.eval()).run(tokens)
 
 
 def _randomize(model: nn.Module) -> None:
