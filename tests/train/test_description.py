@@ -1,6 +1,7 @@
 """Our decoder against transformers': what a description says of an architecture, and that it is computed."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from train.nn.description import (
     Rotation,
     Undescribable,
 )
+from train.nn.facts import measure_sizes
 from train.nn.kept import activations
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.nn.reading import describe, describe_model
@@ -298,3 +300,12 @@ def test_what_is_kept_for_the_backward_is_what_the_forecast_counts(
     random_adapters(base, names)
     counted = activations(description, layers_name(model), base.shapes, model.config.hidden_size)
     assert kept_per_token(base, monkeypatch) == counted.values(names)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2", "mamba"])
+def test_forecasts_count_what_the_description_says(name: str) -> None:
+    size = measure_sizes(tiny_model(name)).size()
+    by_names = replace(size, activations=None)
+    # Two norms more in each of 3 layers, with inputs of 64 features, which the names of linear layers do not tell.
+    assert size.kept_values() - by_names.kept_values() == (3 * 2 * 64 if name == "gemma2" else 0)
+    assert (size.activations is None) == (name == "mamba")

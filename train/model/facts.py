@@ -16,7 +16,7 @@ from pydantic import Field
 from train.config import ModelConfig
 from train.errors import DamagedFile
 from train.model.folder import CONFIG
-from train.sizing import BaseSize, ComputePath, ExpertsSize
+from train.sizing import Activations, BaseSize, ComputePath, ExpertsSize
 from train.store.layout import CacheDir
 from train.store.record_file import FileRecord, read_record
 from train.store.storage import readable
@@ -36,6 +36,8 @@ class ModelFacts(FileRecord):
         hidden, vocabulary: of the text decoder and its head.
         parameters: all weights of the text decoder and its head, tied ones once.
         linears: (out, in) features of every linear layer that can be adapted, by its module's full name, in the model's order.
+        kept: values per token that our decoder keeps for the backward whatever learns, None if the architecture has no description for
+            it; `kept_inputs` are those that it keeps where one of some linear layers learns (`train.sizing.Activations`).
         expert_parameters: weights of all experts in all layers. A layer has `experts`, and a token goes through `chosen` of them.
     """
 
@@ -46,6 +48,8 @@ class ModelFacts(FileRecord):
     parameters: int
     linears: dict[str, tuple[int, int]]
     tied: bool
+    kept: int | None = None
+    kept_inputs: list[tuple[list[str], int]] = Field(default_factory=list)
     expert_parameters: int = 0
     experts: int = 0
     chosen: int = 0
@@ -63,7 +67,9 @@ class ModelFacts(FileRecord):
         experts = (
             ExpertsSize(self.expert_parameters, self.experts, min(self.chosen, self.experts)) if self.experts else None
         )
-        return BaseSize(self.layers, self.hidden, self.parameters, self.linears, experts)
+        inputs = tuple((frozenset(names), width) for names, width in self.kept_inputs)
+        activations = None if self.kept is None else Activations(self.kept, inputs)
+        return BaseSize(self.layers, self.hidden, self.parameters, self.linears, experts, activations)
 
 
 def read_facts(model_dir: Path, model: ModelConfig, cache: CacheDir) -> ModelFacts | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from train.config import ModelConfig
 from train.errors import BadInput, StorageError
-from train.model.anatomy import decoder_layers, text_decoder
+from train.model.anatomy import decoder_layers, layers_name, text_decoder
 from train.model.experts import expert_stacks
 from train.model.facts import ModelFacts, facts_file, read_facts
 from train.model.layer_kinds import text_config
@@ -18,6 +18,10 @@ from train.model.linears import frozen_linears
 from train.model.loading import CHOOSE_ANOTHER, foreign_errors, quiet, stock_skeleton
 from train.model.narrowing import chosen_experts
 from train.nn.base import judge_architecture
+from train.nn.description import Undescribable
+from train.nn.kept import activations
+from train.nn.reading import describe_model
+from train.sizing import Activations
 from train.store.layout import CacheDir
 from train.store.record_file import write_record
 from train.store.storage import make_folder
@@ -71,18 +75,32 @@ def measure_sizes(full: PreTrainedModel) -> ModelFacts:
             f"the architecture {full.config.model_type!r} is not a decoder that predicts the next token; choose another model."
         )
     stacks = expert_stacks(full).values()
+    linears = {name: linear.shape for name, linear in frozen_linears(full).items()}
+    hidden = embedding.weight.shape[1]
+    kept = _activations(full, linears, hidden)
     return ModelFacts(
         model_type=full.config.model_type,
         layers=len(decoder_layers(full)),
-        hidden=embedding.weight.shape[1],
+        hidden=hidden,
         vocabulary=head.weight.shape[0],
         parameters=sum(parameter.numel() for parameter in {*text_decoder(full).parameters(), *head.parameters()}),
-        linears={name: linear.shape for name, linear in frozen_linears(full).items()},
+        linears=linears,
         tied=head.weight is embedding.weight,
+        kept=None if kept is None else kept.kept,
+        kept_inputs=[] if kept is None else [(sorted(names), width) for names, width in kept.inputs],
         expert_parameters=sum(stack.weight.numel() for stack in stacks),
         experts=max((stack.experts for stack in stacks), default=0),
         chosen=chosen_experts(vars(text)) if stacks else 0,
     )
+
+
+def _activations(full: PreTrainedModel, linears: dict[str, tuple[int, int]], hidden: int) -> Activations | None:
+    """What our decoder would keep for the backward; None for an architecture that it does not compute."""
+    try:
+        description = describe_model(full)
+    except Undescribable:
+        return None
+    return activations(description, layers_name(full), linears, hidden)
 
 
 def with_verdict(sizes: ModelFacts, full: PreTrainedModel) -> ModelFacts:

@@ -39,12 +39,15 @@ def describe(model: Any) -> DecoderDescription:
         Undescribable: the decoder computes something else; naming the module.
     """
     try:
-        traced = trace(model)
-    # Whatever the model's own code raises.
+        return _read(trace(model))
+    except Undescribable:
+        raise
+    # Whatever the model's own code raises, and shapes that no formula here has.
     except Exception as exc:
-        raise Undescribable(f"its own code fails: {type(exc).__name__}: {exc}") from exc
-    if not traced.layers:
-        raise Undescribable("no layer was called")
+        raise Undescribable(f"{type(exc).__name__}: {exc}") from exc
+
+
+def _read(traced: ModelTrace) -> DecoderDescription:
     layers = tuple(_LayerReader(traced, layer).read() for layer in traced.layers)
     return DecoderDescription(layers, _last_norm(traced), _embedding_multiplier(traced))
 
