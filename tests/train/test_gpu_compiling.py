@@ -102,6 +102,9 @@ for dtype in ("bf16", "fp32"):
         compiled(heads._prepare_heads_backward, dtype, types={"weight": "*" + dtype}, **constants)
     for cap in (0.0, 30.0):
         compiled(functional._cross_entropy, dtype, VOCAB=152_064, BLOCK=functional.VOCAB_BLOCK, CAP=cap, num_warps=8)
+    choices = {"types": {"inverse": "*i64"}, "CHOICES": 8, "DIM": 2048, "BLOCK": functional.BLOCK}
+    compiled(functional._sum_by_token, dtype, **choices)
+    compiled(functional._sum_by_token, dtype, factors=None, **choices)
 factors = dict.fromkeys("rate decay clip beta1 beta2 correction1 root_correction2 eps".split(), "*fp32")
 compiled(functional._adamw, "fp32", types=factors, BLOCK=functional.BLOCK)
 print(json.dumps(found))
@@ -119,5 +122,5 @@ def test_kernels_compile_for_every_gpu_and_fit_it(capability: int, tmp_path: Pat
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     shared = json.loads(said.stdout)
-    assert len(shared) == 15
+    assert len(shared) == 16
     assert {name: size for name, size in shared.items() if size > SHARED_BYTES[capability]} == {}

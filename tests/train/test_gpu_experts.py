@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional
 
 import packs
 from train.config import QuantConfig
 from train.model.nf4 import NF4Stack, dequantize, quantize, quantize_stack
-from train.nn.experts import CHUNK_BYTES, DenseStack, ExpertWeights, mixture
+from train.nn.experts import CHUNK_BYTES, DenseStack, ExpertWeights, SplitGate, mixture, sum_by_token
+from train.nn.functional import triton_kernel
 
 DEVICE = packs.DEVICES[-1]
 EXPERTS, HIDDEN, WIDTH, CHOSEN = 16, 256, 96, 4
@@ -18,11 +18,6 @@ TOKENS = [2, 70, 700]
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    first, second = gate_up.chunk(2, -1)
-    return functional.silu(first) * second
 
 
 def weights(dtype: torch.dtype, *, transposed: bool, in_four_bits: bool) -> ExpertWeights:
@@ -34,7 +29,7 @@ def weights(dtype: torch.dtype, *, transposed: bool, in_four_bits: bool) -> Expe
         packed = quantize_stack(dense.transpose(1, 2).contiguous() if transposed else dense, packs.NF4)
         stacks[name] = packed if in_four_bits else DenseStack(packed.dense(slice(None)).to(dtype))
     biases = (0.1 * numbers(EXPERTS, rows, seed=rows).to(dtype) for rows in (2 * WIDTH, HIDDEN))
-    return ExpertWeights(stacks["up"], stacks["down"], *biases, transposed, gate)
+    return ExpertWeights(stacks["up"], stacks["down"], *biases, transposed, SplitGate("silu"))
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -49,7 +44,8 @@ def computed(
 ) -> list[torch.Tensor]:
     """The output, and the gradients of tokens and of the router's weights."""
     x, router = x.clone().requires_grad_(), router.clone().requires_grad_()
-    y = mixture(x, chosen, router, mixed, grouped=grouped)
+    # Kernels that are interpreted round bfloat16 otherwise.
+    y = mixture(x, chosen, router, mixed, grouped=grouped, fused=DEVICE.type == "cuda" and x.dtype != torch.float64)
     return [y.detach(), *torch.autograd.grad(y, (x, router), g)]
 
 
@@ -69,6 +65,19 @@ def test_grouped_products_are_those_of_each_expert(
     for a, b, c in zip(found, exact, again, strict=True):
         assert float((a.double() - b).norm() / b.norm()) < 1e-2
         assert torch.equal(a, c)
+
+
+@pytest.mark.skipif(packs.LACKS_TRITON is not None, reason=str(packs.LACKS_TRITON))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_kernel_of_sums_is_the_formula(dtype: torch.dtype, weighted: bool) -> None:
+    # Of no block's size, and of several blocks.
+    for columns in (136, 2056):
+        rows = numbers(7 * CHOSEN, columns).to(dtype)
+        inverse = torch.randperm(7 * CHOSEN, generator=torch.Generator().manual_seed(1)).view(7, CHOSEN).to(DEVICE)
+        factors = numbers(7, CHOSEN, seed=2) if weighted else None
+        found = triton_kernel(sum_by_token)(rows, inverse, factors)
+        torch.testing.assert_close(found, sum_by_token(rows, inverse, factors), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "one-by-one"])

@@ -19,7 +19,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from train.model.experts import ExpertStack, expert_counts, expert_stacks
-from train.nn.experts import POST_NORM, DenseStack, ExpertsForm, Gate, PackedExperts, Stack, mixture
+from train.nn.activations import ACTIVATIONS
+from train.nn.experts import (
+    POST_NORM,
+    Activation,
+    DenseStack,
+    ExpertsForm,
+    Gate,
+    OwnGate,
+    PackedExperts,
+    SplitGate,
+    Stack,
+    mixture,
+)
 from train.nn.forward_context import ForwardContext
 
 # Features of a probe, its tokens and its choices.
@@ -102,14 +114,16 @@ def experts_form(module: nn.Module, stacks: Mapping[str, ExpertStack]) -> Expert
     return next((form for form in candidates if _computes(module, stacks, form)), None)
 
 
-def _gates(module: nn.Module) -> Iterator[Gate]:
+def _gates(module: nn.Module) -> Iterator[Activation]:
+    """What may stand between a module's products: first what has kernels, then its own code."""
     own: Gate | None = getattr(module, "_apply_gate", None)
     activation: Gate | None = getattr(module, "act_fn", None)
+    yield from map(SplitGate, ACTIVATIONS)
     if own is not None:
-        yield own
+        yield OwnGate(own)
     if activation is not None:
-        yield partial(_gated, activation)
-        yield activation
+        yield OwnGate(partial(_gated, activation))
+        yield OwnGate(activation)
 
 
 def _gated(activation: Gate, gate_up: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from train.nn.activations import split_gated, split_gated_backward
 from train.nn.forward_context import ForwardContext
+from train.nn.functional import dispatch, triton_kernel
 from train.nn.padding import pad, unpad
 from train.sizing import EXPERTS_CHUNK_BYTES
 
@@ -43,6 +45,51 @@ SUM_NUMEL = {"cpu": 2**20, "cuda": 2**25}
 POST_NORM = "post_expert_norm"
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Activation(Protocol):
+    """What stands between an expert's two products, with its gradient; `fused` where a Triton kernel may compute it."""
+
+    def forward(self, u: torch.Tensor, fused: bool, /) -> torch.Tensor:
+        """[S, 2 I] (or [S, I] without a gate) -> [S, I]."""
+
+    def backward(self, gradient: torch.Tensor, u: torch.Tensor, fused: bool, /) -> torch.Tensor:
+        """The gradient of u."""
+
+
+@dataclass(frozen=True)
+class SplitGate:
+    """activation(gate) * up of the halves of u, by a name of `train.nn.functional.ACTIVATIONS`."""
+
+    activation: str
+
+    def forward(self, u: torch.Tensor, fused: bool) -> torch.Tensor:
+        """[S, 2 I] -> [S, I]."""
+        product: torch.Tensor = dispatch(split_gated, fused, u, self.activation)
+        return product
+
+    def backward(self, gradient: torch.Tensor, u: torch.Tensor, fused: bool) -> torch.Tensor:
+        """The gradient of u [S, 2 I]."""
+        both: torch.Tensor = dispatch(split_gated_backward, fused, gradient, u, self.activation)
+        return both
+
+
+@dataclass(frozen=True)
+class OwnGate:
+    """A module's own code, with autograd's gradient."""
+
+    gate: Gate
+
+    def forward(self, u: torch.Tensor, _fused: bool) -> torch.Tensor:
+        """[S, 2 I] -> [S, I], or as the module has it."""
+        return self.gate(u)
+
+    def backward(self, gradient: torch.Tensor, u: torch.Tensor, _fused: bool) -> torch.Tensor:
+        """The gradient of u."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            (u_grad,) = torch.autograd.grad(self.gate(u), u, gradient)
+        return u_grad
 
 
 class Stack(Protocol):
@@ -83,7 +130,7 @@ class ExpertWeights:
         down: [E, H, I].
         up_bias, down_bias: [E, out], or None.
         transposed: both stacks are [E, in, out] instead.
-        gate: the activation, [S, 2 I] (or [S, I]) -> [S, I].
+        gate: what stands between both.
         norm: what the output of each expert goes through before it is weighted, or None.
     """
 
@@ -92,7 +139,7 @@ class ExpertWeights:
     up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     transposed: bool
-    gate: Gate
+    gate: Activation
     norm: Gate | None = None
 
 
@@ -102,7 +149,7 @@ class ExpertsForm:
 
     up: str
     transposed: bool
-    gate: Gate
+    gate: Activation
 
     def weights(self, own: nn.Module, held: Mapping[str, Stack]) -> ExpertWeights:
         """The weights of a module `own` whose stacks are `held`, by their names."""
@@ -134,29 +181,37 @@ class PackedExperts(nn.Module):
 
         While the context has padded sequences only the real tokens are multiplied, as in `PackedLinear`.
         """
-        weights, grouped = self.form.weights(self.own, self.held), self.context.kernels.grouped_experts
+        weights, kernels = self.form.weights(self.own, self.held), self.context.kernels
+        grouped, fused = kernels.grouped_experts, kernels.fused_elementwise
         padding = self.context.padding
         if padding is None or len(x) != padding.gather.numel():
-            return mixture(x, chosen, router_weights, weights, grouped=grouped)
+            return mixture(x, chosen, router_weights, weights, grouped=grouped, fused=fused)
         total = self.context.batch.total
         # Of S x L rows those of real tokens.
         x, router_weights = (
             unpad(rows.view(*padding.gather.shape, -1), padding, total) for rows in (x, router_weights)
         )
         chosen = padding.unpad(chosen.view(*padding.gather.shape, -1), total)
-        y = mixture(x, chosen, router_weights, weights, grouped=grouped)
+        y = mixture(x, chosen, router_weights, weights, grouped=grouped, fused=fused)
         return pad(y, padding).flatten(0, 1)
 
 
 def mixture(
-    x: torch.Tensor, chosen: torch.Tensor, router_weights: torch.Tensor, weights: ExpertWeights, *, grouped: bool
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    router_weights: torch.Tensor,
+    weights: ExpertWeights,
+    *,
+    grouped: bool,
+    fused: bool = False,
 ) -> torch.Tensor:
     """The module's docstring: tokens [N, H], choices [N, k] and their weights [N, k] -> [N, H].
 
     Args:
         grouped: whether one launch multiplies all experts (bf16 on sm_90 and sm_100), else one product per expert.
+        fused: whether activation and sums are Triton kernels.
     """
-    return cast(torch.Tensor, _Mixture.apply(x, router_weights, chosen, weights, grouped))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, _Mixture.apply(x, router_weights, chosen, weights, grouped, fused))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -198,22 +253,30 @@ class _Choices:
             self.host_bounds.extend([0, *self.ends.tolist()])
         return self.host_bounds
 
-    def sum_by_token(self, rows: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
-        """Rows [S, H] -> [N, H]: the sum of each token's, times `factors` [N, k], in no less than float32 and rounded once."""
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        out = rows.new_empty(len(self.inverse), rows.shape[1])
-        step = max(1, SUM_NUMEL[rows.device.type] // rows.shape[1])
-        for start in range(0, len(out), step):
-            inverse = self.inverse[start : start + step]
-            total = torch.zeros(len(inverse), rows.shape[1], dtype=wide, device=rows.device)
-            for choice in range(inverse.shape[1]):
-                row = rows[inverse[:, choice]]
-                if factors is None:
-                    total += row
-                else:
-                    total.addcmul_(row, factors[start : start + step, choice, None].to(wide))
-            out[start : start + step] = total
-        return out
+
+def sum_by_token(rows: torch.Tensor, inverse: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """Rows [S, H] -> [N, H]: the sum of each token's rows `inverse` [N, k], times `factors` [N, k], rounded once.
+
+    In no less than float32.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    out = rows.new_empty(len(inverse), rows.shape[1])
+    step = max(1, SUM_NUMEL[rows.device.type] // rows.shape[1])
+    for start in range(0, len(out), step):
+        part = inverse[start : start + step]
+        total = torch.zeros(len(part), rows.shape[1], dtype=wide, device=rows.device)
+        for choice in range(part.shape[1]):
+            row = rows[part[:, choice]]
+            if factors is None:
+                total += row
+            else:
+                total.addcmul_(row, factors[start : start + step, choice, None].to(wide))
+        out[start : start + step] = total
+    return out
+
+
+def _sum(rows: torch.Tensor, inverse: torch.Tensor, factors: torch.Tensor | None, fused: bool) -> torch.Tensor:
+    return triton_kernel(sum_by_token)(rows, inverse, factors) if fused else sum_by_token(rows, inverse, factors)
 
 
 class _Mixture(torch.autograd.Function):
@@ -225,17 +288,18 @@ class _Mixture(torch.autograd.Function):
         chosen: torch.Tensor,
         weights: ExpertWeights,
         grouped: bool,
+        fused: bool,
     ) -> torch.Tensor:
         choices = _Choices.of(chosen, len(weights.up))
         products = _Products(choices, weights.transposed, grouped)
         u = products.of(x[choices.tokens], weights.up, weights.up_bias)
-        y = products.of(weights.gate(u), weights.down, weights.down_bias)
+        y = products.of(weights.gate.forward(u, fused), weights.down, weights.down_bias)
         if weights.norm is not None:
             y = weights.norm(y)
         ctx.save_for_backward(u, router_weights, choices.order, choices.inverse, choices.experts, choices.ends)
         # The host learns the bounds at most once.
-        ctx.bounds, ctx.weights, ctx.grouped = choices.host_bounds, weights, grouped
-        return choices.sum_by_token(y, router_weights)
+        ctx.bounds, ctx.weights, ctx.grouped, ctx.fused = choices.host_bounds, weights, grouped, fused
+        return _sum(y, choices.inverse, router_weights, fused)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -245,16 +309,13 @@ class _Mixture(torch.autograd.Function):
         products = _Products(choices, weights.transposed, ctx.grouped)
         g = gradients[0][choices.tokens]
         w = router_weights.reshape(-1)[choices.order][:, None]
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            h = weights.gate(u)
-        h_grad, w_grad = _down_backward(g, w, h.detach(), weights, products)
-        (u_grad,) = torch.autograd.grad(h, u, h_grad)
-        del h, u, h_grad
+        h_grad, w_grad = _down_backward(g, w, weights.gate.forward(u, ctx.fused), weights, products)
+        u_grad = weights.gate.backward(h_grad, u, ctx.fused)
+        del g, u, h_grad
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = choices.sum_by_token(products.back(u_grad, weights.up), None)
-        return x_grad, w_grad[choices.inverse].to(router_weights.dtype), None, None, None
+            x_grad = _sum(products.back(u_grad, weights.up), choices.inverse, None, ctx.fused)
+        return x_grad, w_grad[choices.inverse].to(router_weights.dtype), None, None, None, None
 
 
 def _down_backward(

@@ -1,4 +1,4 @@
-"""Each formula as one kernel: those of `train.nn.functional`, `train.nn.loss` and `train.trainer.optim`, by the same names.
+"""Each formula as one kernel: those of `train.nn` (functional, experts, loss) and `train.trainer.optim`, by the same names.
 
 `torch.compile` made kernels that were as fast. But it traces every formula again in every process, which took 4 of the 15 seconds from
 the start of a job to its first step (an H200, torch 2.11, all caches on disk). Triton only looks the finished kernel up.
@@ -247,6 +247,33 @@ def cross_entropy(
     block = min(VOCAB_BLOCK, triton.next_power_of_2(vocab))
     _cross_entropy[(rows,)](z, targets, weights, losses, correct, VOCAB=vocab, BLOCK=block, CAP=cap or 0.0, num_warps=8)
     return losses, correct, z
+
+
+@triton.jit
+def _sum_by_token(rows, inverse, factors, out, CHOICES: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of a token's sum over its rows; `factors` may be None."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < DIM
+    # 64 bits, since rows * DIM may exceed 32.
+    token = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in range(CHOICES):
+        row = tl.load(inverse + token * CHOICES + choice)
+        wide = tl.load(rows + row * DIM + columns, mask=is_column, other=0.0).to(tl.float32)
+        if factors is not None:
+            wide *= tl.load(factors + token * CHOICES + choice).to(tl.float32)
+        total += wide
+    tl.store(out + token * DIM + columns, total.to(out.dtype.element_ty), mask=is_column)
+
+
+def sum_by_token(rows: torch.Tensor, inverse: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """`train.nn.experts.sum_by_token` of [S, dim]."""
+    out = rows.new_empty(len(inverse), rows.shape[1])
+    factors = None if factors is None else factors.contiguous()
+    _sum_by_token[(len(out), triton.cdiv(out.shape[1], BLOCK))](
+        rows.contiguous(), inverse, factors, out, CHOICES=inverse.shape[1], DIM=rows.shape[1], BLOCK=BLOCK
+    )
+    return out
 
 
 def adamw(
