@@ -87,15 +87,15 @@ def built(name: str, path: ComputePath) -> PackedModel:
     return pack_model(tiny_model(name), DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", LONGEST), path=path)
 
 
-def check(name: str, path: ComputePath, recompute: bool) -> None:
+def check(name: str, path: ComputePath, recompute: bool, lengths: list[tuple[int, ...]] = LENGTHS) -> None:
     base = built(name, path)
-    rows = sequences()
-    adapters = random_adapters(base, len(LENGTHS))
+    rows = sequences(lengths)
+    adapters = random_adapters(base, len(lengths))
     if recompute:
         base.checkpoint_activations()
-    batch = MicroBatch(rows, len(LENGTHS), packs.CPU)
-    losses = sums_per_run(add_gradients(base, batch, torch.ones(len(LENGTHS) + 1), None), batch)
-    for run in range(len(LENGTHS)):
+    batch = MicroBatch(rows, len(lengths), packs.CPU)
+    losses = sums_per_run(add_gradients(base, batch, torch.ones(len(lengths) + 1), None), batch)
+    for run in range(len(lengths)):
         loss, expected = stock_results(name, adapters, rows, run)
         assert float(losses[run]) == pytest.approx(loss, rel=1e-6)
         found = adapters.tensors(run, adapters.gradient)
@@ -129,6 +129,14 @@ def test_padded_sequences(name: str, recompute: bool) -> None:
 @pytest.mark.parametrize("name", briefly([name for name in COMPUTED if ARCHITECTURES[name].path in ("own", "flat")]))
 def test_flat_tokens(name: str, recompute: bool) -> None:
     check(name, "flat", recompute)
+
+
+@pytest.mark.parametrize("lengths", [[(LONGEST,)], [(5, LONGEST)]], ids=["one sequence", "one run"])
+@pytest.mark.parametrize(("name", "path"), [("olmo", "flat"), ("olmo", "padded"), ("falcon-7b", "padded")])
+def test_projections_of_a_single_run_may_be_changed_in_place(
+    name: str, path: ComputePath, lengths: list[tuple[int, ...]]
+) -> None:
+    check(name, path, recompute=False, lengths=lengths)
 
 
 @RECOMPUTE

@@ -223,7 +223,9 @@ class _PackedLinears(torch.autograd.Function):
                 # Kept with the scaling in it: dB = g^T h then needs no scaling of its own.
                 kept.append(h)
                 delta = adapter.mm.from_grouped(adapter.mm.bmm(h, adapter.b.transpose(1, 2)))
-            outputs.append(_add_frozen_product(x, layer, delta, residual, multiplier))
+            # Of a single run the product is a view of its padded form. Models change projections in place, which autograd allows for no
+            # view that a function made; `data` is the same memory, and no view.
+            outputs.append(_add_frozen_product(x, layer, delta, residual, multiplier).data)
         ctx.save_for_backward(*([x] if kept else []), *kept)
         ctx.layers = layers
         ctx.adapters = adapters
