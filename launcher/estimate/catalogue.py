@@ -88,14 +88,15 @@ class CatalogueModel:
         """What our decoder keeps for the backward (`train.nn.kept`); None where another one computes the model."""
         if self.path != "own":
             return None
-        # Of a layer: the inputs of its norms; q, k and v, and what attention makes of them; gate and up.
+        # Of a layer: the inputs of its norms; q, k and v, and what attention makes of them; gate and up. `BaseSize` adds the experts'.
         kept = self.norms * self.hidden + self._queries + sum({**self._qkv(), **self._gate_up()}.values())
         inputs = []
         for index in range(self.layers):
             layer = f"{self.prefix}.layers.{index}"
             inputs += [(frozenset(f"{layer}.self_attn.{name}" for name in self._qkv()), self.hidden)]
-            inputs += [(frozenset(f"{layer}.mlp.{name}" for name in self._gate_up()), self.hidden)]
-            inputs += [(frozenset([f"{layer}.mlp.down_proj"]), self.intermediate)]
+            if self.experts is None:
+                inputs += [(frozenset(f"{layer}.mlp.{name}" for name in self._gate_up()), self.hidden)]
+                inputs += [(frozenset([f"{layer}.mlp.down_proj"]), self.intermediate)]
         return Activations(self.layers * kept, tuple(inputs))
 
     @property
@@ -110,7 +111,9 @@ class CatalogueModel:
         return {"q_proj": self._queries, "k_proj": key_value, "v_proj": key_value}
 
     def _gate_up(self) -> dict[str, int]:
-        """The same of the MLP's."""
+        """The same of the MLP's; none where experts are in its place."""
+        if self.experts is not None:
+            return {}
         if self.fused:
             return {"gate_up_proj": 2 * self.intermediate}
         return {"gate_proj": self.intermediate, "up_proj": self.intermediate}
@@ -155,7 +158,7 @@ CATALOGUE = {
     "Qwen/Qwen3-8B-Base": CatalogueModel("qwen3", 8_190_735_360, 36, 4096, 12_288, 32, 8, 128, 151_936, "own"),
     "Qwen/Qwen3-14B-Base": CatalogueModel("qwen3", 14_768_307_200, 40, 5120, 17_408, 40, 8, 128, 151_936, "own"),
     "Qwen/Qwen3-30B-A3B-Base": CatalogueModel(
-        "qwen3_moe", 30_532_122_624, 48, 2048, 6144, 32, 4, 128, 151_936, "flat", experts=Experts(128, 8, 768)
+        "qwen3_moe", 30_532_122_624, 48, 2048, 6144, 32, 4, 128, 151_936, "own", experts=Experts(128, 8, 768)
     ),
     "google/gemma-3-1b-pt": CatalogueModel(
         "gemma3_text", 999_885_952, 26, 1152, 6912, 4, 1, 256, 262_144, "own", GEMMA, tied=True, norms=4, gated=True

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import architectures
 from launcher.estimate.catalogue import CATALOGUE, CatalogueModel
 from launcher.estimate.model_table import shipped_models, with_table
 from launcher.estimate.shapes import catalogue_shape
@@ -20,6 +19,7 @@ from model_facts import sizes
 from train.config import ModelConfig
 from train.model.anatomy import layers_name
 from train.model.linears import frozen_linears
+from train.nn.base import judge_architecture
 from train.nn.kept import activations
 from train.nn.reading import describe_model
 from train.store.layout import CacheDir
@@ -93,11 +93,11 @@ def test_our_decoder_keeps_as_much_of_a_token(source: str) -> None:
     assert model.activations == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", CATALOGUE)
-def test_the_path_is_that_of_the_architecture(source: str) -> None:
+def test_the_judge_takes_the_path_that_the_catalogue_says(source: str) -> None:
     model = CATALOGUE[source]
-    paths = {entry.path for entry in architectures.ARCHITECTURES.values() if entry.model_type == model.architecture}
-    assert model.path in paths
+    assert judge_architecture(built(model)).path == model.path
 
 
 def test_every_shipped_model_is_in_the_catalogue() -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from architectures import ARCHITECTURES
 from train.config import DataConfig, LoraConfig, ModelConfig
 from train.data.source import data_fingerprint, read_dataset_stats
+from train.errors import BadInput
 from train.model.source import model_fingerprint
+from train.prepare import prepare
 from train.store.layout import CacheDir
 
 pytestmark = pytest.mark.slow
@@ -76,6 +80,30 @@ def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenizing(
         "'c_attn', which is not a linear layer of the model that can be adapted; it has down_proj" in answer["message"]
     )
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["models"]
+
+
+def test_targets_that_peft_cannot_load_are_refused_before_the_tokenizing(
+    tmp_path: Path, tiny_model: tuple[ModelConfig, CacheDir, Path]
+) -> None:
+    """PEFT adapts no output projection of a Mamba mixer."""
+    architecture = ARCHITECTURES["falcon-h1"].config()
+    architecture.vocab_size = 300
+    AutoModelForCausalLM.from_config(architecture).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model[2]).save_pretrained(tmp_path / "model")
+    model = ModelConfig(name="m", source=str(tmp_path / "model"))
+    model = model.model_copy(update={"fingerprint": model_fingerprint(model)})
+    data = data_config(write_rows(tmp_path / "rows.jsonl", *["yes"] * 30), eval_rows=10)
+    cache = CacheDir(tmp_path / "cache")
+
+    def ask_for(targets: list[str] | str) -> dict[str, Any]:
+        lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=targets)
+        request = {"model": model.model_dump(), "data": data.model_dump(), "loras": [lora.model_dump()]}
+        return prepare(request, cache)
+
+    with pytest.raises(BadInput, match=r"PEFT would not load .*out_proj.*set lora\.target_modules=\[.*q_proj"):
+        ask_for("all-linear")
+    assert not (tmp_path / "cache" / "tokens").exists()
+    assert ask_for(["q_proj", "down_proj"])["train_rows"] == 20
 
 
 def test_a_mistake_of_the_caller_is_an_answer_too() -> None:
