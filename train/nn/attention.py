@@ -108,6 +108,7 @@ def attend_heads(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attend` of projections whose heads are still to be normed and rotated; no more is kept than for Llama's.
 
@@ -116,7 +117,7 @@ def attend_heads(
         heads: H and K.
         transforms: of q and of k.
         cos_sin: cos and sin [T, R] that rotate the first R features of q's and k's heads; None for no rotation.
-        context, scale, window, softcap: as `attend` takes them.
+        context, scale, window, softcap, sinks: as `attend` takes them.
 
     Returns:
         [T, H, D].
@@ -127,10 +128,12 @@ def attend_heads(
     # A norm needs what came into it again, and a part of one output stays in memory with the whole of it: then q and k are kept as
     # they came. Else only what comes out of the rotation is kept.
     if kernel is not None and (len(raw) == 1 or any(transform.norm is not None for transform in transforms)):
+        if sinks is not None:
+            kernel = WithSinks(kernel, sinks)
         preparation = Preparation(*transforms, cos_sin, fused)
         return attend_varlen_raw(raw, heads, preparation, kernel, _scores(context.batch, scale, window, softcap))
     q, k = (heads_autograd(x, cos_sin, transform, fused) for x, transform in zip((q, k), transforms, strict=True))
-    return attend(q, k, v, context, scale, window, softcap)
+    return attend(q, k, v, context, scale, window, softcap, sinks)
 
 
 def _varlen_kernel(

@@ -22,12 +22,22 @@ from train.nn.description import (
     PositionScale,
     Rotation,
     Scalar,
+    TableLayout,
     Undescribable,
 )
 from train.nn.heads import apply_rotary
 from train.nn.matching import as_heads, find_scalar, near, numbers, ratio, read_norm
 from train.nn.rotation import position_factors, rotation_tables, split_fused
 from train.nn.tracing import Call, LayerTrace, ModelTrace
+
+# Which features turn together, and how the tables are laid out; the usual ones first.
+ROTATIONS: tuple[tuple[bool, TableLayout], ...] = (
+    (False, "halves"),
+    (True, "pairs"),
+    (True, "halves"),
+    (False, "once"),
+    (True, "once"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class _AttentionReader:
                     names, output.name, find_scalar(call.query.shape[-1], owners, "head_dim head_size"), q, k,
                     find_scalar(call.scale * q_factor * k_factor, owners, "scal"), layout, value[0], clip,
                     self._window(owners), None if call.softcap is None else find_scalar(call.softcap, owners, "cap"),
+                    self._sinks(),
                 )  # fmt: skip
 
     def _clips(self) -> Iterator[Scalar | None]:
@@ -172,11 +183,21 @@ class _AttentionReader:
         """x [T, heads, dim] by every rotation that the decoder's tables allow, and as it is."""
         yield None, x
         for call in self._traced.rotaries:
-            if call.cos.shape[-1] > x.shape[-1]:
-                continue
-            for interleaved, paired in ((False, False), (True, True), (True, False)):
-                rotation = Rotation(call.name, call.layer_type, interleaved, paired)
-                yield rotation, apply_rotary(x, *rotation_tables(call.cos, call.sin, rotation), interleaved)
+            for interleaved, tables in ROTATIONS:
+                rotation = Rotation(call.name, call.layer_type, interleaved, tables)
+                cos, sin = rotation_tables(call.cos, call.sin, rotation)
+                if cos.shape[-1] <= x.shape[-1]:
+                    yield rotation, apply_rotary(x, cos, sin, interleaved)
+
+    def _sinks(self) -> str | None:
+        """The parameter of attention's module that its scores end with."""
+        sinks = self._attention.sinks
+        if sinks is None:
+            return None
+        for name, parameter in self._attention.module.named_parameters():
+            if near(parameter, sinks):
+                return f"{self._name}.{name}"
+        raise Undescribable(f"{self._name}: its sinks are no parameter")
 
     def _window(self, owners: list[tuple[str, Any]]) -> Scalar | None:
         visible = self._attention.visible

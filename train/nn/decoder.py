@@ -91,6 +91,9 @@ class _Binder:
     def module(self, name: str) -> Any:
         return self._layer.get_submodule(name)
 
+    def parameter(self, name: str) -> torch.Tensor:
+        return self._layer.get_parameter(name).detach()
+
     def linears(self, names: tuple[str, ...]) -> list[PackedLinear]:
         return [self.module(name) for name in names]
 
@@ -205,6 +208,7 @@ class _Attention:
         window = binder.optional(description.window)
         self._window = None if window is None else int(window)
         self._softcap = binder.optional(description.softcap)
+        self._sinks = None if description.sinks is None else binder.parameter(description.sinks)
         self._context = context
 
     def __call__(self, normed: torch.Tensor, tables: Tables) -> torch.Tensor:
@@ -212,7 +216,7 @@ class _Attention:
         cos_sin = None if self._rotation is None else tables[self._rotation]
         out = attend_heads(
             self._raw(normed), self._heads, self._transforms, cos_sin, self._context,
-            self._scale, self._window, self._softcap,
+            self._scale, self._window, self._softcap, self._sinks,
         )  # fmt: skip
         return out.reshape(len(normed), -1)
 

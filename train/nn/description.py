@@ -25,6 +25,7 @@ from train.errors import LorapackError
 # How the outputs of a fused projection are laid out: all queries, then all keys, then all values; or in groups, each with the queries
 # of one key-value head, its key and its value.
 FusedLayout = Literal["blocks", "groups"]
+TableLayout = Literal["halves", "pairs", "once"]
 
 
 class Undescribable(LorapackError):
@@ -91,13 +92,14 @@ class Rotation:
         module: the module of the decoder that gives cos and sin.
         layer_type: what it is asked for, where it knows several kinds of layers.
         interleaved: each even feature turns with the next one, instead of the two halves with each other.
-        paired_tables: the columns of cos and sin are repeated in pairs (Cohere: a a b b), instead of as halves (a b a b).
+        tables: how the module gives the angles a, b, ... of a token: as halves (a b a b), in pairs (Cohere: a a b b), or each once
+            (GPT-OSS: a b).
     """
 
     module: str
     layer_type: str | None = None
     interleaved: bool = False
-    paired_tables: bool = False
+    tables: TableLayout = "halves"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class AttentionDescription:
         layout: of one projection for all.
         clip: the projections' outputs are cut at plus and minus this (OLMo).
         window: tokens that a token sees, itself included; None for all before it.
+        sinks: the parameter with a score per head that no value belongs to (GPT-OSS).
     """
 
     projections: tuple[str, ...]
@@ -140,6 +143,7 @@ class AttentionDescription:
     clip: Scalar | None = None
     window: Scalar | None = None
     softcap: Scalar | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,16 @@ def position_factors(positions: torch.Tensor, beta: float, length: float) -> tor
 
 def rotation_tables(cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> CosSin:
     """cos and sin [T, R] with a column for each feature: GLM's halves a b a b become a a b b, since it turns features in pairs."""
-    if not rotation.interleaved or rotation.paired_tables:
+    if rotation.tables == ("pairs" if rotation.interleaved else "halves"):
         return cos, sin
-    half = cos.shape[-1] // 2
-    return cos[:, :half].repeat_interleave(2, -1), sin[:, :half].repeat_interleave(2, -1)
+    return _per_feature(cos, rotation), _per_feature(sin, rotation)
+
+
+def _per_feature(table: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """A table with each angle once, then repeated as the features are rotated."""
+    pairs = table.shape[-1] // 2
+    once = {"halves": table[:, :pairs], "pairs": table[:, ::2], "once": table}[rotation.tables]
+    return once.repeat_interleave(2, -1) if rotation.interleaved else torch.cat((once, once), -1)
 
 
 def split_fused(

@@ -15,11 +15,11 @@ and `train.nn.reading` finds whose output is whose input. The copy computes in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from train.model.anatomy import decoder_layers, text_decoder
+from train.nn.functional import masked_attention
 
 TRACED_ATTENTION = "lorapack_traced"
 # A prime, so that no dimension of a model is taken for it.
@@ -47,7 +48,7 @@ class Call:
 class AttentionCall:
     """One call of attention: q [T, heads, dim], k and v [T, key-value heads, dim], what came out [T, heads * dim].
 
-    `visible` [T, T] says which key each query sees; `others` are further arguments that are not None.
+    `visible` [T, T] says which key each query sees; `sinks` [heads] has scores without values; `others` are further arguments.
     """
 
     module: nn.Module
@@ -58,6 +59,7 @@ class AttentionCall:
     scale: float
     softcap: float | None
     visible: torch.Tensor
+    sinks: torch.Tensor | None
     others: Mapping[str, Any]
 
 
@@ -140,7 +142,7 @@ class _Tracer:
         """Trace one sequence [1, T]."""
         config = self._model.config.get_text_config(decoder=True)
         positions = _first_position(config) + torch.arange(tokens.shape[1])[None]
-        with self._hooked(), _attention_into(self._note_attention):
+        with self._hooked():
             self._model.set_attn_implementation(TRACED_ATTENTION)
             # Grouped products of experts take no float64.
             if hasattr(self._model, "set_experts_implementation"):
@@ -157,6 +159,8 @@ class _Tracer:
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(self._open_layer, with_kwargs=True))
             for name, module in layer.named_modules():
+                # transformers passes the module to the attention function, and nothing of ours.
+                module.note_attention = self._note_attention
                 if module is not layer:
                     handles.append(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
             handles.append(layer.register_forward_hook(self._close_layer))
@@ -245,30 +249,31 @@ def _are_tables(cos: Any, sin: Any) -> bool:
     return bool(torch.allclose(square, square.flatten()[0].expand_as(square), rtol=1e-3))
 
 
-@contextmanager
-def _attention_into(note: Any) -> Iterator[None]:
-    """Let attention by the name `TRACED_ATTENTION` compute plainly and give each call to `note`."""
+def _traced_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Plain attention, as transformers calls it, that gives its call to the tracer of its module."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    if attention_mask is not None:
+        visible = attention_mask[0, 0] > -1
+    groups = query.shape[1] // key.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out = masked_attention(query, k, v, visible, scale, softcap, s_aux)[0].transpose(0, 1)
+    q, k, v = (x[0].transpose(0, 1).clone() for x in (query, key, value))
+    given = {name: other for name, other in others.items() if other is not None}
+    note = cast(Callable[[AttentionCall], None], module.note_attention)
+    note(AttentionCall(module, q, k, v, out.flatten(1).clone(), scale, softcap, visible, s_aux, given))
+    return out[None], None
 
-    def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        scaling: float | None = None, softcap: float | None = None, **others: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-        if attention_mask is not None:
-            visible = attention_mask[0, 0] > -1
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        out = (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
-        q, k, v = (x[0].transpose(0, 1).clone() for x in (query, key, value))
-        set_others = {name: other for name, other in others.items() if other is not None}
-        note(AttentionCall(module, q, k, v, out[0].flatten(1).clone(), scale, softcap, visible, set_others))
-        return out, None
 
-    AttentionInterface.register(TRACED_ATTENTION, attention)
-    AttentionMaskInterface.register(TRACED_ATTENTION, eager_mask)
-    yield
+AttentionInterface.register(TRACED_ATTENTION, _traced_attention)
+AttentionMaskInterface.register(TRACED_ATTENTION, eager_mask)
