@@ -187,6 +187,6 @@ CATALOGUE = {
         "smollm3", 3_075_098_624, 36, 2048, 11_008, 16, 4, 128, 128_256, "own", tied=True
     ),
     "unsloth/gpt-oss-20b-BF16": CatalogueModel(
-        "gpt_oss", 20_914_757_184, 24, 2880, 2880, 64, 8, 64, 201_088, "flat", experts=Experts(32, 4, 2880)
+        "gpt_oss", 20_914_757_184, 24, 2880, 2880, 64, 8, 64, 201_088, "own", experts=Experts(32, 4, 2880)
     ),
 }  # fmt: skip
