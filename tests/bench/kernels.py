@@ -93,6 +93,12 @@ def row_cases(tokens: int) -> Iterator[Case]:
             lambda y=y, g=gradient, n=norm: dispatch(functional.add_normed_backward, FUSED, g, y, n, 1.0),
             3 * x.nbytes,
         )
+        yield Case(
+            f"norm behind and norm before, {hidden}",
+            lambda x=x, y=y, n=norm: dispatch(functional.renorm, FUSED, x, y, n, 1.0, n),
+            lambda x=x, y=y, g=gradient, n=norm: dispatch(functional.renorm_backward, FUSED, g, g, x, y, n, 1.0, n),
+            4 * x.nbytes,
+        )
     for inner, activation in ((11_008, "silu"), (10_240, "gelu_tanh")):
         joined, gradient = numbers(tokens, 2 * inner), numbers(tokens, inner)
         gate, up = (x.contiguous() for x in joined.chunk(2, 1))

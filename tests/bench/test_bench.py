@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import packs
-from bench import forecast, lockstep, speed
+from bench import forecast, kernels, lockstep, speed
 from bench.measuring import LINEARS, Measured, Rendezvous, Setting
 from bench.rows import LONGEST, SHORTEST, in_order_of, table
 from bench.shapes import SHAPES
@@ -141,6 +141,13 @@ def test_forecasts_are_tried_over_every_kind_of_pack() -> None:
     assert {(case.checkpointing, case.residency) for case in cases} == {
         (recomputed, residency) for recomputed in (False, True) for residency in ("nf4", "resident")
     }
+
+
+def test_kernels_are_timed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.show(chain(kernels.head_cases(4), kernels.row_cases(4)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15
+    assert all(line.endswith("GB/s") and " us " in line for line in lines)
 
 
 def test_lockstep_names_the_operation_where_a_pack_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from train.nn.functional import (
     masked_attention,
     norm_residual,
     normalize,
+    renorm_autograd,
 )
 from train.nn.heads import HeadTransform, apply_rotary, heads_autograd, prepare_heads, rotary_autograd
 
@@ -60,6 +61,14 @@ def _cases() -> Iterator[tuple[str, Case]]:
             partial(add_normed_autograd, norm=norm, multiplier=0.3, fused=False),
         )
         yield f"{name} behind", (*added, 2)
+        yield (
+            f"{name} behind and layer before",
+            (
+                lambda x, y, n=norm: normalize(h := add_normed(x, y, n, 0.3), NORMS["layer"]) * 2 + h,
+                lambda x, y, n=norm: _sum(renorm_autograd(x, y, n, 0.3, NORMS["layer"], False)),
+                2,
+            ),
+        )
     for multiplier in (1.0, 0.3):
         added = (
             partial(add_normed, norm=None, multiplier=multiplier),

@@ -79,8 +79,11 @@ for dtype in ("bf16", "fp32"):
         constants |= {"CENTERED": centered, "DIM": 3584} | whole
         compiled(functional._normalize, dtype, types=types, **constants)
         compiled(functional._add_normed, dtype, types=types, NORMED=True, **constants)
+        next_weights = {"next_weight": "*fp32", "next_eps": "fp32"}
+        compiled(functional._renorm, dtype, types=types | next_weights, NEXT_CENTERED=False, next_bias=None, **constants)
         constants.pop("bias", None)
         types.pop("bias", None)
+        compiled(functional._renorm_backward, dtype, types=types | next_weights, NEXT_CENTERED=False, **constants)
         compiled(functional._normalize_backward, dtype, types=types, multiplier=None, **constants)
         compiled(functional._normalize_backward, dtype, types=types, passed=None, **constants)
     for activation in ACTIVATIONS:
@@ -122,5 +125,5 @@ def test_kernels_compile_for_every_gpu_and_fit_it(capability: int, tmp_path: Pat
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     shared = json.loads(said.stdout)
-    assert len(shared) == 16
+    assert len(shared) == 18
     assert {name: size for name, size in shared.items() if size > SHARED_BYTES[capability]} == {}

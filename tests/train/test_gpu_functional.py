@@ -36,11 +36,11 @@ def matrices(dtype: torch.dtype, rows: int = 7) -> list[torch.Tensor]:
     return [numbers(rows, DIM, dtype=dtype, seed=seed) for seed in range(4)]
 
 
-def assert_alike(found: Any, expected: Any, dtype: torch.dtype) -> None:
+def assert_alike(found: Any, expected: Any, dtype: torch.dtype, roundings: int = 1) -> None:
     pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
     for mine, other in pairs:
         assert mine.dtype == other.dtype
-        torch.testing.assert_close(mine, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        torch.testing.assert_close(mine, other, rtol=roundings * TOLERANCE[dtype], atol=roundings * TOLERANCE[dtype])
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -57,6 +57,9 @@ def calls(dtype: torch.dtype, rows: int = 7) -> dict[str, Call]:
         found[f"normalize_backward {name}"] = functional.normalize_backward, (gradient, passed, x, norm)
         found[f"add_normed {name}"] = functional.add_normed, (passed, x, norm, 0.3)
         found[f"add_normed_backward {name}"] = functional.add_normed_backward, (gradient, x, norm, 0.3)
+        other = norms(DIM, dtype)["layer" if name == "rms" else "rms"]
+        found[f"renorm {name}"] = functional.renorm, (passed, x, norm, 0.3, other)
+        found[f"renorm_backward {name}"] = functional.renorm_backward, (gradient, passed, x, up, norm, 0.3, other)
     found["add_normed without a norm"] = functional.add_normed, (passed, x, None, 0.3)
     for name in activations.ACTIVATIONS:
         found[f"gated {name}"] = activations.gated, (x, up, name)
@@ -111,7 +114,20 @@ def kernel_of(formula: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("name", calls(torch.float32))
 def test_a_kernel_gives_what_its_formula_gives(name: str, dtype: torch.dtype) -> None:
     formula, arguments = calls(dtype)[name]
-    assert_alike(kernel_of(formula)(*arguments), formula(*arguments), dtype)
+    roundings = 2 if name.startswith("renorm") else 1
+    assert_alike(kernel_of(formula)(*arguments), formula(*arguments), dtype, roundings)
+
+
+@pytest.mark.parametrize("name", ["renorm rms", "renorm layer"])
+def test_two_norms_in_one_kernel_give_the_bits_of_two_kernels(name: str) -> None:
+    _, (residual, y, behind, multiplier, before) = calls(torch.float16)[name]
+    hidden = kernels.add_normed(residual, y, behind, multiplier)
+    normed = kernels.normalize(hidden, before)
+    assert all(map(torch.equal, kernels.renorm(residual, y, behind, multiplier, before), (normed, hidden)))
+    hidden_grad = kernels.normalize_backward(normed, residual, hidden, before)
+    y_grad = kernels.add_normed_backward(hidden_grad, y, behind, multiplier)
+    found = kernels.renorm_backward(normed, residual, hidden, y, behind, multiplier, before)
+    assert all(map(torch.equal, found, (hidden_grad, y_grad)))
 
 
 @pytest.mark.parametrize("name", calls(torch.float32))
@@ -185,6 +201,8 @@ def test_the_autograd_functions_take_the_kernels(monkeypatch: pytest.MonkeyPatch
     for takes_kernels in (True, False):
         normed, passed = functional.norm_residual(x, norm, takes_kernels)
         added = functional.add_normed_autograd(passed, normed, norm, 1.0, takes_kernels)
+        added, passed = functional.renorm_autograd(passed, added, norm, 1.0, norm, takes_kernels)
+        added = added + passed
         product = activations.gated_autograd((added, up), "silu", takes_kernels)
         joined = activations.gated_autograd((torch.cat([product, up], 1),), "silu", takes_kernels)
         active = activations.activate_autograd(joined, "relu2", takes_kernels)

@@ -37,7 +37,7 @@ from train.nn.description import (
     Scalar,
 )
 from train.nn.forward_context import ForwardContext
-from train.nn.functional import Norm, add_normed_autograd, norm_residual
+from train.nn.functional import Norm, add_normed_autograd, norm_residual, renorm_autograd
 from train.nn.heads import CosSin, HeadTransform, heads_autograd
 from train.nn.linear import PackedLinear, apply_linears
 from train.nn.matching import norm_parameters
@@ -148,8 +148,11 @@ class OwnLayer:
 
     def _serial_branches(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
         normed, hidden = self._normed(hidden, self._attention_norm)
-        hidden = self._after_attention(self._attention(normed, tables), self._attention.output, hidden)
-        normed, hidden = self._normed(hidden, self._mlp_norm)
+        attended = self._attention(normed, tables)
+        if self._mlp_norm is None:
+            normed = hidden = self._after_attention(attended, self._attention.output, hidden)
+        else:
+            normed, hidden = self._after_attention.normed(attended, self._attention.output, hidden, self._mlp_norm)
         return self._after_mlp(self._mlp(normed), self._mlp.output, hidden)
 
     def _parallel_branches(self, hidden: torch.Tensor, tables: Tables) -> torch.Tensor:
@@ -183,6 +186,16 @@ class _Branch:
         y = x if output is None else apply_linears(x, [output], None)[0]
         fused = self._context.kernels.fused_elementwise
         return add_normed_autograd(residual, y, self._norm, self._multiplier, fused)
+
+    def normed(
+        self, x: torch.Tensor, output: PackedLinear, residual: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`norm` of what a call returns, and that itself."""
+        fused = self._context.kernels.fused_elementwise
+        if self._norm is None:
+            return norm_residual(self(x, output, residual), norm, fused)
+        y = apply_linears(x, [output], None)[0]
+        return renorm_autograd(residual, y, self._norm, self._multiplier, norm, fused)
 
 
 class _Attention:

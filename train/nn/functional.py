@@ -1,8 +1,9 @@
 """Norms, and how the formulas between a decoder's matrix products are computed, each with its gradient written out.
 
-    formula      kept for its backward   autograd function
-    normalize    x                       norm_residual
-    add_normed   y                       add_normed_autograd
+    formula            kept for its backward   autograd function
+    normalize          x                       norm_residual
+    add_normed         y                       add_normed_autograd
+    renorm             y, the sum              renorm_autograd
 
 Plain functions of tensors compute them in at least float32 and round once. On GPUs from sm_80 on `train.nn.triton.functional` has a
 kernel of the same name for each. The autograd functions choose by `fused`, through `dispatch`.
@@ -70,6 +71,28 @@ def add_normed(residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multi
 def add_normed_backward(gradient: torch.Tensor, y: torch.Tensor, norm: Norm, multiplier: float) -> torch.Tensor:
     """The gradient of y [T, dim] in `add_normed`; that of the residual is the gradient itself."""
     return (_normalized_backward(gradient, y, norm) * multiplier).to(y.dtype)
+
+
+def renorm(
+    residual: torch.Tensor, y: torch.Tensor, behind: Norm, multiplier: float, before: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_normed` of one branch and the norm before the next one, both [T, dim]: the sum is read from memory once less."""
+    hidden = add_normed(residual, y, behind, multiplier)
+    return normalize(hidden, before), hidden
+
+
+def renorm_backward(
+    gradient: torch.Tensor,
+    passed: torch.Tensor,
+    hidden: torch.Tensor,
+    y: torch.Tensor,
+    behind: Norm,
+    multiplier: float,
+    before: Norm,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of residual and y, from those of the norm and of the sum `hidden`, which `passed` is."""
+    hidden_grad = normalize_backward(gradient, passed, hidden, before)
+    return hidden_grad, add_normed_backward(hidden_grad, y, behind, multiplier)
 
 
 def _normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -224,3 +247,34 @@ def add_normed_autograd(
     """`add_normed` with autograd: what norms behind a branch (OLMo 2, Gemma 2) and multipliers of it (Granite) take."""
     added: torch.Tensor = _AddNormed.apply(residual, y, norm, multiplier, fused)
     return added
+
+
+class _Renorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: torch.Tensor,
+        y: torch.Tensor,
+        behind: Norm,
+        multiplier: float,
+        before: Norm,
+        fused: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, hidden = dispatch(renorm, fused, residual, y, behind, multiplier, before)
+        ctx.save_for_backward(hidden, y)
+        ctx.arguments = behind, multiplier, before
+        ctx.fused = fused
+        return normed, hidden
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = dispatch(renorm_backward, ctx.fused, *gradients, *ctx.saved_tensors, *ctx.arguments)
+        return *found, None, None, None, None
+
+
+def renorm_autograd(
+    residual: torch.Tensor, y: torch.Tensor, behind: Norm, multiplier: float, before: Norm, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`renorm` with autograd: between attention and MLP of models that norm a branch before and behind (Gemma 2 and 3)."""
+    both: tuple[torch.Tensor, torch.Tensor] = _Renorm.apply(residual, y, behind, multiplier, before, fused)
+    return both

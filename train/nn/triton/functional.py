@@ -69,6 +69,68 @@ def _add_normed(
 
 
 @triton.jit
+def _rounded(wide, like):
+    """What is left of float32 numbers in the dtype of the pointer `like`, in float32 again."""
+    return wide.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _renorm(
+    residual, y, weight, bias, next_weight, next_bias, hidden, normed, eps, next_eps, multiplier,
+    CENTERED: tl.constexpr, NEXT_CENTERED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of `_add_normed` into `hidden`, and of its `_normalize` into `normed`."""
+    columns = tl.arange(0, BLOCK)
+    is_column = columns < DIM
+    row = tl.program_id(0).to(tl.int64) * DIM
+    branch = _loaded_row(y, row, columns, is_column, CENTERED, DIM)
+    branch = _normed_row(branch, weight, bias, eps, columns, is_column, DIM)
+    found = tl.load(residual + row + columns, mask=is_column, other=0.0).to(tl.float32) + multiplier * branch
+    tl.store(hidden + row + columns, found.to(hidden.dtype.element_ty), mask=is_column)
+    # What the backward will read.
+    wide = tl.where(is_column, _rounded(found, hidden), 0.0)
+    if NEXT_CENTERED:
+        wide = tl.where(is_column, wide - tl.sum(wide, 0) / DIM, 0.0)
+    found = _normed_row(wide, next_weight, next_bias, next_eps, columns, is_column, DIM)
+    tl.store(normed + row + columns, found.to(normed.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def _norm_grad(weighted, wide, eps, CENTERED: tl.constexpr, DIM: tl.constexpr):
+    """A row's gradient from `weighted`, the norm's gradient times its weight, and `wide`, which was normed."""
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
+    along = tl.sum(weighted * wide, 0) / DIM
+    found = scale * (weighted - wide * (scale * scale * along))
+    if CENTERED:
+        found -= scale * (tl.sum(weighted, 0) / DIM)
+    return found
+
+
+@triton.jit
+def _renorm_backward(
+    gradient, passed, hidden, y, weight, next_weight, hidden_grad, y_grad, eps, next_eps, multiplier,
+    CENTERED: tl.constexpr, NEXT_CENTERED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of `_normalize_backward` by the next norm, whose result goes on through `_add_normed`'s."""
+    columns = tl.arange(0, BLOCK)
+    is_column = columns < DIM
+    row = tl.program_id(0).to(tl.int64) * DIM
+    wide = _loaded_row(hidden, row, columns, is_column, NEXT_CENTERED, DIM)
+    weighted = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
+    if next_weight is not None:
+        weighted *= tl.load(next_weight + columns, mask=is_column, other=0.0).to(tl.float32)
+    found = _norm_grad(weighted, wide, next_eps, NEXT_CENTERED, DIM)
+    found = tl.load(passed + row + columns, mask=is_column, other=0.0).to(tl.float32) + found
+    tl.store(hidden_grad + row + columns, found.to(hidden_grad.dtype.element_ty), mask=is_column)
+    wide = _loaded_row(y, row, columns, is_column, CENTERED, DIM)
+    weighted = tl.where(is_column, _rounded(found, hidden_grad), 0.0)
+    if weight is not None:
+        weighted *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
+    found = _norm_grad(weighted, wide, eps, CENTERED, DIM) * multiplier
+    tl.store(y_grad + row + columns, found.to(y_grad.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
 def _normalize_backward(
     gradient, passed, x, weight, out, eps, multiplier, CENTERED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -81,11 +143,7 @@ def _normalize_backward(
     weighted = tl.load(gradient + row + columns, mask=is_column, other=0.0).to(tl.float32)
     if weight is not None:
         weighted *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
-    along = tl.sum(weighted * wide, 0) / DIM
-    found = scale * (weighted - wide * (scale * scale * along))
-    if CENTERED:
-        found -= scale * (tl.sum(weighted, 0) / DIM)
+    found = _norm_grad(weighted, wide, eps, CENTERED, DIM)
     if multiplier is not None:
         found *= multiplier
     if passed is not None:
@@ -235,6 +293,41 @@ def add_normed(residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multi
 def add_normed_backward(gradient: torch.Tensor, y: torch.Tensor, norm: Norm, multiplier: float) -> torch.Tensor:
     """`train.nn.functional.add_normed_backward` of [T, dim]."""
     return normalize_backward(gradient, None, y, norm, multiplier)
+
+
+def renorm(
+    residual: torch.Tensor, y: torch.Tensor, behind: Norm, multiplier: float, before: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`train.nn.functional.renorm` of [T, dim]."""
+    rows, dim = y.shape
+    residual = residual.contiguous()
+    y = y.contiguous()
+    hidden, normed = torch.empty_like(residual), torch.empty_like(residual)
+    _renorm[(rows,)](
+        residual, y, behind.weight, behind.bias, before.weight, before.bias, hidden, normed, behind.eps, before.eps, multiplier,
+        CENTERED=behind.centered, NEXT_CENTERED=before.centered, DIM=dim, **_whole_row(dim),
+    )  # fmt: skip
+    return normed, hidden
+
+
+def renorm_backward(
+    gradient: torch.Tensor,
+    passed: torch.Tensor,
+    hidden: torch.Tensor,
+    y: torch.Tensor,
+    behind: Norm,
+    multiplier: float,
+    before: Norm,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`train.nn.functional.renorm_backward` of [T, dim]."""
+    rows, dim = y.shape
+    gradient, passed, hidden, y = (x.contiguous() for x in (gradient, passed, hidden, y))
+    hidden_grad, y_grad = torch.empty_like(hidden), torch.empty_like(y)
+    _renorm_backward[(rows,)](
+        gradient, passed, hidden, y, behind.weight, before.weight, hidden_grad, y_grad, behind.eps, before.eps, multiplier,
+        CENTERED=behind.centered, NEXT_CENTERED=before.centered, DIM=dim, **_whole_row(dim),
+    )  # fmt: skip
+    return hidden_grad, y_grad
 
 
 def cross_entropy(
