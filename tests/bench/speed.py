@@ -89,6 +89,7 @@ TABLES = {
         (HEADLINE, Setting()),
         (Job(TWIN, (HEADLINE,)), _unsloth(Setting())),
     ),
+    "packs": Table("lorapack", (Setting(), HEADLINE)),
     "twin": Table("lorapack beside a plain Llama of the same linears and head", (HEADLINE,), (Job(TWIN, (HEADLINE,)),)),
     "t4": Table("as on a T4", (), t4=(Setting(runs=8, checkpointing=True),)),
     "ours": Table(
