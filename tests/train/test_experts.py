@@ -3,12 +3,14 @@
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import packs
 from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
@@ -17,7 +19,8 @@ from train.config import ModelConfig, QuantConfig
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.experts import ExpertStack, expert_stacks
 from train.model.nf4 import dequantize, quantize, quantize_stack
-from train.model.quantized import hollow_model, load_model
+from train.model.quantized import QuantizedBase, hollow_model, load_model
+from train.model.quantizing import Quantizer
 from train.nn.backends import EAGER
 from train.nn.expert_forms import exchange_experts
 from train.nn.experts import CHUNK_BYTES, DenseStack, PackedExperts, Stack, mixture
@@ -208,3 +211,54 @@ def test_the_launcher_counts_the_experts_of_a_configuration(name: str, tmp_path:
     assert size.parameters == sum(stack.weight.numel() for stack in stacks)
     assert {size.count} == {stack.experts for stack in stacks}
     assert size.chosen == (1 if name in {"llama4", "zaya"} else 2)
+
+
+# Modules of other forms: methods of a module above call the stacks, an index beyond the experts returns its input, and parameters have
+# the matrices of all experts below each other.
+OTHER_FORMS: dict[str, dict[str, Any]] = {
+    "jetmoe": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 16, "intermediate_size": 32,
+        "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
+    "longcat_flash": {
+        "hidden_size": 64, "num_layers": 1, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+    },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_FORMS)
+def test_other_forms_keep_their_forward_on_dequantized_weights(kind: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **OTHER_FORMS[kind], vocab_size=VOCABULARY)
+    theirs: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in theirs.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.15)
+    quantizer = Quantizer(packs.NF4, packs.CPU, lambda: None)
+    tensors = quantizer.finish(copy.deepcopy(theirs))
+    base = QuantizedBase(list(tensors), tensors.__getitem__, packs.CPU)
+    stacks = expert_stacks(theirs)
+    assert stacks
+    packed = {name: base.stack(name, stack) for name, stack in stacks.items()}
+    for name, stack in stacks.items():
+        stack.weight.copy_(packed[name].dense(slice(None)).reshape(stack.weight.shape))
+    ours = copy.deepcopy(theirs)
+    exchange_experts(ours, ForwardContext(EAGER), lambda name, _: packed[name])
+    assert not expert_stacks(ours)
+    for found, expected in zip(computed(ours), computed(theirs), strict=True):
+        assert difference(found, expected) < 1e-6
+    # Nothing in full width is left behind.
+    assert all(getattr(stack.module, stack.attribute) is None for stack in of_copy(ours, stacks))
+
+
+def of_copy(model: PreTrainedModel, stacks: dict[str, ExpertStack]) -> list[ExpertStack]:
+    """The same stacks in a copy of their model."""
+    names = {name: name.rpartition(".")[0] for name in stacks}
+    return [replace(stack, module=model.get_submodule(names[name])) for name, stack in stacks.items()]

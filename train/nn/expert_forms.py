@@ -54,7 +54,8 @@ def exchange_experts(model: PreTrainedModel, context: ForwardContext, hold: Hold
         form = experts_form(module, own)
         held = {attribute: hold(f"{name}.{attribute}", stack) for attribute, stack in own.items()}
         if form is None:
-            around.setdefault(_outermost(model, name), []).extend((own[a], s) for a, s in held.items())
+            reader = _reader(model, name, own)
+            around.setdefault(reader, []).extend((own[a], s) for a, s in held.items())
             continue
         for stack in own.values():
             stack.drop_weight()
@@ -63,8 +64,13 @@ def exchange_experts(model: PreTrainedModel, context: ForwardContext, hold: Hold
         _give_stacks(model.get_submodule(name), pairs)
 
 
-def _outermost(model: nn.Module, name: str) -> str:
-    """The first module on the way to `name` that counts experts: it, or what it owns, reads the stacks."""
+def _reader(model: nn.Module, name: str, stacks: Mapping[str, ExpertStack]) -> str:
+    """The module in whose forward the stacks of module `name` are read: itself, or who counts experts above it.
+
+    Where a parameter has the matrices of all experts below each other (DBRX), the modules above cut it up and pass parts on.
+    """
+    if all(stack.weight.dim() == 3 for stack in stacks.values()):
+        return name
     parts = name.split(".")
     ways = (".".join(parts[: i + 1]) for i in range(len(parts)))
     return next(way for way in ways if expert_counts(model.get_submodule(way)))

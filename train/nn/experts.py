@@ -41,6 +41,8 @@ CHUNK_BYTES = {"cpu": 2**26, "cuda": EXPERTS_CHUNK_BYTES}
 # Of tokens times features whose sums are computed in float32 at once.
 SUM_NUMEL = {"cpu": 2**20, "cuda": 2**25}
 
+# Of both features of a grouped product, whose rows have to be whole 16 bytes apart.
+GROUPED_MULTIPLE = 8
 # Where transformers' modules keep the norm of an expert's output.
 POST_NORM = "post_expert_norm"
 
@@ -361,7 +363,7 @@ class _Products:
         """Rows times the matrices as they are kept [E, rows, columns], or transposed."""
         matrix_bytes = stack.shape[0] * stack.shape[1] * rows.element_size()
         chunk = max(1, CHUNK_BYTES[rows.device.type] // matrix_bytes)
-        if not self._grouped:
+        if not self._grouped or any(side % GROUPED_MULTIPLE for side in stack.shape):
             return self._one_by_one(rows, stack, chunk, transpose)
         if min(len(stack), len(rows)) <= chunk:
             return self._at_once(rows, stack, transpose)
