@@ -31,6 +31,7 @@ from typing import Any, TextIO
 from train.config import DataConfig, LoraConfig, ModelConfig
 from train.errors import BadInput, LorapackError
 from train.log import log_to
+from train.lora.loadable import is_known_to_load, remember_that_it_loads
 from train.lora.targets import adapted_modules
 from train.model.source import staged_model
 from train.section import parse_section
@@ -113,7 +114,10 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     # Before tokenizing, which may take minutes.
     for section in request["loras"]:
         lora = parse_section(LoraConfig, section, "lora")
-        peft.check(lora, adapted_modules(lora, modules))
+        targets = adapted_modules(lora, modules)
+        if not is_known_to_load(model_dir, model, lora, cache):
+            peft.check(lora, targets)
+            remember_that_it_loads(model_dir, model, lora, cache)
     stats = load_tokenized(data, model, model_dir, cache).stats
     log.info(f"{data.name} for {model.name}: {summary(stats)}")
     return stats | {"model_dir": str(model_dir)}

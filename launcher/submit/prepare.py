@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.installation import child_environment
-from train.config import RunConfig
+from train.config import LoraConfig, RunConfig
 from train.data.source import read_dataset_stats
 from train.errors import BadInput, LorapackError, StorageError
+from train.lora.loadable import is_known_to_load, targeting
 from train.model.facts import read_facts
 from train.model.source import staged_model
 from train.store.layout import CacheDir
-
-# The keys of `LoraConfig` that decide which modules get an adapter.
-TARGETING = {"target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"}
 
 
 def prepare(configs: Iterable[RunConfig], cache: Path) -> list[dict[str, Any]]:
@@ -46,9 +44,11 @@ def prepare(configs: Iterable[RunConfig], cache: Path) -> list[dict[str, Any]]:
 
 
 def unprepared(configs: Iterable[RunConfig], cache: Path) -> list[RunConfig]:
-    """Those of `configs` whose model or tokenized data is not in the cache, or whose model was not judged."""
+    """Those of `configs` whose model or tokenized data is not in the cache, or of which it is not known yet how the model is computed,
+    or whether PEFT loads their adapters.
+    """
     groups = _by_model_and_data(configs)
-    return [config for alike in groups if not _is_prepared(alike[0], CacheDir(cache)) for config in alike]
+    return [config for alike in groups if not _is_prepared(alike, CacheDir(cache)) for config in alike]
 
 
 def _by_model_and_data(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
@@ -61,17 +61,24 @@ def _by_model_and_data(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
 def _request(alike: list[RunConfig]) -> dict[str, Any]:
     """What `train.prepare` is asked about runs that share model and data. A thousand adapters have few different targets."""
-    loras = {config.lora.model_dump_json(include=TARGETING): config.lora.model_dump() for config in alike}
     shared = alike[0]
-    return {"model": shared.model.model_dump(), "data": shared.data.model_dump(), "loras": list(loras.values())}
+    loras = [lora.model_dump() for lora in _by_targets(alike)]
+    return {"model": shared.model.model_dump(), "data": shared.data.model_dump(), "loras": loras}
 
 
-def _is_prepared(config: RunConfig, cache: CacheDir) -> bool:
-    folder = staged_model(config.model, cache)
-    if folder is None or read_dataset_stats(config.data, config.model, cache) is None:
+def _by_targets(alike: list[RunConfig]) -> list[LoraConfig]:
+    """One adapter for each choice of modules."""
+    return list({targeting(config.lora): config.lora for config in alike}.values())
+
+
+def _is_prepared(alike: list[RunConfig], cache: CacheDir) -> bool:
+    model = alike[0].model
+    folder = staged_model(model, cache)
+    if folder is None or read_dataset_stats(alike[0].data, model, cache) is None:
         return False
-    facts = read_facts(folder, config.model, cache)
-    return facts is not None and facts.judged
+    facts = read_facts(folder, model, cache)
+    judged = facts is not None and facts.judged
+    return judged and all(is_known_to_load(folder, model, lora, cache) for lora in _by_targets(alike))
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:

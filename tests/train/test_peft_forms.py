@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from test_targets import lora
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -168,6 +168,23 @@ def test_one_skeleton_serves_all_questions() -> None:
     for targets in (["q_proj"], ["k_proj"], "all-linear"):
         peft.check(lora(targets), adapted_modules(lora(targets), list(decoder_linears(model))))
     assert not [name for name in model.state_dict() if "lora" in name]
+
+
+def test_a_sweep_of_ranks_asks_peft_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    peft, names = stock_peft(model.config), list(decoder_linears(model))
+    trials = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal trials
+        trials += 1
+        return get_peft_model(*arguments, **options)
+
+    monkeypatch.setattr("peft.get_peft_model", counted)
+    for r in (2, 4, 8):
+        for config in (lora(["q_proj"], r=r, lora_dropout=r / 10), lora("all-linear", r=r, use_rslora=True)):
+            peft.check(config, adapted_modules(config, names))
+    assert trials == 2
 
 
 def llama_adapter() -> tuple[LoraConfig, dict[str, Any], Tensors]:

@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from architectures import ARCHITECTURES
-from train.config import DataConfig, LoraConfig, ModelConfig
+from launcher.submit.prepare import unprepared
+from train.config import DataConfig, LoraConfig, ModelConfig, QuantConfig, RunConfig, TrainConfig
 from train.data.source import data_fingerprint, read_dataset_stats
 from train.errors import BadInput
 from train.model.source import model_fingerprint
@@ -76,10 +77,8 @@ def test_a_target_that_the_fetched_model_lacks_is_refused_before_the_tokenizing(
     data = data_config(write_rows(tmp_path / "rows.jsonl", *["yes"] * 30), eval_rows=10)
     answer, _ = ask(document(tmp_path / "cache", data, target="c_attn"))
     assert (answer["error"], answer["exit_code"]) == ("BadInput", 2)
-    assert (
-        "'c_attn', which is not a linear layer of the model that can be adapted; it has down_proj" in answer["message"]
-    )
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["models"]
+    assert "'c_attn', which is not a linear layer of the model that can be adapted; it has q_proj" in answer["message"]
+    assert not (tmp_path / "cache" / "tokens").exists()
 
 
 def test_targets_that_peft_cannot_load_are_refused_before_the_tokenizing(
@@ -95,15 +94,26 @@ def test_targets_that_peft_cannot_load_are_refused_before_the_tokenizing(
     data = data_config(write_rows(tmp_path / "rows.jsonl", *["yes"] * 30), eval_rows=10)
     cache = CacheDir(tmp_path / "cache")
 
+    def lora(targets: list[str] | str) -> LoraConfig:
+        return LoraConfig(r=4, lora_alpha=8.0, target_modules=targets)
+
     def ask_for(targets: list[str] | str) -> dict[str, Any]:
-        lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=targets)
-        request = {"model": model.model_dump(), "data": data.model_dump(), "loras": [lora.model_dump()]}
+        request = {"model": model.model_dump(), "data": data.model_dump(), "loras": [lora(targets).model_dump()]}
         return prepare(request, cache)
+
+    def left(targets: list[str] | str) -> bool:
+        train = TrainConfig(learning_rate=1e-3, batch_size=1)
+        run = RunConfig(model=model, data=data, lora=lora(targets), quant=QuantConfig(load_in_4bit=True), train=train)
+        return unprepared([run], cache.path) == [run]
 
     with pytest.raises(BadInput, match=r"PEFT would not load .*out_proj.*set lora\.target_modules=\[.*q_proj"):
         ask_for("all-linear")
     assert not (tmp_path / "cache" / "tokens").exists()
+    assert left(["q_proj", "down_proj"])
     assert ask_for(["q_proj", "down_proj"])["train_rows"] == 20
+    # Model and data are there now, and of other targets nothing is known yet.
+    assert not left(["q_proj", "down_proj"])
+    assert left("all-linear")
 
 
 def test_a_mistake_of_the_caller_is_an_answer_too() -> None:

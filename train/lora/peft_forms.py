@@ -99,6 +99,12 @@ class StockPeft:
         Raises:
             BadInput: see `config`.
         """
+        # Where no pattern tells modules apart, rank and strength decide nothing: a search of a thousand runs asks a few questions.
+        if not (lora.rank_pattern or lora.alpha_pattern):
+            lora = LoraConfig(
+                r=1, lora_alpha=1.0, target_modules=lora.target_modules, layers_to_transform=lora.layers_to_transform
+            )
+            targets = dict.fromkeys(targets, Target(r=1, alpha=1.0, scaling=1.0))
         self.config(lora, targets, self._blank(targets))
 
     def _search(self, lora: LoraConfig, targets: Mapping[str, Target], tensors: Adapter) -> PeftLoraConfig:
