@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,3 +232,32 @@ def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name:
     small = judge_architecture(build(entry.config(), "meta"))
     assert own.path == small.path
     assert own.path is None or PATHS.index(own.path) <= PATHS.index(entry.path or "padded"), own.attempts
+
+
+@pytest.mark.slow
+def test_kernels_that_need_a_gpu_are_not_taken_for_a_copy_on_the_cpu(tmp_path: Path) -> None:
+    """As of flash-linear-attention, which transformers takes where it is installed: here one that fails, as it does on CPUs."""
+    package = tmp_path / "fla/ops/gated_delta_rule"
+    package.mkdir(parents=True)
+    for folder in (tmp_path / "fla", tmp_path / "fla/ops"):
+        (folder / "__init__.py").touch()
+    kernel = "def chunk_gated_delta_rule(*args, **options):\n    raise ValueError('cannot be accessed from Triton')\n"
+    (package / "__init__.py").write_text(kernel)
+    script = """
+import architectures
+from train.model.layer_kinds import build
+from train.nn.base import judge_architecture
+import fla.ops.gated_delta_rule
+full = build(architectures.ARCHITECTURES["qwen3.5"].config(), "meta")
+print(judge_architecture(full).path)
+model = build(full.config)
+try:
+    model(model.dummy_inputs["input_ids"])
+except ValueError as exc:
+    print(exc)
+"""
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert found.stdout.split("\n", 1) == ["padded", "cannot be accessed from Triton\n"], found.stderr

@@ -14,6 +14,7 @@
     loading       decoder and tokenizer by transformers' loaders, and whether its files fit
     layer_kinds   models with fewer layers of every kind
     narrowing     and with smaller sizes
+    reference_code  transformers' own code in the place of other packages' kernels
     copies        both together: what `train.nn.judge` measures
     nf4           the only file that knows bitsandbytes
     quantized     a base in 4 bits as tensors by name

@@ -14,6 +14,7 @@ from train.model.experts import expert_stacks
 from train.model.linears import frozen_linears
 from train.model.nf4 import dequantize
 from train.model.quantized import QuantizedBase, hollow_model, load_model
+from train.model.reference_code import reference_code, take_reference_code
 from train.nn.backends import EAGER, Kernels
 from train.nn.judge import PATHS, Verdict, judge
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
@@ -34,6 +35,8 @@ def load_base(
         BadInput: weights are missing, or no path computes the architecture as transformers does.
     """
     setup = DeviceSetup(spec.quant, spec.device, residency, longest, kernels)
+    if spec.device.type == "cpu":
+        take_reference_code()
     quantized = None
     if spec.quant.load_in_4bit:
         quantized = bases.open(spec)
@@ -53,7 +56,8 @@ def judge_architecture(full: PreTrainedModel) -> Verdict:
         BadInput: it cannot be made small.
     """
     setup = DeviceSetup(UNQUANTIZED, torch.device("cpu"), "resident", LONGEST)
-    return judge(small_model(full), lambda copy, path: pack_model(copy, setup, path=path))
+    with reference_code():
+        return judge(small_model(full), lambda copy, path: pack_model(copy, setup, path=path))
 
 
 def judge_loaded(full: PreTrainedModel, read: Reader, dtype: torch.dtype, setup: DeviceSetup) -> Verdict:
