@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 import packs
 from architectures import ARCHITECTURES, LONGEST, VOCABULARY, tiny_model
@@ -18,6 +18,7 @@ from model_facts import sizes
 from train.config import ModelConfig, QuantConfig
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.experts import ExpertStack, expert_stacks
+from train.model.linears import frozen_linears
 from train.model.nf4 import dequantize, quantize, quantize_stack
 from train.model.quantized import QuantizedBase, hollow_model, load_model
 from train.model.quantizing import Quantizer
@@ -25,6 +26,7 @@ from train.nn.backends import EAGER
 from train.nn.expert_forms import exchange_experts
 from train.nn.experts import CHUNK_BYTES, DenseStack, PackedExperts, Stack, mixture
 from train.nn.forward_context import ForwardContext
+from train.sizing import BaseSize, ExpertsSize, base_bytes, dequantized_bytes
 from train.store.layout import CacheDir
 
 MIXTURES = [name for name, entry in ARCHITECTURES.items() if entry.moe]
@@ -262,3 +264,21 @@ def of_copy(model: PreTrainedModel, stacks: dict[str, ExpertStack]) -> list[Expe
     """The same stacks in a copy of their model."""
     names = {name: name.rpartition(".")[0] for name in stacks}
     return [replace(stack, module=model.get_submodule(names[name])) for name, stack in stacks.items()]
+
+
+def test_a_quantized_mixture_takes_the_bytes_of_the_forecast() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=16, num_experts_per_tok=4,
+    )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    stacks = expert_stacks(model).values()
+    experts = ExpertsSize(sum(stack.weight.numel() for stack in stacks), 16, 4)
+    linears = {name: linear.shape for name, linear in frozen_linears(model).items()}
+    base = BaseSize(2, 256, model.num_parameters(), linears, experts)
+    quantizer = Quantizer(packs.NF4, packs.CPU, lambda: None)
+    held = sum(tensor.nbytes for tensor in quantizer.finish(model).values())
+    expected = base_bytes(base, packs.NF4, "nf4", 2) - dequantized_bytes(base, 2)
+    # Tables and names of small linear layers are a part of this size, and of no real one.
+    assert held == pytest.approx(expected, rel=0.03)
+    assert experts.parameters > 0.8 * base.parameters
