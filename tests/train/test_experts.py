@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from train.model.nf4 import dequantize, quantize, quantize_stack
 from train.model.quantized import QuantizedBase, hollow_model, load_model
 from train.model.quantizing import Quantizer
 from train.nn.backends import EAGER
-from train.nn.expert_forms import exchange_experts
+from train.nn.expert_forms import exchange_experts, experts_form
 from train.nn.experts import CHUNK_BYTES, DenseStack, PackedExperts, Stack, mixture
 from train.nn.forward_context import ForwardContext
 from train.sizing import BaseSize, ExpertsSize, base_bytes, dequantized_bytes
@@ -282,3 +283,21 @@ def test_a_quantized_mixture_takes_the_bytes_of_the_forecast() -> None:
     # Tables and names of small linear layers are a part of this size, and of no real one.
     assert held == pytest.approx(expected, rel=0.03)
     assert experts.parameters > 0.8 * base.parameters
+
+
+def test_a_norm_behind_each_expert_is_computed_with_its_gradient() -> None:
+    muse_spark = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    sizes = {"num_local_experts": 4, "moe_hidden_size": 24, "moe_intermediate_size": 16, "post_norm_eps": 1e-5}
+    torch.manual_seed(0)
+    theirs = muse_spark.MuseSparkExperts(SimpleNamespace(**sizes, hidden_act="silu", _experts_implementation="eager"))
+    for parameter in theirs.double().requires_grad_(False).parameters():
+        parameter.normal_()
+    stacks = expert_stacks(theirs)
+    form = experts_form(theirs, stacks)
+    assert form is not None
+    held = {name: DenseStack(stack.matrices) for name, stack in stacks.items()}
+    ours = PackedExperts(theirs, form, held, ForwardContext(EAGER))
+    inputs = random_inputs(ours, torch.float64)
+    expected = with_gradients(theirs, *inputs)
+    for a, b in zip(with_gradients(ours, *inputs), expected, strict=True):
+        assert difference(a, b) < 1e-6
