@@ -23,6 +23,7 @@ from train.nn import attention
 from train.nn.attention import attend
 from train.nn.backends import EAGER, choose_kernels
 from train.nn.forward_context import ForwardContext
+from train.nn.gradients import add_gradients
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 
 # At a usual learning rate and with batches that reach every element: where a gradient is zero but for rounding, AdamW divides noise
@@ -134,7 +135,7 @@ def test_attention_of_long_sequences_repeats_its_gradients_to_the_bit(
 
 def test_a_kernel_that_splits_keys_keeps_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's own kernel stands in for the one that only GPUs have."""
-    monkeypatch.setattr(attention, "SPLIT_KEY_BACKWARDS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
+    monkeypatch.setattr(attention, "UNORDERED_BACKWARDS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
     tokens = np.zeros(9, np.int32)
     batch, context = MicroBatch([TokenSequence(0, 0, tokens, tokens)], 1, packs.CPU), ForwardContext(EAGER)
     context.set(batch, None)
@@ -144,6 +145,17 @@ def test_a_kernel_that_splits_keys_keeps_an_order(monkeypatch: pytest.MonkeyPatc
         attended.sum().backward()
     assert orders.of_attention == [True]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_attention_of_transformers_keeps_an_order_on_padded_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "UNORDERED_BACKWARDS", {"ScaledDotProductFlashAttentionForCpuBackward0"})
+    base = packs.tiny_base(torch.float32, path="padded")
+    tokens = np.arange(9, dtype=np.int32)
+    batch = MicroBatch([TokenSequence(0, 0, tokens, tokens)], 1, packs.CPU)
+    base.model.get_input_embeddings().weight.requires_grad_(True)
+    with Orders() as orders:
+        add_gradients(base, batch, torch.ones(2), None)
+    assert orders.of_attention == [True, True]
 
 
 class Orders(TorchDispatchMode):

@@ -26,6 +26,7 @@ In reading order:
     head             the output head, with what a model does to its logits, measured
     loss             the cross-entropy of the targets with its gradient
     windows          which tokens each attention module of transformers' decoder sees, read off its masks
+    stock_attention  PyTorch's attention as transformers' decoders call it
     transformers_decoder  transformers' own decoder, on flat tokens or on padded sequences
     packed_model     the base of a pack: loading, freezing and exchanging a model's parts
     gradients        one micro-batch forward and backward, directly or as a replayed CUDA graph

@@ -37,8 +37,8 @@ from train.nn.varlen import (
 )
 
 ATTENTION = "lorapack"
-# Autograd nodes whose backward adds up in any order unless told otherwise; see `_make_backward_deterministic`.
-SPLIT_KEY_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0"}
+# Autograd nodes whose backward adds up in any order unless told otherwise; see `make_backward_deterministic`.
+UNORDERED_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductFlashAttentionBackward0"}
 # Features of a head that `train.nn.triton.attention` takes, of queries as of values, and the most that FlashAttention takes.
 TRITON_HEAD_DIMS = range(32, 513)
 FLASH_HEAD_DIM = 256
@@ -46,14 +46,16 @@ FLASH_HEAD_DIM = 256
 LONGEST_MULTIPLE = 128
 
 
-def _make_backward_deterministic(attended: torch.Tensor) -> None:
-    """Let the backward of the memory-efficient kernel, which a T4 uses, add up in a fixed order: it splits the keys of few heads.
+def make_backward_deterministic(attended: torch.Tensor) -> None:
+    """Let the backward of PyTorch's fused attention add up in a fixed order.
+
+    The memory-efficient kernel, which a T4 uses, splits the keys of few heads; FlashAttention adds to a query's gradient as keys come.
 
     Other kernels are left alone. They have a fixed order, or, like a plain product on GPUs, would ask cuBLAS for settings of the
     whole process.
     """
     node = attended.grad_fn
-    if node is None or node.name() not in SPLIT_KEY_BACKWARDS:
+    if node is None or node.name() not in UNORDERED_BACKWARDS:
         return
     # The hooks run around this node's backward alone, so the setting does not reach what comes before or after it.
     setting = deterministic_algorithms()
@@ -182,7 +184,7 @@ def _attend_padded(
     else:
         grouped = q.shape[1] != k.shape[1]
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    _make_backward_deterministic(out)
+    make_backward_deterministic(out)
     out = out.to(dtype)
     return unpad(out.transpose(1, 2), batch.attention, batch.total)
 

@@ -17,8 +17,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -27,6 +25,7 @@ from train.data.sampling import TokenSequence
 from train.model.anatomy import decoder_layers, text_decoder
 from train.nn.forward_context import ForwardContext
 from train.nn.padding import unpad
+from train.nn.stock_attention import StockAttention
 from train.nn.windows import measure_windows
 
 # Around a layer's forward, and around its repetition in the backward.
@@ -76,7 +75,7 @@ class PaddedDecoder:
         self._layers = decoder_layers(model)
         self._decoder = text_decoder(model)
         self._context = context
-        self._shared_keys = SharedKeys()
+        self._attention = StockAttention()
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """The last hidden state [T, hidden] of every token."""
@@ -87,9 +86,9 @@ class PaddedDecoder:
     def _decode(self, bucket: MicroBatch) -> torch.Tensor:
         """The last hidden state of each token of one bucket, flat."""
         self._context.narrow(bucket, bucket.attention)
-        with self._shared_keys.expanded():
+        with self._attention.watched():
             output = self._decoder(bucket.attention.pad(bucket.tokens), use_cache=False)
-        self._shared_keys.settle()
+        self._attention.settle()
         return unpad(output[0], bucket.attention, bucket.total)
 
     def checkpoint_activations(self) -> None:
@@ -98,41 +97,7 @@ class PaddedDecoder:
 
     def _checkpoint_contexts(self) -> CheckpointContexts:
         _, again = self._context.checkpoint_contexts()
-        return nullcontext(), _both(again, self._shared_keys.expanded())
-
-
-class SharedKeys:
-    """Models whose heads share one key (Falcon) leave it to PyTorch to broadcast it, which no fused attention kernel does: all scores
-    [S, heads, L, L] would be in memory, forward and backward. Expanded by a view it is the same product, and the kernels take it.
-    """
-
-    def __init__(self) -> None:
-        self._mode: _ExpandingMode | None = _ExpandingMode()
-
-    def expanded(self) -> AbstractContextManager[Any]:
-        """Within this, keys and values of one head are expanded to all heads of the queries."""
-        return nullcontext() if self._mode is None else self._mode
-
-    def settle(self) -> None:
-        """After a forward: where it had no such keys, look for none any more, since in a mode Python sees every operation."""
-        if self._mode is not None and not self._mode.found:
-            self._mode = None
-
-
-class _ExpandingMode(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is scaled_dot_product_attention and len(args) >= 3:
-            query, *shared = args[:3]
-            if all(x.shape[1] == 1 for x in shared) and query.shape[1] > 1:
-                self.found = True
-                args = (query, *(x.expand(-1, query.shape[1], -1, -1) for x in shared), *args[3:])
-        return func(*args, **(kwargs or {}))
+        return nullcontext(), _both(again, self._attention.watched())
 
 
 @contextmanager
