@@ -44,6 +44,9 @@ def load_base(
     else:
         model = load_model(spec.model_dir, spec.model, spec.dtype, spec.device)
     verdict = judge_loaded(model, weight_reader(model, quantized), spec.dtype, setup)
+    if spec.device.type == "cuda":
+        # The copies are gone, but their memory would stay with this process in pieces that fit no micro-batch.
+        torch.cuda.empty_cache()
     base = pack_model(model, setup, quantized, verdict.checked(model.config.model_type))
     base.attempts = tuple(map(str, verdict.attempts))
     return base
