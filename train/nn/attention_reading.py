@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import torch
@@ -61,7 +61,26 @@ def read_attention(traced: ModelTrace, layer: LayerTrace) -> AttentionFound:
     return _AttentionReader(traced, layer).read()
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """How projections become q, k and v; `factor` multiplies q and k on the way."""
+
+    projections: tuple[str, ...]
+    layout: FusedLayout | None
+    query: HeadsDescription
+    key: HeadsDescription
+    value_norm: NormDescription | None
+    clip: Scalar | None
+    factor: float
+
+
+# Names of projections, the layout of a fused one, and q, k and v [T, heads, dim] as they came out.
+Split = tuple[tuple[str, ...], FusedLayout | None, tuple[torch.Tensor, ...]]
+
+
 class _AttentionReader:
+    """Reads the attention of one layer."""
+
     def __init__(self, traced: ModelTrace, layer: LayerTrace) -> None:
         self._traced = traced
         self._calls = layer.calls
@@ -80,32 +99,43 @@ class _AttentionReader:
         inputs = [c for c in linears if c is not output]
         if not inputs or not all(near(c.input, inputs[0].input) for c in inputs):
             raise Undescribable(f"{self._name}: its projections do not read the same")
-        description = next(self._projected(inputs, output), None)
-        if description is None:
-            raise Undescribable(f"{self._name}: what reaches attention is no rotation of its projections")
-        return AttentionFound(description, self._name, inputs[0].input, output.output)
+        return AttentionFound(
+            self._described(self._heads_found(inputs), output), self._name, inputs[0].input, output.output
+        )
 
-    def _projected(self, inputs: list[Call], output: Call) -> Iterator[AttentionDescription]:
-        """Every description by which the projections' outputs become what reached attention."""
+    def _described(self, found: _Heads, output: Call) -> AttentionDescription:
+        """The description around what became of the projections."""
         call = self._attention
         owners = [(self._name, call.module), ("config", self._traced.config)]
-        for clip in self._clips():
-            for names, layout, raw in self._splits(inputs):
-                if clip is not None:
-                    raw = tuple(x.clamp(-clip.value, clip.value) for x in raw)
-                query, key = (self._heads(x, target) for x, target in zip(raw, (call.query, call.key), strict=False))
-                value = self._value(raw[2], call.value)
-                if query is None or key is None or value is None:
-                    continue
-                (q, q_factor), (k, k_factor) = query, key
-                if q.rotation != k.rotation:
-                    raise Undescribable(f"{self._name}: queries and keys rotate differently")
-                yield AttentionDescription(
-                    names, output.name, find_scalar(call.query.shape[-1], owners, "head_dim head_size"), q, k,
-                    find_scalar(call.scale * q_factor * k_factor, owners, "scal"), layout, value[0], clip,
-                    self._window(owners), None if call.softcap is None else find_scalar(call.softcap, owners, "cap"),
-                    self._sinks(),
-                )  # fmt: skip
+        return AttentionDescription(
+            found.projections,
+            output.name,
+            find_scalar(call.query.shape[-1], owners, "head_dim head_size"),
+            found.query,
+            found.key,
+            find_scalar(call.scale * found.factor, owners, "scal"),
+            found.layout,
+            found.value_norm,
+            found.clip,
+            self._window(owners),
+            None if call.softcap is None else find_scalar(call.softcap, owners, "cap"),
+            self._sinks(),
+        )
+
+    def _heads_found(self, inputs: list[Call]) -> _Heads:
+        """How the projections' outputs became what reached attention."""
+        call = self._attention
+        for clip, (names, layout, raw) in product(self._clips(), self._splits(inputs)):
+            if clip is not None:
+                raw = tuple(x.clamp(-clip.value, clip.value) for x in raw)
+            query, key = self._prepared(raw[0], call.query), self._prepared(raw[1], call.key)
+            value_norm, value = self._head_norm(raw[2], given=True, reaches=call.value)
+            if query is None or key is None or not near(value, call.value):
+                continue
+            if query[0].rotation != key[0].rotation:
+                raise Undescribable(f"{self._name}: queries and keys rotate differently")
+            return _Heads(names, layout, query[0], key[0], value_norm, clip, query[1] * key[1])
+        raise Undescribable(f"{self._name}: what reaches attention is no rotation of its projections")
 
     def _clips(self) -> Iterator[Scalar | None]:
         """At what the projections' outputs may be cut: what the configuration calls so, else nowhere."""
@@ -113,9 +143,7 @@ class _AttentionReader:
         yield from (Scalar(kept[name], "config", name) for name in kept if "clip" in name)
         yield None
 
-    def _splits(
-        self, inputs: list[Call]
-    ) -> Iterator[tuple[tuple[str, ...], FusedLayout | None, tuple[torch.Tensor, ...]]]:
+    def _splits(self, inputs: list[Call]) -> Iterator[Split]:
         """Ways to take q, k and v [T, heads, dim] from the projections' outputs."""
         call = self._attention
         heads, kv_heads, dim = call.query.shape[1], call.key.shape[1], call.query.shape[2]
@@ -132,7 +160,7 @@ class _AttentionReader:
                     # Values projected as the keys (Gemma 4).
                     yield tuple(inputs[i].name for i in order), None, (*raw, raw[-1]) if len(raw) == 2 else raw
 
-    def _heads(self, raw: torch.Tensor, target: torch.Tensor) -> tuple[HeadsDescription, float] | None:
+    def _prepared(self, raw: torch.Tensor, target: torch.Tensor) -> tuple[HeadsDescription, float] | None:
         """How `raw` became `target`, both [T, heads, dim], and a factor that it was multiplied by."""
         norm, normed = self._head_norm(raw, given=True)
         for rotation, rotated in self._rotations(normed):
@@ -158,10 +186,6 @@ class _AttentionReader:
             if kept[length] >= 1 and near(position_factors(self._traced.positions, kept[beta], kept[length]), factors):
                 return PositionScale(Scalar(kept[beta], "config", beta), Scalar(kept[length], "config", length))
         return None
-
-    def _value(self, raw: torch.Tensor, target: torch.Tensor) -> tuple[NormDescription | None] | None:
-        norm, normed = self._head_norm(raw, given=True, reaches=target)
-        return (norm,) if near(normed, target) else None
 
     def _head_norm(
         self, x: torch.Tensor, *, given: bool, reaches: torch.Tensor | None = None
