@@ -49,7 +49,7 @@ from train.model.base_cache import BaseCache, BaseSpec
 from train.model.folder import WEIGHTS_INDEX
 from train.model.loading import stock_skeleton
 from train.nn.backends import resolve_dtype
-from train.nn.facts import known_facts, known_sizes
+from train.nn.facts import known_facts
 from train.nn.packed_model import PackedModel
 from train.runtime.attempts import open_attempt
 from train.sizing import Fit
@@ -119,7 +119,7 @@ class DeviceModel:
     def base_for(self, setting: Setting) -> tuple[PackedModel, Fit]:
         """The base as `setting` needs it; loaded again only if the fit changed."""
         config = run_config(self.folder, setting, seed=0)
-        fit = fit_to_device(config, known_sizes(self.folder, config.model, self.cache), LONGEST)
+        fit = fit_to_device(config, known_facts(self.folder, config.model, self.cache), LONGEST)
         if self.base is None or fit != self.fit:
             self.base = None
             forget_memory()

@@ -8,15 +8,17 @@ import torch
 from transformers import PreTrainedModel
 
 from train.config import QuantConfig
+from train.errors import BadInput
 from train.model.base_cache import BaseCache, BaseSpec
 from train.model.copies import Reader, cut_model, small_model
 from train.model.experts import expert_stacks
+from train.model.facts import ModelFacts
 from train.model.linears import frozen_linears
 from train.model.nf4 import dequantize
 from train.model.quantized import QuantizedBase, hollow_model, load_model
 from train.model.reference_code import reference_code, take_reference_code
 from train.nn.backends import EAGER, Kernels
-from train.nn.judge import PATHS, Verdict, judge
+from train.nn.judge import PATHS, Attempt, Verdict, judge
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.nn.probing import LONGEST
 from train.sizing import ComputePath, Residency
@@ -27,9 +29,16 @@ UNQUANTIZED = QuantConfig(load_in_4bit=False)
 
 
 def load_base(
-    spec: BaseSpec, residency: Residency, longest: int, bases: BaseCache, kernels: Kernels = EAGER
+    spec: BaseSpec,
+    residency: Residency,
+    longest: int,
+    bases: BaseCache,
+    kernels: Kernels = EAGER,
+    facts: ModelFacts | None = None,
 ) -> PackedModel:
     """Load a base for packs whose sequences have at most `longest` tokens; a quantized one comes from the cache `bases`.
+
+    What `facts` say of the architecture is not judged again; its own weights are.
 
     Raises:
         BadInput: weights are missing, or no path computes the architecture as transformers does.
@@ -43,7 +52,10 @@ def load_base(
         model = hollow_model(spec.model_dir, spec.model, spec.dtype, quantized)
     else:
         model = load_model(spec.model_dir, spec.model, spec.dtype, spec.device)
-    verdict = judge_loaded(model, weight_reader(model, quantized), spec.dtype, setup)
+    if facts is not None and facts.refusal is not None:
+        raise BadInput(facts.refusal)
+    first = None if facts is None else facts.path
+    verdict = judge_loaded(model, weight_reader(model, quantized), spec.dtype, setup, first)
     if spec.device.type == "cuda":
         # The copies are gone, but their memory would stay with this process in pieces that fit no micro-batch.
         torch.cuda.empty_cache()
@@ -63,23 +75,29 @@ def judge_architecture(full: PreTrainedModel) -> Verdict:
         return judge(small_model(full), lambda copy, path: pack_model(copy, setup, path=path))
 
 
-def judge_loaded(full: PreTrainedModel, read: Reader, dtype: torch.dtype, setup: DeviceSetup) -> Verdict:
+def judge_loaded(
+    full: PreTrainedModel,
+    read: Reader,
+    dtype: torch.dtype,
+    setup: DeviceSetup,
+    first: ComputePath | None = None,
+) -> Verdict:
     """Judge a model with its own weights, in its own precision and by the kernels of `setup`.
 
-    In 16 bits rounding could hide a leak of a percent, so only paths count that passed in float32 on a small copy.
+    In 16 bits rounding could hide a leak of a percent, so only paths from `first` on are tried: the first that passed in float32 on a
+    small copy, which is judged now if it is not known.
     """
-    paths: tuple[ComputePath, ...] = PATHS
-    earlier: Verdict | None = None
-    if dtype.itemsize == 2:
+    failed: tuple[Attempt, ...] = ()
+    if first is None and dtype.itemsize == 2:
         earlier = judge_architecture(full)
         if earlier.path is None:
             return earlier
-        paths = PATHS[PATHS.index(earlier.path) :]
+        first, failed = earlier.path, earlier.attempts[:-1]
+    paths = PATHS if first is None else PATHS[PATHS.index(first) :]
     stock = cut_model(full, read, dtype, setup.device)
     as_is = replace(setup, quant=UNQUANTIZED, residency="resident")
     reference = _reference_device(stock)
     found = judge(stock, lambda copy, path: pack_model(copy, as_is, path=path), reference, paths, setup.longest)
-    failed = () if earlier is None else tuple(attempt for attempt in earlier.attempts if not attempt.passed)
     return Verdict(found.path, failed + found.attempts)
 
 

@@ -47,16 +47,6 @@ def known_facts(model_dir: Path, model: ModelConfig, cache: CacheDir) -> ModelFa
     return facts
 
 
-def known_sizes(model_dir: Path, model: ModelConfig, cache: CacheDir) -> ModelFacts:
-    """The same, perhaps without a verdict: nothing is judged now.
-
-    Raises:
-        BadInput: transformers cannot build the model.
-    """
-    found = read_facts(model_dir, model, cache)
-    return measure_sizes(_skeleton(model_dir, model)) if found is None else found
-
-
 def _skeleton(model_dir: Path, model: ModelConfig) -> PreTrainedModel:
     with quiet(), foreign_errors(f"the model in {model_dir}", CHOOSE_ANOTHER):
         return stock_skeleton(model_dir, model)

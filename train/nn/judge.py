@@ -9,7 +9,8 @@ last hidden states, the logits, and the gradient of a random adapter on every li
 
 Errors are against stock transformers in float64. A path passes if its errors are at most twice those of stock transformers in the
 judged precision, or below a floor: 1e-5 in float32, half a step of the number format in 16 bits (`FLOORS`). So float32 is allowed
-1e-5, and more only where transformers itself is further from float64 than half of that.
+1e-5, and more only where transformers itself is further from float64 than half of that. A path that fails narrowly is judged again with
+other numbers (`CHANCE`): what leaks or is left out does so again.
 
 A mixture of experts in 16 bits sends some tokens to other experts than float64 does, in the stock model as in the packed one, and which
 tokens is chance. There the largest error says nothing, so the median and the three quarters of the tokens with the least error count
@@ -22,7 +23,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -52,6 +52,13 @@ TWICE = 2.0
 ROUTED_QUANTILES = (0.5, 0.75)
 # Positions at which the second and the third group of tokens begin.
 POSITION_GROUPS = (1, 8)
+# In 16 bits some models amplify rounding in a token now and then (a norm of what is almost zero), so stock transformers is measured so
+# many times more, each time with a few numbers of its embeddings rounded up.
+DITHERED = 2
+# A path whose error is at most this many times what is allowed, by bytes per number, is judged again, with other tokens and adapters:
+# the rounding of stock transformers is measured on few numbers.
+CHANCE = {8: 2.0, 4: 2.0, 2: 10.0}
+MOST_TRIES = 3
 # A gradient smaller than this share of the largest is compared with that share: it is made of rounding alone.
 SMALLEST_GRADIENT = 1e-3
 
@@ -123,14 +130,26 @@ def judge(
         reference: where the same model is computed in float64, if not on its own device.
         longest: no sequence of the pack has more tokens, so none that is longer is compared.
     """
-    examiner = _Examiner(stock, packed, reference, longest, seed)
+    examiners = [_Examiner(stock, packed, reference, longest, seed + other) for other in range(MOST_TRIES)]
     attempts: list[Attempt] = []
     with quiet():
         for path in paths:
-            attempts.append(examiner.attempt(path))
+            attempts.append(_best_of(examiners, path))
             if attempts[-1].passed:
                 return Verdict(path, tuple(attempts))
     return Verdict(None, tuple(attempts))
+
+
+def _best_of(examiners: list[_Examiner], path: ComputePath) -> Attempt:
+    """The attempt with the first numbers, or one with other numbers that passed where those may have failed by chance."""
+    first = examiners[0].attempt(path)
+    for examiner in examiners[1:]:
+        if first.passed or first.difference is None or first.difference > examiner.chance * first.allowed:
+            break
+        again = examiner.attempt(path)
+        if again.passed:
+            return again
+    return first
 
 
 class _Examiner:
@@ -151,30 +170,33 @@ class _Examiner:
         self._seed = seed
         self._dtype = stock.get_input_embeddings().weight.dtype
         self._routed = self._dtype.itemsize == 2 and has_experts(stock)
-        self._known: tuple[dict[str, tuple[int, int]], Probe, Results, Results] | None = None
+        self.chance = CHANCE[self._dtype.itemsize]
+        self._known: tuple[dict[str, tuple[int, int]], Probe, list[Results], Results] | None = None
 
     def attempt(self, path: ComputePath) -> Attempt:
         """What `path` gives. Whatever the model's own code raises counts as a difference, as a job would not survive it either."""
         try:
             base = self._packed(run_as_loaded(copy.deepcopy(self._stock)), path)
-            probe, stock, exact = self._stock_results(base.shapes)
+            probe, stocks, exact = self._stock_results(base.shapes)
             found = packed_results(base, probe)
         except Exception as exc:
             return Attempt(path, passed=False, why=_reason(exc))
-        worst = max(self._errors(found, stock, exact), key=lambda error: error[1] / error[2])
+        worst = max(self._errors(found, stocks, exact), key=lambda error: error[1] / error[2])
         measured, difference, allowed = worst
         if difference <= allowed:
             return Attempt(path, True, difference, allowed, measured)
         return Attempt(path, False, difference, allowed, measured, self._culprit(base, probe, allowed))
 
-    def _stock_results(self, shapes: dict[str, tuple[int, int]]) -> tuple[Probe, Results, Results]:
+    def _stock_results(self, shapes: dict[str, tuple[int, int]]) -> tuple[Probe, list[Results], Results]:
         if self._known is None or self._known[0] != shapes:
             vocabulary = self._stock.get_input_embeddings().weight.shape[0]
             probe = Probe.of(shapes, vocabulary, self._dtype, self._longest, self._seed)
             with reference_code():
                 exact = self._exact_results(probe)
-            stock = stock_results(self._stock, probe)
-            self._known = (shapes, probe, stock, exact or stock)
+            dithered = range(DITHERED if self._dtype.itemsize == 2 else 0)
+            stocks = [stock_results(self._stock, probe)]
+            stocks += [stock_results(self._stock, probe, dither=seed) for seed in dithered]
+            self._known = (shapes, probe, stocks, exact or stocks[0])
         return self._known[1:]
 
     def _exact_results(self, probe: Probe) -> Results | None:
@@ -186,19 +208,23 @@ class _Examiner:
         except RuntimeError:
             return None if self._dtype == torch.float32 else stock_results(exact.float(), probe)
 
-    def _errors(self, found: Results, stock: Results, exact: Results) -> Iterator[tuple[str, float, float]]:
+    def _errors(self, found: Results, stocks: list[Results], exact: Results) -> Iterator[tuple[str, float, float]]:
         """What was measured, its error, and how large it may be."""
         floor = FLOORS[self._dtype]
         slack = 0.0
         for name, measured in (("hidden", "hidden states"), ("logits", "logits")):
-            mine, theirs, truth = (cast(torch.Tensor, getattr(r, name)) for r in (found, stock, exact))
-            ours, stocks = token_errors(mine, truth), token_errors(theirs, truth)
-            slack = max(slack, float(stocks.max())) if self._routed else 0.0
-            for mine_of_some, theirs_of_some in zip(self._summaries(ours), self._summaries(stocks), strict=True):
-                yield measured, mine_of_some, max(floor, TWICE * theirs_of_some)
-        ours_by_kind, stocks_by_kind = (gradient_errors(r.gradients, exact.gradients) for r in (found, stock))
-        for kind, error in ours_by_kind.items():
-            yield f"gradients of {kind}", error, max(floor, TWICE * (stocks_by_kind[kind] + slack))
+            truth = getattr(exact, name)
+            theirs = [token_errors(getattr(stock, name), truth) for stock in stocks]
+            if self._routed:
+                slack = max(slack, *(float(errors.max()) for errors in theirs))
+            most = [max(same) for same in zip(*map(self._summaries, theirs), strict=True)]
+            for mine, stocks_error in zip(
+                self._summaries(token_errors(getattr(found, name), truth)), most, strict=True
+            ):
+                yield measured, mine, max(floor, TWICE * stocks_error)
+        of_stocks = [gradient_errors(stock.gradients, exact.gradients) for stock in stocks]
+        for kind, error in gradient_errors(found.gradients, exact.gradients).items():
+            yield f"gradients of {kind}", error, max(floor, TWICE * (max(of[kind] for of in of_stocks) + slack))
 
     def _summaries(self, errors: torch.Tensor) -> list[float]:
         """What counts of the errors [T] of all tokens: the largest of each group of positions; with experts in 16 bits, quantiles."""

@@ -29,6 +29,8 @@ from train.nn.packed_model import PackedModel
 LENGTHS = ((3, 67), (13, 21, 8))
 LONGEST = 67
 RANK = 4
+# Of an embedding's numbers.
+DITHERED_SHARE = 0.05
 # How strongly the adapters act, as a share of the layers' own outputs.
 ADAPTED_SHARE = 0.1
 
@@ -84,8 +86,11 @@ def token_errors(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return torch.where(errors.isnan(), torch.inf, errors)
 
 
-def stock_results(model: PreTrainedModel, probe: Probe) -> Results:
-    """What stock transformers computes with every sequence alone; adapters are added by hooks, as PEFT's formula says."""
+def stock_results(model: PreTrainedModel, probe: Probe, dither: int | None = None) -> Results:
+    """What stock transformers computes with every sequence alone; adapters are added by hooks, as PEFT's formula says.
+
+    With a seed `dither`, a few numbers of the embeddings are one step of their format too large.
+    """
     weight = model.get_input_embeddings().weight
     hidden: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
@@ -95,7 +100,7 @@ def stock_results(model: PreTrainedModel, probe: Probe) -> Results:
             name: tuple(x.to(weight, copy=True).requires_grad_() for x in both) for name, both in adapters.items()
         }
         loss: Any = 0.0
-        with _adapted(model, placed), _last_hidden(model, hidden):
+        with _adapted(model, placed), _last_hidden(model, hidden), _dithered(model, dither):
             for sequence in (s for s in probe.sequences if s.run_index == run):
                 tokens = torch.from_numpy(sequence.tokens.astype(np.int64)).to(weight.device)[None]
                 found = model(tokens, use_cache=False).logits[0]
@@ -125,6 +130,25 @@ def _adapted(model: PreTrainedModel, adapters: dict[str, tuple[torch.Tensor, ...
             handle = model.get_submodule(name).register_forward_hook(hook(a, b))
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def _dithered(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
+    """Move the embeddings by chance, without a `seed` by nothing."""
+    if seed is None:
+        yield
+        return
+    random = torch.Generator().manual_seed(seed)
+
+    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        moved = (torch.rand(output.shape, generator=random) < DITHERED_SHARE).to(output.device)
+        return torch.where(moved, output * (1 + torch.finfo(output.dtype).eps), output)
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -33,8 +33,10 @@ def fit_to_device(config: RunConfig, facts: ModelFacts, longest: int) -> Fit:
     return fit_pack(config, facts.size(), resolve_dtype(config.train, device), device, longest)
 
 
-def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases: BaseCache) -> PackedModel:
-    """The base of `config` on this device, as `fit` wants it."""
+def open_base(
+    config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases: BaseCache, facts: ModelFacts | None = None
+) -> PackedModel:
+    """The base of `config` on this device, as `fit` wants it; what is not known of the model yet is measured."""
     device = this_device()
     dtype = resolve_dtype(config.train, device)
     log.info(f"loading {config.model.source} on {device_name(device)} in {str(dtype).removeprefix('torch.')}: {fit}")
@@ -44,7 +46,7 @@ def open_base(config: RunConfig, model_dir: Path, fit: Fit, longest: int, bases:
     compiles = config.train.compile is not False and missing is None
     kernels = choose_kernels(device, dtype, compiles=compiles, graphs=fit.graphs)
     spec = BaseSpec(model_dir, config.model, config.quant, dtype, device)
-    base = load_base(spec, fit.residency, longest, bases, kernels)
+    base = load_base(spec, fit.residency, longest, bases, kernels, facts)
     log.info(f"computed by the path {base.path}, relative differences from transformers: {'; '.join(base.attempts)}")
     if fit.checkpoint_activations:
         base.checkpoint_activations()

@@ -25,7 +25,7 @@ from train.model.base_cache import BaseCache
 from train.model.loading import stock_skeleton
 from train.model.source import model_fingerprint
 from train.model.staging import stage_model
-from train.nn.facts import known_sizes
+from train.nn.facts import known_facts
 from train.nn.packed_model import PackedModel
 from train.runtime.activity import Activity
 from train.runtime.attempts import cause_of
@@ -67,8 +67,10 @@ def train_pack(leases: Leases, cache: CacheDir, job: JobContext) -> None:
     data = tokenized_data(configs, model_dir, cache, job.stop)
     job.stop.check()
     longest = longest_row(data)
-    fit = fit_to_device(configs[0], known_sizes(model_dir, configs[0].model, cache), longest)
-    base = open_base(configs[0], model_dir, fit, longest, BaseCache(cache, job.stop.check, job.activity))
+    # Judged even where the plan did it already, so that the same job always chooses alike.
+    facts = known_facts(model_dir, configs[0].model, cache)
+    fit = fit_to_device(configs[0], facts, longest)
+    base = open_base(configs[0], model_dir, fit, longest, BaseCache(cache, job.stop.check, job.activity), facts)
     job.stop.check()
     log.info(f"ready after {time.monotonic() - started:.1f} s")
     writer = RunWriter if job.group.is_main else NullRunWriter
