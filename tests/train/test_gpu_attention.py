@@ -222,15 +222,15 @@ def context_of(lengths: tuple[int, ...], kernels: Kernels) -> ForwardContext:
     return context
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_raw_heads_are_kept_instead_of_prepared_ones(joined: bool) -> None:
+@pytest.mark.parametrize(("joined", "fused"), [(False, True), (True, True), (True, False)])
+def test_raw_heads_are_kept_instead_of_prepared_ones(joined: bool, fused: bool) -> None:
     """The result and the gradients are those of `attend` after `heads_autograd`, to the bit: the same kernels on the same numbers."""
     lengths, dtype = (2, 5), torch.float16
     *qkv, gradient = inputs(lengths, (4, 2, 32), dtype)
     random = torch.Generator().manual_seed(1)
     cos, sin, weight = (torch.randn(shape, generator=random).to(DEVICE, dtype) for shape in ((7, 32), (7, 32), (32,)))
     transforms = HeadTransform(Norm(weight, 1e-5)), HeadTransform()
-    context = context_of(lengths, Kernels(flash_varlen=True, triton_attention=True, fused_elementwise=True))
+    context = context_of(lengths, Kernels(flash_varlen=True, triton_attention=True, fused_elementwise=fused))
     leaves = [x.clone().requires_grad_() for x in qkv]
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -243,7 +243,7 @@ def test_raw_heads_are_kept_instead_of_prepared_ones(joined: bool) -> None:
     mine = out, *torch.autograd.grad(out, leaves, gradient)
     # The projections [7, 8, 32], out [7, 4, 32] and log_sums [4, 7].
     assert sum(x.numel() for x in kept) == 7 * (8 + 4) * 32 + 7 * 4
-    prepared = [heads_autograd(x, (cos, sin), t, True) for x, t in zip(leaves[:2], transforms, strict=True)]
+    prepared = [heads_autograd(x, (cos, sin), t, fused) for x, t in zip(leaves[:2], transforms, strict=True)]
     out = attend(*prepared, leaves[2], context, SCALE)
     others = out, *torch.autograd.grad(out, leaves, gradient)
     assert all(torch.equal(*pair) for pair in zip(mine, others, strict=True))

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from train.nn.functional import dispatch
+from train.nn.functional import dispatch, triton_kernel
 from train.nn.heads import CosSin, HeadTransform, prepare_heads, prepare_heads_backward
 
 Tensors = tuple[torch.Tensor, ...]
@@ -194,11 +194,15 @@ class Preparation:
         prepared: torch.Tensor = dispatch(prepare_heads, self.fused, x, *(self.cos_sin or (None, None)), transform)
         return prepared
 
-    def backward(self, gradient: torch.Tensor, x: torch.Tensor, transform: HeadTransform) -> torch.Tensor:
-        """The gradient of the raw heads."""
+    def backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, transform: HeadTransform, out: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of the raw heads, in `out`, whose tokens may be apart."""
         cos, sin = self.cos_sin or (None, None)
-        found: torch.Tensor = dispatch(prepare_heads_backward, self.fused, gradient, x, cos, sin, transform)
-        return found
+        if self.fused:
+            triton_kernel(prepare_heads_backward)(gradient, x, cos, sin, transform, out)
+            return out
+        return out.copy_(dispatch(prepare_heads_backward, False, gradient, x, cos, sin, transform))
 
 
 class _AttendVarlenRaw(torch.autograd.Function):
@@ -228,10 +232,17 @@ class _AttendVarlenRaw(torch.autograd.Function):
         q, k, v = split_heads(raw, heads)
         prepared = preparation.forward(q, preparation.q), preparation.forward(k, preparation.k)
         q_grad, k_grad, v_grad = kernel.backward(gradients[0], *prepared, v, kept, scores)
-        found = [
-            preparation.backward(q_grad, q, preparation.q), preparation.backward(k_grad, k, preparation.k), v_grad
-        ]  # fmt: skip
-        return None, None, None, None, *([torch.cat(found, 1)] if len(raw) == 1 else found)
+        raw_grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in raw[:2])
+        if len(raw) == 1:
+            # All gradients go where they belong in one matrix.
+            *outs, of_values = split_heads(raw_grads, heads)
+            of_values.copy_(v_grad)
+        else:
+            outs = list(raw_grads)
+            raw_grads = *raw_grads, v_grad
+        preparation.backward(q_grad, q, preparation.q, outs[0])
+        preparation.backward(k_grad, k, preparation.k, outs[1])
+        return None, None, None, None, *raw_grads
 
 
 def attend_varlen_raw(

@@ -231,14 +231,15 @@ def prepare_heads_backward(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     transform: HeadTransform,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`train.nn.heads.prepare_heads_backward` of [T, heads, dim]."""
+    """`train.nn.heads.prepare_heads_backward` of [T, heads, dim], in `out` if it is given, whose tokens may be apart."""
     gradient = _with_whole_heads(gradient)
     # Without a norm x is not read.
     x = gradient if x is None or transform.norm is None else _with_whole_heads(x)
     norm = transform.norm
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    out = torch.empty_like(gradient, memory_format=torch.contiguous_format) if out is None else out
     _prepare_heads_backward[(len(x),)](
         gradient, x, *_whole_angles(x, cos, sin), weight, out, gradient.stride(0), x.stride(0), out.stride(0), eps,
         **_constants(x, cos, transform),
