@@ -93,6 +93,9 @@ def measure_windows(
 
     with _attention_as(model, attention, formulas.make):
         decode(torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=device))
+    # transformers would keep sequences apart by a mask [T, T] of all tokens; a cache of answers would stay empty.
+    if not windows:
+        raise UnknownAttention(f"{type(model).__name__} computes attention by code of its own")
     return windows
 
 
