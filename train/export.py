@@ -26,12 +26,13 @@ from transformers import (
     TextStreamer,
 )
 
-from train.config import RunConfig, read_run_config
+from train.config import LoraConfig, RunConfig, read_run_config
 from train.data.rendering import closing_tokens, render, special_tokens
 from train.data.rows import AlpacaRow
 from train.errors import BadInput, LorapackError
 from train.log import log_to
 from train.lora.peft_files import read_adapter
+from train.lora.peft_forms import Adapter
 from train.lora.targets import adapted_modules
 from train.model.folder import save_model
 from train.model.linears import frozen_linears
@@ -102,11 +103,16 @@ def tuned_model(
     folder, code = stage_model(config.model, cache), config.model.trust_remote_code
     kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=code))
     model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=code)
-    targets = adapted_modules(config.lora, list(adapter))
+    merge_adapter(model, adapter, config.lora)
+    return model.eval(), load_tokenizer(folder, config.model)
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Adapter, lora: LoraConfig) -> None:
+    """Add the adapter that `lora` trained to the weights of `model`."""
+    targets = adapted_modules(lora, list(adapter))
     linears = frozen_linears(model)
     for name, (a, b) in adapter.items():
         add_product(linears[name].weight, a, b, targets[name].scaling)
-    return model.eval(), load_tokenizer(folder, config.model)
 
 
 @torch.no_grad()

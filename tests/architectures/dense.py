@@ -100,7 +100,7 @@ ARCHITECTURES = [
     ),
     # Sequences on both sides of the length where the factors change: a token's rotation hangs on what comes later.
     model(
-        "phi3-longrope-crossing", "phi3", None, original_max_position_embeddings=12,
+        "phi3-longrope-crossing", "phi3", "own", causal=False, original_max_position_embeddings=12,
         rope_parameters=rope("longrope", original_max_position_embeddings=12, **LONG_ROPE),
     ),
     model(

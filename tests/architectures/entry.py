@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -23,10 +25,14 @@ class Architecture:
     Attributes:
         settings: keys of the family's configuration that differ from transformers' defaults.
         path: how a pack has to compute it: by our decoder, by transformers' on flat tokens, or by its on padded
-            sequences; None if it has to refuse it, since a token's logits depend on later ones.
+            sequences; None if it has to refuse it.
+        causal: no token's logits depend on later ones.
+        since: the first release of transformers that is known to compute it right.
         moe: some layers choose experts per token.
         idle: a regular expression of parameters that cannot change the logits: a vision tower's, the bias of keys that
             nothing rotates (it shifts all scores of a query alike), or a scale right before a norm.
+        not_adapted: a regular expression of linear layers that stock PEFT refuses to adapt, or whose weight the model reads
+            without calling them, so that an adapter never acts.
     """
 
     name: str
@@ -35,11 +41,20 @@ class Architecture:
     settings: dict[str, Any]
     moe: bool = False
     idle: str | None = None
+    not_adapted: str | None = None
+    causal: bool = True
+    since: str | None = None
 
     @property
     def missing(self) -> str | None:
-        """Why this transformers cannot build the model; None if it can."""
-        return None if self.model_type in CONFIG_MAPPING_NAMES else f"this transformers has no {self.model_type!r}"
+        """Why this transformers has no such model to compare with; None if it has."""
+        if self.model_type not in CONFIG_MAPPING_NAMES:
+            return f"transformers {transformers.__version__} has no {self.model_type!r}"
+        if self.since is not None and Version(transformers.__version__) < Version(self.since):
+            return (
+                f"transformers {transformers.__version__} computes {self.model_type!r} wrongly; {self.since} does not"
+            )
+        return None
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(self.model_type, **self.settings)
@@ -60,10 +75,19 @@ SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention
 
 
 def model(
-    name: str, model_type: str, path: PathName | None, *, moe: bool = False, idle: str | None = None, **own: Any
+    name: str,
+    model_type: str,
+    path: PathName | None,
+    *,
+    moe: bool = False,
+    idle: str | None = None,
+    not_adapted: str | None = None,
+    causal: bool = True,
+    since: str | None = None,
+    **own: Any,
 ) -> Architecture:
     """An entry with the sizes that most families name alike."""
-    return Architecture(name, model_type, path, SIZES | TOKENS | own, moe, idle)
+    return Architecture(name, model_type, path, SIZES | TOKENS | own, moe, idle, not_adapted, causal, since)
 
 
 def rope(kind: str = "default", theta: float = 10_000.0, **own: Any) -> dict[str, Any]:

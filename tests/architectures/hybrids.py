@@ -32,9 +32,9 @@ ARCHITECTURES = [
         **DELTA_NET, **experts(),
     ),
     model(
-        "falcon-h1", "falcon_h1", "padded", mamba_d_ssm=128, mamba_rms_norm=True, projectors_bias=True,
-        mamba_proj_bias=True, lm_head_multiplier=0.5, embedding_multiplier=2.0, mlp_multipliers=[0.7, 1.4],
-        key_multiplier=0.6, attention_out_multiplier=0.8, attention_in_multiplier=1.2,
+        "falcon-h1", "falcon_h1", "padded", not_adapted="out_proj", mamba_d_ssm=128, mamba_rms_norm=True,
+        projectors_bias=True, mamba_proj_bias=True, lm_head_multiplier=0.5, embedding_multiplier=2.0,
+        mlp_multipliers=[0.7, 1.4], key_multiplier=0.6, attention_out_multiplier=0.8, attention_in_multiplier=1.2,
         ssm_multipliers=[0.6, 0.8, 1.2, 1.4, 0.9], ssm_in_multiplier=1.3, ssm_out_multiplier=0.8, **MAMBA,
     ),
     model(
@@ -42,7 +42,7 @@ ARCHITECTURES = [
         shared_intermediate_size=32, position_embedding_type="rope", **GRANITE, **MAMBA, **experts(),
     ),
     model(
-        "nemotron-h", "nemotron_h", "padded", moe=True,
+        "nemotron-h", "nemotron_h", "padded", not_adapted="out_proj", moe=True,
         layers_block_type=["mamba", "moe", "attention", "mlp", "mamba"], num_hidden_layers=5, head_dim=16,
         ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=16, n_groups=2, conv_kernel=4, chunk_size=8,
         n_routed_experts=4, n_shared_experts=1, moe_shared_expert_intermediate_size=32, **experts(),
@@ -53,9 +53,10 @@ ARCHITECTURES = [
         "zaya", "zaya", "padded", moe=True, head_dim=16, sliding_window=WINDOW,
         layer_types=["hybrid", "hybrid_sliding", "hybrid"], router_hidden_size=16, **experts(chosen=1),
     ),
-    model("doge", "doge", "padded", keep_window_size=128),
+    # In 5.17 every token attends to later ones.
+    model("doge", "doge", "padded", since="5.23", keep_window_size=128),
     # Which keys are kept is chosen among later ones too.
-    model("doge-window", "doge", None, keep_window_size=WINDOW),
+    model("doge-window", "doge", None, causal=False, since="5.23", keep_window_size=WINDOW),
     model(
         "minimax", "minimax", "padded", moe=True, head_dim=16, layer_types=[FULL, LINEAR, FULL], block_size=8,
         full_attn_alpha_factor=1.3, full_attn_beta_factor=0.8, linear_attn_alpha_factor=0.7,
@@ -65,9 +66,10 @@ ARCHITECTURES = [
         "recurrent-gemma", "recurrent_gemma", "padded", lru_width=64, attention_window_size=WINDOW,
         logits_soft_cap=2.0,
     ),
-    model("mamba", "mamba", "padded", state_size=8, time_step_rank=4, use_bias=True),
+    model("mamba", "mamba", "padded", not_adapted="out_proj|dt_proj", state_size=8, time_step_rank=4, use_bias=True),
     model(
-        "mamba2", "mamba2", "padded", num_heads=8, head_dim=16, state_size=8, n_groups=2, chunk_size=8, use_bias=True,
+        "mamba2", "mamba2", "padded", not_adapted="out_proj", num_heads=8, head_dim=16, state_size=8, n_groups=2,
+        chunk_size=8, use_bias=True,
     ),
     model(
         "olmo-hybrid", "olmo_hybrid", "padded", layer_types=[LINEAR, LINEAR, FULL], linear_num_key_heads=4,
@@ -84,8 +86,8 @@ ARCHITECTURES = [
         num_experts_per_token=2, num_expert_group=2, topk_group=1, **LATENT | experts() | {"q_lora_rank": None},
     ),
     model(
-        "jamba", "jamba", "padded", moe=True, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False,
-        **experts(),
+        "jamba", "jamba", "padded", moe=True, not_adapted="dt_proj", num_hidden_layers=4, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
+        use_mamba_kernels=False, **experts(),
     ),
 ]  # fmt: skip

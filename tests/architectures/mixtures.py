@@ -6,19 +6,19 @@ from architectures.entry import FULL, GRANITE, LATENT, SLIDING, WINDOW, experts,
 
 ARCHITECTURES = [
     model(
-        "qwen3-moe", "qwen3_moe", "flat", moe=True, head_dim=16, mlp_only_layers=[1], norm_topk_prob=True,
+        "qwen3-moe", "qwen3_moe", "own", moe=True, head_dim=16, mlp_only_layers=[1], norm_topk_prob=True,
         **experts(),
     ),
-    model("mixtral", "mixtral", "flat", moe=True, sliding_window=WINDOW, **experts()),
+    model("mixtral", "mixtral", "own", moe=True, sliding_window=WINDOW, **experts()),
     model(
-        "qwen2-moe", "qwen2_moe", "flat", moe=True, shared_expert_intermediate_size=32, mlp_only_layers=[1],
+        "qwen2-moe", "qwen2_moe", "own", moe=True, shared_expert_intermediate_size=32, mlp_only_layers=[1],
         **experts(),
     ),
     model("olmoe", "olmoe", "flat", moe=True, num_key_value_heads=4, clip_qkv=2.0, **experts()),
-    model("minimax-m2", "minimax_m2", "flat", moe=True, head_dim=16, **experts()),
-    model("flex-olmo", "flex_olmo", "flat", moe=True, **experts()),
-    model("phimoe", "phimoe", "padded", moe=True, lm_head_bias=True, attention_bias=True, **experts()),
-    model("granite-moe", "granitemoe", "flat", moe=True, **GRANITE, **experts()),
+    model("minimax-m2", "minimax_m2", "own", moe=True, head_dim=16, **experts()),
+    model("flex-olmo", "flex_olmo", "own", moe=True, **experts()),
+    model("phimoe", "phimoe", "own", moe=True, lm_head_bias=True, attention_bias=True, **experts()),
+    model("granite-moe", "granitemoe", "own", moe=True, **GRANITE, **experts()),
     model(
         "deepseek-v2", "deepseek_v2", "flat", moe=True, n_routed_experts=4, n_shared_experts=1,
         first_k_dense_replace=1, routed_scaling_factor=1.5, **LATENT, **experts(),
@@ -28,11 +28,11 @@ ARCHITECTURES = [
         first_k_dense_replace=1, n_group=4, topk_group=2, **LATENT, **experts(count=8),
     ),
     model(
-        "glm4-moe", "glm4_moe", "flat", moe=True, n_routed_experts=4, n_shared_experts=1, use_qk_norm=True,
+        "glm4-moe", "glm4_moe", "own", moe=True, n_routed_experts=4, n_shared_experts=1, use_qk_norm=True,
         head_dim=16, routed_scaling_factor=1.5, first_k_dense_replace=1, **experts(),
     ),
     model(
-        "ernie4.5-moe", "ernie4_5_moe", "flat", moe=True, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
+        "ernie4.5-moe", "ernie4_5_moe", "own", moe=True, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
         moe_layer_end_index=2, **experts(),
     ),
     model(
@@ -47,7 +47,7 @@ ARCHITECTURES = [
         enable_moe_block=True, top_k_experts=2, idle=r"layers\.3\.layer_scalar", **experts(),
     ),
     model(
-        "gpt-oss", "gpt_oss", "flat", moe=True, head_dim=16, sliding_window=WINDOW,
+        "gpt-oss", "gpt_oss", "own", moe=True, head_dim=16, sliding_window=WINDOW,
         layer_types=[SLIDING, FULL, SLIDING],
         rope_parameters=rope(
             "yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=32,
@@ -60,7 +60,7 @@ ARCHITECTURES = [
         **experts(chosen=1),
     ),
     model(
-        "flint", "flint", "flat", moe=True, head_dim=16, sliding_window=WINDOW,
+        "flint", "flint", "own", moe=True, head_dim=16, sliding_window=WINDOW,
         layer_types=[FULL, SLIDING, SLIDING], shared_expert_intermediate_size=32, mlp_only_layers=[0], **experts(),
     ),
 ]  # fmt: skip

@@ -17,9 +17,9 @@ GPT = TOKENS | {
 ARCHITECTURES = [
     model("bitnet", "bitnet", "flat"),
     model("nanochat", "nanochat", "flat", final_logit_softcapping=2.0),
-    model("gpt-neox", "gpt_neox", "flat"),
-    model("gpt-neox-sequential", "gpt_neox", "flat", use_parallel_residual=False),
-    model("persimmon", "persimmon", "flat", num_key_value_heads=4),
+    model("gpt-neox", "gpt_neox", "own"),
+    model("gpt-neox-sequential", "gpt_neox", "own", use_parallel_residual=False),
+    model("persimmon", "persimmon", "own", num_key_value_heads=4),
     model("opt", "opt", "flat", ffn_dim=96, word_embed_proj_dim=64, dropout=0.0, idle=r"k_proj\.bias"),
     model(
         "opt-350m", "opt", "flat", ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False, dropout=0.0,
@@ -27,10 +27,11 @@ ARCHITECTURES = [
     ),
     model("biogpt", "biogpt", "flat", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, idle=r"k_proj\.bias"),
     Architecture("gpt-bigcode", "gpt_bigcode", "flat", GPT),
-    model("youtu", "youtu", "flat", **LATENT),
+    # Where a padding token is named, transformers loads its embedding as zeros.
+    model("youtu", "youtu", "flat", **LATENT | {"pad_token_id": None}),
     model("minicpm3", "minicpm3", "flat", scale_emb=3, scale_depth=1.0, dim_model_base=32, **LATENT),
-    model("diffllama", "diffllama", "padded", head_dim=16),
-    Architecture("gpt2", "gpt2", "padded", GPT),
+    model("diffllama", "diffllama", "flat", head_dim=16),
+    Architecture("gpt2", "gpt2", "flat", GPT),
     Architecture("gptj", "gptj", "padded", GPT | {"rotary_dim": 8}),
     Architecture("codegen", "codegen", "padded", GPT | {"rotary_dim": 8, "n_ctx": 128}),
     model("bloom", "bloom", "padded", n_layer=3, n_head=4),
@@ -40,8 +41,8 @@ ARCHITECTURES = [
         "falcon-alibi", "falcon", "padded", alibi=True, multi_query=False, parallel_attn=False, num_kv_heads=4,
         bias=True,
     ),
-    model("phi", "phi", "padded"),
-    model("phi-qk-norm", "phi", "padded", qk_layernorm=True),
+    model("phi", "phi", "own"),
+    model("phi-qk-norm", "phi", "own", qk_layernorm=True),
     Architecture(
         "gpt-neo", "gpt_neo", "padded",
         SIZES | TOKENS | {

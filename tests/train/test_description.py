@@ -31,7 +31,10 @@ from train.nn.reading import describe, describe_model
 from train.nn.rotation import RotaryTables
 from train.nn.varlen import Scores
 
-OURS = [name for name, entry in ARCHITECTURES.items() if entry.path == "own" and entry.missing is None]
+# In float64, of which transformers' grouped products of experts know nothing.
+OURS = [
+    name for name, entry in ARCHITECTURES.items() if entry.path == "own" and entry.missing is None and not entry.moe
+]
 # Mixtures of experts, whose attention is ours.
 MIXED = [name for name in ("gpt-oss", "qwen3-moe", "granite-moe") if ARCHITECTURES[name].missing is None]
 # Every idea of a description once: norms before, behind and both, 1 + w, windows, two rotations, fused projections, parts of heads,
