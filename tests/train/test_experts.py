@@ -27,6 +27,7 @@ from train.nn.backends import EAGER
 from train.nn.expert_forms import exchange_experts, experts_form
 from train.nn.experts import CHUNK_BYTES, DenseStack, PackedExperts, Stack, mixture
 from train.nn.forward_context import ForwardContext
+from train.nn.packed_model import DeviceSetup, pack_model
 from train.sizing import BaseSize, ExpertsSize, base_bytes, dequantized_bytes
 from train.store.layout import CacheDir
 
@@ -301,3 +302,19 @@ def test_a_norm_behind_each_expert_is_computed_with_its_gradient() -> None:
     expected = with_gradients(theirs, *inputs)
     for a, b in zip(with_gradients(ours, *inputs), expected, strict=True):
         assert difference(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_diverging_run_leaves_the_others_of_a_mixture_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = pack_model(tiny_model("qwen3-moe", dtype), DeviceSetup(packs.NF4, packs.CPU, "nf4", 64), path="flat")
+    configs = [packs.run_config(train={"max_steps": 3, "eval_steps": 0, "seed": seed}) for seed in range(3)]
+    healthy = packs.train(tmp_path / "healthy", base, configs)
+    loop = packs.make_loop(tmp_path / "ill", base, configs)
+    sessions: list[packs.Recording] = list(loop.sessions)  # type: ignore[arg-type]
+    for a, _ in loop.adapters.tensors(1).values():
+        a.fill_(torch.nan)
+    loop.run()
+    assert not packs.run_dirs(tmp_path / "ill")[1].result.exists()
+    for run in (0, 2):
+        for name, pair in healthy[run].final.items():
+            assert all(torch.equal(*both) for both in zip(pair, sessions[run].final[name], strict=True))

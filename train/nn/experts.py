@@ -175,8 +175,6 @@ class PackedExperts(nn.Module):
         self.form = form
         self.held = dict(held)
         self.context = context
-        # The stacks are not parameters of the model any more.
-        self.stacked_parameters = sum(len(stack) * stack.shape[0] * stack.shape[1] for stack in held.values())
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, router_weights: torch.Tensor) -> torch.Tensor:
         """[N, H], with the experts [N, k] that each token chose and their weights [N, k] -> [N, H].
