@@ -107,8 +107,7 @@ def prepare(request: Json, cache: CacheDir) -> Json:
     model_dir = stage_model(model, cache)
     check_files(model_dir, model)
     facts = known_facts(model_dir, model, cache)
-    if facts.refusal is not None:
-        raise BadInput(facts.refusal)
+    facts.check(data.max_length)
     modules = list(facts.linears)
     peft = StockPeft(model, partial(stock_skeleton, model_dir, model))
     # Before tokenizing, which may take minutes.

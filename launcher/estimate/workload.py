@@ -172,10 +172,7 @@ class SizingInputs:
             if folder is not None:
                 check_weights(folder)
             self._facts[model] = checked_facts(model, self._cache)
-        facts = self._facts[model]
-        if facts is not None and facts.refusal is not None:
-            raise BadInput(facts.refusal)
-        return facts
+        return self._facts[model]
 
     def shape(self, model: ModelConfig) -> ModelShape:
         """The base model's shape, real or assumed.
@@ -194,6 +191,9 @@ class SizingInputs:
         Raises:
             BadInput: the model cannot be trained, or has no module that the adapter targets.
         """
+        facts = self.facts(config.model)
+        if facts is not None:
+            facts.check(config.data.max_length)
         key = (config.model, config.data)
         if key not in self._data:
             self._data[key] = dataset_stats(config, self._cache)

@@ -18,7 +18,7 @@ from train.errors import BadInput
 from train.model.facts import ModelFacts, facts_file, read_facts
 from train.model.loading import check_files, load_decoder, load_tokenizer
 from train.nn import facts
-from train.nn.facts import known_facts
+from train.nn.facts import known_facts, longest_of_one_rotation
 from train.store.layout import CacheDir
 
 SIZES: dict[str, Any] = {
@@ -100,6 +100,22 @@ def test_sizes_are_kept_when_the_measurement_is_stopped(tmp_path: Path, monkeypa
     kept = read_facts(tmp_path / "model", model_of(tmp_path / "model"), CacheDir(tmp_path / "cache"))
     assert kept is not None
     assert (kept.judged, kept.layers, kept.vocabulary) == (False, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"), [("llama", None), ("phi3-longrope-crossing", 12), ("llama-dynamic-rope", 128), ("bloom", None)]
+)
+def test_texts_in_which_positions_turn_otherwise_are_told_by_the_angles(name: str, longest: int | None) -> None:
+    config = ARCHITECTURES[name].config()
+    config.get_text_config().max_position_embeddings = 128
+    assert longest_of_one_rotation(AutoModelForCausalLM.from_config(config)) == longest
+
+
+def test_longer_texts_are_refused_where_a_path_does_not_keep_their_angles_apart(tmp_path: Path) -> None:
+    found = measured(LlamaConfig(**SIZES), tmp_path).model_copy(update={"path": "flat", "longest": 4096})
+    found.check(4096)
+    with pytest.raises(BadInput, match=r"more than 4096 tokens.* at most 4096 \(now 4097\)"):
+        found.check(4097)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import Field
 
 from train.config import ModelConfig
-from train.errors import DamagedFile
+from train.errors import BadInput, DamagedFile
 from train.model.folder import CONFIG
 from train.sizing import Activations, BaseSize, ComputePath, ExpertsSize
 from train.store.layout import CacheDir
@@ -32,6 +32,7 @@ class ModelFacts(FileRecord):
     Attributes:
         path: how packs compute the model; None if it was not judged yet, or is refused.
         attempts: what each path gave that was tried, one sentence each.
+        longest: on sequences with more tokens the path is wrong, as positions turn by other angles there (LongRoPE); None if on none.
         refusal: why the model cannot be trained, None if it can, or was not judged yet.
         hidden, vocabulary: of the text decoder and its head.
         parameters: all weights of the text decoder and its head, tied ones once.
@@ -55,12 +56,27 @@ class ModelFacts(FileRecord):
     chosen: int = 0
     path: ComputePath | None = None
     attempts: list[str] = Field(default_factory=list)
+    longest: int | None = None
     refusal: str | None = None
 
     @property
     def judged(self) -> bool:
         """Whether it was tried how the model is computed."""
         return self.path is not None or self.refusal is not None
+
+    def check(self, longest: int) -> None:
+        """Refuse what cannot be trained on sequences of at most `longest` tokens.
+
+        Raises:
+            BadInput: no path computes the model, or not on sequences that long.
+        """
+        if self.refusal is not None:
+            raise BadInput(self.refusal)
+        if self.longest is not None and longest > self.longest:
+            raise BadInput(
+                f"the architecture {self.model_type!r} turns positions by other angles in texts of more than {self.longest} tokens, "
+                f"which the path {self.path} does not keep apart; set data.max_length to at most {self.longest} (now {longest})."
+            )
 
     def size(self) -> BaseSize:
         """The numbers that decide how it fits on a device."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from train.config import ModelConfig
 from train.errors import BadInput, StorageError
 from train.model.anatomy import decoder_layers, layers_name, text_decoder
+from train.model.copies import small_model
 from train.model.experts import expert_stacks
 from train.model.facts import ModelFacts, facts_file, read_facts
 from train.model.layer_kinds import text_config
@@ -26,7 +29,11 @@ from train.store.layout import CacheDir
 from train.store.record_file import write_record
 from train.store.storage import make_folder
 
-log = logging.getLogger("lorapack.model")
+# How transformers' decoders name the module that makes angles of positions.
+ROTATION = "rotary_emb"
+FEW_POSITIONS = 8
+# No text is longer.
+LONGEST_TEXT = 2**18
 
 
 def known_facts(model_dir: Path, model: ModelConfig, cache: CacheDir) -> ModelFacts:
@@ -100,7 +107,44 @@ def with_verdict(sizes: ModelFacts, full: PreTrainedModel) -> ModelFacts:
         path = verdict.checked(sizes.model_type)
     except BadInput as exc:
         return sizes.model_copy(update={"refusal": str(exc)})
-    return sizes.model_copy(update={"path": path, "attempts": [str(attempt) for attempt in verdict.attempts]})
+    # Our decoder turns each sequence by its own length.
+    longest = None if path == "own" else longest_of_one_rotation(small_model(full))
+    attempts = [str(attempt) for attempt in verdict.attempts]
+    return sizes.model_copy(update={"path": path, "attempts": attempts, "longest": longest})
+
+
+@torch.no_grad()
+def longest_of_one_rotation(model: PreTrainedModel) -> int | None:
+    """Up to how many tokens positions turn by the same angles whatever the length of the text; None if always.
+
+    LongRoPE (arXiv 2402.13753) takes other frequencies where any text of a batch is longer than the texts of pretraining.
+    """
+    modules = [module for name, module in text_decoder(model).named_modules() if name.endswith(ROTATION)]
+    bounds = [bound for bound in map(_bound_of_rotation, modules) if bound is not None]
+    return min(bounds, default=None)
+
+
+def _bound_of_rotation(module: Any) -> int | None:
+    """Bisect for the first length at which the first positions turn otherwise."""
+    x = torch.zeros(1, 1, 8)
+    below, beyond = FEW_POSITIONS, LONGEST_TEXT
+
+    def turns(length: int) -> torch.Tensor:
+        # A copy, as the module keeps the frequencies that it used last.
+        cos: torch.Tensor = copy.deepcopy(module)(x, torch.arange(length)[None])[0]
+        return cos[..., :FEW_POSITIONS, :].clone()
+
+    try:
+        first = turns(below)
+        if torch.equal(turns(beyond), first):
+            return None
+        while beyond - below > 1:
+            middle = (below + beyond) // 2
+            below, beyond = (middle, beyond) if torch.equal(turns(middle), first) else (below, middle)
+    # A rotation that is called otherwise, such as one per kind of layer.
+    except (TypeError, RuntimeError, ValueError):
+        return None
+    return below
 
 
 def _keep(facts: ModelFacts, file: Path) -> None:
