@@ -37,7 +37,7 @@ from bench.rows import LONGEST, ROWS, data, table
 from bench.shapes import quantized_base
 from bench.start import bench_cache
 from launcher.estimate.arithmetic import memory_bytes, training_seconds
-from launcher.estimate.devices import local_device
+from launcher.estimate.devices import gpu_device, local_device
 from launcher.estimate.shapes import shape_of
 from launcher.estimate.workload import DatasetStats, adapter_of, workload
 from train.config import RunConfig, parse_run_config
@@ -78,9 +78,10 @@ def profile(name: str) -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(T4_GIB * GIB / device_bytes)
     capability = mock.patch("torch.cuda.get_device_capability", return_value=T4_CAPABILITY)
     memory = mock.patch("train.nn.backends.device_bytes", return_value=int(T4_GIB * GIB))
+    forecast_for = mock.patch("bench.ours.local_device", return_value=gpu_device("T4", T4_GIB))
     # What torch has below sm_80.
     attention = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with capability, memory, attention:
+    with capability, memory, forecast_for, attention:
         yield
 
 

@@ -25,7 +25,7 @@ import packs
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import sequences_of
 from train.nn.backends import EAGER, Kernels
-from train.nn.gradients import add_gradients
+from train.nn.gradients import add_gradients, token_multiple
 from train.nn.judge import Attempt, judge
 from train.nn.linear import PackedLinear
 from train.nn.loss import sums_per_run
@@ -243,3 +243,9 @@ def test_every_path_gives_the_same_losses_and_gradients(path: ComputePath, tmp_p
     for mine, other in zip(found, expected, strict=True):
         # transformers rounds the rotation to float32.
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("tokens", "multiple"), [(1, 32), (527, 32), (1023, 32), (1024, 64), (2048, 128), (6000, 128)])
+def test_fillers_are_a_sixteenth_at_most(tokens: int, multiple: int) -> None:
+    assert token_multiple(tokens) == multiple
+    assert multiple <= max(32, tokens / 16)
