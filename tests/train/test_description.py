@@ -329,3 +329,11 @@ def test_forecasts_count_what_the_description_says(name: str) -> None:
     # Two norms more in each of 3 layers, with inputs of 64 features, which the names of linear layers do not tell.
     assert size.kept_values() - by_names.kept_values() == (3 * 2 * 64 if name == "gemma2" else 0)
     assert (size.activations is None) == (name == "mamba")
+
+
+def test_a_configuration_that_fails_is_no_description() -> None:
+    """Sizes that fit nowhere, as a user's own config.json may have them."""
+    model = tiny_model("llama")
+    model.config.num_attention_heads = 0
+    with pytest.raises(Undescribable):
+        describe_model(model)

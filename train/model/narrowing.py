@@ -55,7 +55,11 @@ def divisors(text: Any) -> Iterator[tuple[int, int]]:
     if not dims and isinstance(hidden, int) and isinstance(count, int) and hidden % count == 0:
         dims = [hidden // count]
     by_heads = [n for n in _divisors_of(math.gcd(*heads)) if min(heads) // n >= 2 and max(heads) // n >= FEW_HEADS]
-    by_dims = [n for n in _divisors_of(math.gcd(*dims) if dims else 1) if min(dims) // n >= HEAD_FEATURES]
+    by_dims = [
+        n
+        for n in _divisors_of(math.gcd(*dims) if dims else 1)
+        if min(dims, default=HEAD_FEATURES) // n >= HEAD_FEATURES
+    ]
     by_dims = [n for n in by_dims if all(d // n % 2 == 0 for d in dims)]
     for features in [*reversed(by_dims), 1] if by_dims != [1] else [1]:
         for head in dict.fromkeys([max(by_heads, default=1), 1]):

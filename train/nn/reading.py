@@ -60,12 +60,15 @@ def describe_model(model: Any) -> DecoderDescription:
     """
     try:
         small = small_model(model)
+        kinds = layer_kinds(model)
+        # Which layers the copy has: of kinds A A B A A B the first three, so that a layer of kind B is described as the copy's third.
+        _, copied = shortened(model)
     except BadInput as exc:
         raise Undescribable(str(exc)) from exc
+    # Whatever the code of a configuration raises.
+    except Exception as exc:
+        raise Undescribable(f"no small copy can be made: {type(exc).__name__}: {exc}") from exc
     description = describe(small)
-    kinds = layer_kinds(model)
-    # Which layers the copy has: of kinds A A B A A B the first three, so that a layer of kind B is described as the copy's third.
-    _, copied = shortened(model)
     place = {kinds[layer]: i for i, layer in reversed(list(enumerate(copied)))}
     return replace(description, layers=tuple(description.layers[place[kind]] for kind in kinds))
 
