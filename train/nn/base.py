@@ -84,16 +84,16 @@ def judge_loaded(
 ) -> Verdict:
     """Judge a model with its own weights, in its own precision and by the kernels of `setup`.
 
-    In 16 bits rounding could hide a leak of a percent, so only paths from `first` on are tried: the first that passed in float32 on a
-    small copy, which is judged now if it is not known.
+    In 16 bits rounding could hide a leak of a percent, and no probe is as long as a real model's windows. So only paths from `first` on
+    are tried: the first that passed in float32 on a small copy, whose windows are short; it is judged now if it is not known.
     """
     failed: tuple[Attempt, ...] = ()
-    if first is None and dtype.itemsize == 2:
+    if first is None:
         earlier = judge_architecture(full)
         if earlier.path is None:
             return earlier
         first, failed = earlier.path, earlier.attempts[:-1]
-    paths = PATHS if first is None else PATHS[PATHS.index(first) :]
+    paths = PATHS[PATHS.index(first) :]
     stock = cut_model(full, read, dtype, setup.device)
     as_is = replace(setup, quant=UNQUANTIZED, residency="resident")
     reference = _reference_device(stock)
