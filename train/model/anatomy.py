@@ -20,7 +20,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of the model's text decoder, in order.
 
     Raises:
-        BadInput: no list of modules has as many entries as the configuration has layers.
+        BadInput: there is no list of modules.
     """
     return cast(nn.ModuleList, model.get_submodule(layers_name(model)))
 
@@ -31,14 +31,23 @@ def layers_name(model: PreTrainedModel) -> str:
     Raises:
         BadInput: as `decoder_layers`.
     """
-    decoder = model.get_decoder()
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return f"{inside}{name}"
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    # Not the experts, heads or branches of a layer.
+    outermost = {name: size for name, size in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    choices: tuple[list[str], ...] = (
+        [name for name, size in outermost.items() if size == count and name.startswith(inside)],
+        # Some call their head a decoder (ModernBERT), some count two layers in one module (LongCat Flash).
+        [name for name, size in outermost.items() if size == count],
+        sorted(outermost, key=lambda name: -outermost[name]),
+    )
+    for found in choices:
+        if found:
+            return found[0]
     raise BadInput(
-        f"the architecture {model.config.model_type!r} has no list of {count} decoder layers; choose a model of another architecture."
+        f"the architecture {model.config.model_type!r} has no list of decoder layers; choose a model of another architecture."
     )
 
 

@@ -216,14 +216,14 @@ def packed_attention(
     """`attend` as transformers calls it.
 
     Args:
-        module: the decoder's attention module; `forward_context` was attached to it by `train.nn.packed_model`.
+        module: the decoder's attention module; `forward_context` was attached to it by `FlatDecoder`.
         query: [1, heads, T, dim]; `key` and `value` [1, key-value heads, T, dim].
         scaling, sliding_window, softcap, s_aux: `attend`'s scale, window, soft cap and sinks, for this layer.
 
     Returns:
         [1, T, heads, dim], and None for the weights.
     """
-    context: ForwardContext = module.forward_context  # type: ignore[assignment]  # attached by train.nn.packed_model
+    context: ForwardContext = module.forward_context  # type: ignore[assignment]  # attached by FlatDecoder
     # Transformers' batch has one row, the flat tokens: [1, heads, T, dim] -> [T, heads, dim].
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

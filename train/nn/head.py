@@ -167,7 +167,13 @@ def measure_logits(model: PreTrainedModel) -> LogitFormula:
 
     tokens = torch.ones((1, len(PROBES)), dtype=torch.long, device=device)
     with _forward_as(text_decoder(model), decode), _forward_as(model.get_output_embeddings(), embed):
-        logits = model(input_ids=tokens, use_cache=False).logits
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        # Layers with weights of their own, which do not take float64.
+        except RuntimeError as exc:
+            raise UnknownLogits(
+                f"the architecture {model.config.model_type!r} has more between its decoder and its logits than an output embedding"
+            ) from exc
     if len(seen) != 1 or seen[0].shape != hidden.shape or logits.shape != (1, len(PROBES), words):
         raise UnknownLogits(
             f"the architecture {model.config.model_type!r} does not make its logits from one output embedding"

@@ -10,7 +10,6 @@ It runs by one of three paths:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -202,9 +201,6 @@ def pack_model(
             model.set_submodule(name, linears[name])
         elif description is None and path != "padded" and (fused := _fused_norm(module)):
             model.set_submodule(name, fused)
-        # Attention modules get their context here: transformers passes the module to the attention function, and nothing of ours.
-        elif hasattr(module, "layer_idx") and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
-            module.forward_context = context
     exchange_experts(model, context, partial(_held_stack, setup, quantized))
     model.to(setup.device).eval()
     return PackedModel(model, linears, context, setup.longest, parameters, path, description)

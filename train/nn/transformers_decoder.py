@@ -50,6 +50,9 @@ class FlatDecoder:
         self._decoder = text_decoder(model)
         self._context = context
         context.windows = measure_windows(model, self._probe, longest)
+        # transformers gives the attention function its module, and nothing of ours.
+        for module in context.windows:
+            module.forward_context = context  # type: ignore[assignment]
 
     def _probe(self, tokens: torch.Tensor) -> None:
         """A forward of one sequence [1, n]."""
@@ -107,7 +110,8 @@ def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any
 
 
 def _checkpoint_layers(layers: torch.nn.ModuleList, contexts: Callable[[], CheckpointContexts]) -> None:
-    for layer in layers:
+    # A list may have a layer several times.
+    for layer in dict.fromkeys(layers):
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
