@@ -167,7 +167,8 @@ class _AttentionReader:
             factor = ratio(target, rotated)
             if factor is not None:
                 return HeadsDescription(norm, rotation), factor
-            scale = self._position_scale(target, rotated)
+            # Our decoder multiplies before the rotation, and a norm in between would undo that.
+            scale = self._position_scale(target, rotated) if norm is None else None
             if scale is not None:
                 return HeadsDescription(norm, rotation, position_scale=scale), 1.0
         norm, given = self._head_norm(target, given=False)

@@ -240,7 +240,8 @@ class _Attention:
             projected = tuple(x.clamp(-self._clip, self._clip) for x in projected)
         # Each projection [T, heads * dim] as heads; with grouped-query attention k and v have fewer.
         raw = tuple(x.view(len(x), -1, self._dim) for x in projected)
-        if self._layout == "groups" or (self._layout is not None and self._value_transform is not None):
+        changes_one = self._value_transform is not None or self._position_scale is not None
+        if self._layout == "groups" or (self._layout is not None and changes_one):
             raw = split_fused(raw[0].flatten(1), self._layout, *self._heads, self._dim)
         if len(raw) == 2:
             raw = *raw, raw[1]
