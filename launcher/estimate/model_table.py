@@ -37,7 +37,21 @@ NF4 = QuantConfig(load_in_4bit=True)
 VALUE_BYTES = 2
 RESIDENCIES: tuple[Residency, ...] = ("resident", "nf4")
 # GiB that the GPU's process reserved, on 30 November 2026: model, device, runs.
-MEASURED = {("llama2_7b", "H200", 8): 30.8, ("qwen2_5_7b", "H200", 8): 31.3}
+MEASURED = {
+    ("llama2_7b", "H200", 1): 15.8,
+    ("llama2_7b", "H200", 8): 30.8,
+    ("qwen2_5_7b", "H200", 8): 31.3,
+    ("qwen3_8b", "H200", 1): 18.8,
+    ("qwen3_8b", "H200", 8): 33.5,
+    ("gemma3_4b", "H200", 8): 22.3,
+    ("gemma3_12b", "H200", 8): 54.5,
+    ("olmo2_7b", "H200", 8): 31.9,
+    ("granite3_3_8b", "H200", 8): 35.8,
+    ("smollm3_3b", "H200", 8): 18.5,
+    ("phi4", "H200", 8): 54.8,
+    ("qwen3_30b_a3b", "H200", 1): 18.7,
+    ("qwen3_30b_a3b", "H200", 8): 30.6,
+}
 
 
 def shipped_models() -> dict[str, str]:
