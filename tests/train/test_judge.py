@@ -21,7 +21,7 @@ from train.model.anatomy import text_decoder
 from train.model.copies import cut_model, randomize, small_model
 from train.model.layer_kinds import build
 from train.nn.base import judge_architecture, judge_loaded, weight_reader
-from train.nn.judge import PATHS, Verdict, judge
+from train.nn.judge import Verdict, judge
 from train.nn.linear import DenseWeight
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.sizing import ComputePath
@@ -227,11 +227,20 @@ def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name:
     if entry.missing:
         pytest.skip(entry.missing)
     model = architectures.tiny_model(name)
-    setup = DeviceSetup(packs.SIXTEEN_BIT, packs.CPU, "resident", architectures.LONGEST)
-    own = judge_loaded(model, weight_reader(model, None), torch.float32, setup)
+    own = judge_loaded(model, weight_reader(model, None), torch.float32, SETUP)
     small = judge_architecture(build(entry.config(), "meta"))
-    assert own.path == small.path
-    assert own.path is None or PATHS.index(own.path) <= PATHS.index(entry.path or "padded"), own.attempts
+    assert (own.path, small.path) == (entry.path, entry.path), (own.attempts, small.attempts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+def test_no_architecture_that_is_right_is_refused_in_16_bits(name: str) -> None:
+    entry = architectures.ARCHITECTURES[name]
+    if entry.missing:
+        pytest.skip(entry.missing)
+    model = architectures.tiny_model(name).to(torch.bfloat16)
+    found = judge_loaded(model, weight_reader(model, None), torch.bfloat16, SETUP)
+    assert found.path == entry.path, found.attempts
 
 
 @pytest.mark.slow
