@@ -38,6 +38,12 @@ def llama(**settings: Any) -> PreTrainedModel:
     return model
 
 
+def reference_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model by transformers' plain code, as `build` makes it."""
+    model.set_attn_implementation("eager")
+    return model.requires_grad_(False)
+
+
 def verdict(model: PreTrainedModel, spoil: Change = lambda _: None, **how: Any) -> Verdict:
     """The judge's verdict where every path is computed by a packed model that `spoil` changed."""
 
@@ -173,6 +179,48 @@ def test_a_wrong_computation_is_refused_on_every_path(spoil: Change) -> None:
     with pytest.raises(BadInput, match=r"'llama' is computed by no path as .*own: .* differ by .*flat: .*padded: "):
         found.checked("llama")
     assert verdict(llama()).path == "own"
+
+
+def widen_window(model: Any) -> None:
+    model.config.sliding_window += 1
+    for module in model.modules():
+        if hasattr(module, "sliding_window") and module.sliding_window is not None:
+            module.sliding_window += 1
+
+
+def drop_head_bias(model: Any) -> None:
+    model.lm_head.bias.zero_()
+
+
+def drop_soft_cap(model: Any) -> None:
+    model.config.final_logit_softcapping = None
+
+
+def drop_attention_cap(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    model.config.attn_logit_softcapping = None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mistral", widen_window),
+        ("phi", drop_head_bias),
+        ("gemma2", drop_soft_cap),
+        ("gemma2", drop_attention_cap),
+    ],
+)
+def test_a_part_that_is_read_wrongly_is_refused_on_every_path(name: str, change: Change) -> None:
+    def packed(own: PreTrainedModel, path: ComputePath) -> PackedModel:
+        change(own)
+        return pack_model(own, SETUP, path=path)
+
+    model = reference_of(architectures.tiny_model(name))
+    found = judge(model, packed)
+    assert found.path is None
+    assert all(attempt.difference is not None for attempt in found.attempts), found.attempts
+    assert verdict(model).path is not None
 
 
 def test_positions_that_go_on_from_one_sequence_to_the_next_are_refused() -> None:
