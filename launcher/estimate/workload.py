@@ -174,6 +174,10 @@ class SizingInputs:
             self._facts[model] = checked_facts(model, self._cache)
         return self._facts[model]
 
+    def is_fetched(self, model: ModelConfig) -> bool:
+        """Whether the model's files are in the cache, so that it could be measured if there is time."""
+        return staged_model(model, self._cache) is not None
+
     def shape(self, model: ModelConfig) -> ModelShape:
         """The base model's shape, real or assumed.
 

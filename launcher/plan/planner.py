@@ -130,11 +130,11 @@ def _pack(routed: Routed, prior_plans: int) -> Pack:
 def _reason(run: Run, decision: RunDecision, inputs: SizingInputs) -> str:
     """The decision's reason, and what could not be checked yet."""
     known = inputs.shape(run.config.model).origin if decision.verdict in TO_TRAIN else "files"
-    if known == "catalogue":
-        return f"{decision.reason}; sizes from the catalogue, checked once the model is fetched"
-    if known == "size":
-        return f"{decision.reason}; architecture and target modules are checked once the model is fetched"
-    return decision.reason
+    if known == "files":
+        return decision.reason
+    unchecked = "sizes from the catalogue," if known == "catalogue" else "architecture and target modules are"
+    when = "before anything is submitted" if inputs.is_fetched(run.config.model) else "once the model is fetched"
+    return f"{decision.reason}; {unchecked} checked {when}"
 
 
 def _run_json(planned: PlannedRun) -> dict[str, Any]:
