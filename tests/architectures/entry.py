@@ -31,8 +31,8 @@ class Architecture:
         moe: some layers choose experts per token.
         idle: a regular expression of parameters that cannot change the logits: a vision tower's, the bias of keys that
             nothing rotates (it shifts all scores of a query alike), or a scale right before a norm.
-        not_adapted: a regular expression of linear layers that stock PEFT refuses to adapt, or whose weight the model reads
-            without calling them, so that an adapter never acts.
+        not_adapted: a regular expression of linear layers that stock PEFT refuses to adapt, or whose weight the model
+            reads without calling them, so that an adapter never acts.
     """
 
     name: str

@@ -32,6 +32,10 @@ ARCHITECTURES = [
         **DELTA_NET, **experts(),
     ),
     model(
+        "qwen3.5-moe", "qwen3_5_moe_text", "padded", moe=True, shared_expert_intermediate_size=32,
+        **DELTA_NET | {"layer_types": [LINEAR, FULL, LINEAR], "num_hidden_layers": 3} | experts(),
+    ),
+    model(
         "falcon-h1", "falcon_h1", "padded", not_adapted="out_proj", mamba_d_ssm=128, mamba_rms_norm=True,
         projectors_bias=True, mamba_proj_bias=True, lm_head_multiplier=0.5, embedding_multiplier=2.0,
         mlp_multipliers=[0.7, 1.4], key_multiplier=0.6, attention_out_multiplier=0.8, attention_in_multiplier=1.2,
@@ -48,6 +52,10 @@ ARCHITECTURES = [
         n_routed_experts=4, n_shared_experts=1, moe_shared_expert_intermediate_size=32, **experts(),
     ),
     model("lfm2", "lfm2", "padded", layer_types=["conv", FULL, "conv"], block_multiple_of=8, conv_bias=True),
+    model(
+        "lfm2-moe", "lfm2_moe", "padded", moe=True, layer_types=["conv", FULL, "conv"], num_dense_layers=1,
+        conv_bias=True, use_expert_bias=True, **experts(),
+    ),
     model("bamba", "bamba", "padded", attn_layer_indices=[1], rope_parameters=rope(partial_rotary_factor=0.5), **MAMBA),
     model(
         "zaya", "zaya", "padded", moe=True, head_dim=16, sliding_window=WINDOW,

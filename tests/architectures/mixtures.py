@@ -63,4 +63,30 @@ ARCHITECTURES = [
         "flint", "flint", "own", moe=True, head_dim=16, sliding_window=WINDOW,
         layer_types=[FULL, SLIDING, SLIDING], shared_expert_intermediate_size=32, mlp_only_layers=[0], **experts(),
     ),
+    model(
+        "glm4-moe-lite", "glm4_moe_lite", "flat", moe=True, n_routed_experts=4, n_shared_experts=1,
+        mlp_layer_types=["dense", "sparse", "sparse"], n_group=1, topk_group=1, **LATENT, **experts(),
+    ),
+    model(
+        "granite-moe-shared", "granitemoeshared", "flat", moe=True, shared_intermediate_size=32, **GRANITE,
+        **experts(),
+    ),
+    model(
+        "dots1", "dots1", "own", moe=True, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
+        topk_group=1, routed_scaling_factor=1.5, head_dim=16, sliding_window=WINDOW,
+        layer_types=[FULL, SLIDING, FULL], **experts(),
+    ),
+    model(
+        "hunyuan-moe", "hunyuan_v1_moe", "own", moe=True, head_dim=16, moe_topk=[2, 2, 2], num_shared_expert=1,
+        **experts(),
+    ),
+    model(
+        "exaone-moe", "exaone_moe", "own", moe=True, num_hidden_layers=4, sliding_window=WINDOW,
+        layer_types=[SLIDING, SLIDING, SLIDING, FULL], first_k_dense_replace=1, num_shared_experts=1, n_group=1,
+        topk_group=1, **experts(),
+    ),
+    model(
+        "solar-open", "solar_open", "own", moe=True, n_routed_experts=4, n_shared_experts=1, head_dim=16, n_group=1,
+        topk_group=1, **experts(),
+    ),
 ]  # fmt: skip
