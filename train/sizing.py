@@ -51,6 +51,12 @@ LARGEST_GRAPH_TOKENS = 6144
 # A micro-batch that keeps a GPU busy: below it, recomputing makes room for a larger one.
 FULL_GPU_TOKENS = 4096
 
+# Targets whose logits exist at once (`train.nn.loss`). Without its kernel these are copied in float32, so of large vocabularies fewer
+# rows are: of 151,936 words 384, which take 334 MiB.
+LOGIT_ROWS = 1024
+COPIED_LOGITS = 2**26
+LOGIT_ROWS_MULTIPLE = 64
+
 # The layers that write to the residual stream, by Llama's names.
 ATTENTION_OUTPUT = "o_proj"
 MLP_OUTPUT = "down_proj"
@@ -223,6 +229,14 @@ def dequantized_bytes(base: BaseSize, value_bytes: int) -> float:
     if base.experts is None:
         return 0.0
     return min(EXPERTS_CHUNK_BYTES, value_bytes * base.experts.parameters * 2 / 3 / base.layers)
+
+
+def logit_rows(vocabulary: int, *, copied: bool) -> int:
+    """The targets whose logits exist at once; `copied` says that they are copied in float32."""
+    if not copied:
+        return LOGIT_ROWS
+    rows = COPIED_LOGITS // vocabulary // LOGIT_ROWS_MULTIPLE * LOGIT_ROWS_MULTIPLE
+    return max(LOGIT_ROWS_MULTIPLE, min(LOGIT_ROWS, rows))
 
 
 def token_bytes(base: BaseSize, value_bytes: int, *, recomputed: bool, adapted: frozenset[str] | None = None) -> int:

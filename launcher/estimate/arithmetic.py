@@ -29,12 +29,11 @@ from launcher.estimate.shapes import ModelShape
 from launcher.estimate.workload import Workload, share
 from launcher.records import Forecast
 from train.config import RunConfig
-from train.sizing import ComputePath, Device, Fit, base_bytes, choose_fit, token_bytes
+from train.sizing import ComputePath, Device, Fit, base_bytes, choose_fit, logit_rows, token_bytes
 
 # Per adapter parameter: float32 weight, gradient and AdamW's two averages. The weight in the base's precision comes on top.
 ADAPTER_BYTES = 16
-# Rows of logits that exist at once (`train.nn.loss` works in chunks), in float32 and twice in 16 bit.
-LOGIT_ROWS = 1024
+# Of a logit of `train.sizing.logit_rows`: in float32 and twice in 16 bit.
 LOGIT_BYTES = 8
 
 # Of the memory; the rest is the system's, or lost to fragmentation.
@@ -108,7 +107,9 @@ def memory_bytes(config: RunConfig, work: list[Workload], shape: ModelShape, dev
     activations = largest * token_bytes(
         shape.size, width, recomputed=fit.checkpoint_activations, adapted=adapted or None
     )
-    logits = LOGIT_BYTES * min(tokens, LOGIT_ROWS) * shape.vocabulary
+    # The kernel that takes no copy runs where CUDA graphs do.
+    rows_of_logits = logit_rows(shape.vocabulary, copied=not device.graphed)
+    logits = LOGIT_BYTES * min(tokens, rows_of_logits) * shape.vocabulary
     return base + adapters + activations + logits + PROCESS_GIB[device.kind] * GIB
 
 

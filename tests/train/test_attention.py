@@ -12,11 +12,12 @@ import packs
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.nn.attention import _repeated, attend, attend_heads
-from train.nn.backends import EAGER
+from train.nn.backends import EAGER, Kernels
 from train.nn.forward_context import ForwardContext, KeyValueCache
 from train.nn.functional import Norm
 from train.nn.heads import HeadTransform, prepare_heads
 
+CUDA = torch.device("cuda")
 LENGTHS = (5, 9, 2)
 SCALE = 0.3
 FORMS = [(None, None), (3, None), (1, None), (9, None), (None, 2.0), (4, 2.0)]
@@ -58,6 +59,27 @@ def test_padded_sequences_attend_within_windows_and_soft_caps(window: int | None
     gradients = [torch.autograd.grad(out, leaves, numbers(*out.shape)) for out in outs]
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the memory-efficient kernel is for GPUs")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_memory_efficient_kernel_attends_within_sequences(dim: int) -> None:
+    """Heads that share a key, in float16 on flat tokens, against float32 on padded ones."""
+    lengths = (5, 70, 1, 300)
+    batch = MicroBatch(
+        [TokenSequence(0, i, np.zeros(n, np.int32), np.zeros(n, np.int32)) for i, n in enumerate(lengths)], 1, CUDA
+    )
+    found = []
+    for kernels, dtype in ((Kernels(efficient_varlen=True), torch.float16), (EAGER, torch.float32)):
+        context = ForwardContext(kernels)
+        context.set(batch, None)
+        leaves = [numbers(batch.total, heads, dim).half().to(CUDA, dtype).requires_grad_() for heads in (4, 2, 2)]
+        out = attend(*leaves, context, dim**-0.5)
+        of_out = numbers(*out.shape).half().to(CUDA, dtype)
+        found.append((out, *torch.autograd.grad(out, leaves, of_out)))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine.float(), other, rtol=1e-2, atol=1e-2)
 
 
 def test_repeated_heads_are_those_of_grouped_attention() -> None:

@@ -46,15 +46,18 @@ def train_config(**values: object) -> TrainConfig:
 
 
 def test_what_each_precision_takes(gpu: pytest.MonkeyPatch) -> None:
-    sixteen_bit = Kernels(flash_varlen=True, triton_attention=True, grouped_lora=True, fused_elementwise=True)
+    sixteen_bit = Kernels(
+        flash_varlen=True, efficient_varlen=True, triton_attention=True, grouped_lora=True, fused_elementwise=True
+    )
     assert choose_kernels(GPU, torch.bfloat16) == replace(sixteen_bit, cuda_graphs=True)
     assert choose_kernels(GPU, torch.float16) == sixteen_bit
-    assert choose_kernels(GPU, torch.float32) == Kernels(fused_elementwise=True)
+    assert choose_kernels(GPU, torch.float32) == Kernels(efficient_varlen=True, fused_elementwise=True)
     assert choose_kernels(GPU, torch.float64) == EAGER
-    assert choose_kernels(GPU, torch.bfloat16, compiles=False) == Kernels(flash_varlen=True)
+    assert choose_kernels(GPU, torch.bfloat16, compiles=False) == Kernels(flash_varlen=True, efficient_varlen=True)
     assert choose_kernels(GPU, torch.bfloat16, graphs=False) == sixteen_bit
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_kernels(GPU, torch.float16) == choose_kernels(packs.CPU, torch.float32) == EAGER
+    assert choose_kernels(GPU, torch.float16) == Kernels(efficient_varlen=True)
+    assert choose_kernels(GPU, torch.float64) == choose_kernels(packs.CPU, torch.float32) == EAGER
 
 
 def test_a_machine_with_a_compiler_lacks_nothing(gpu: pytest.MonkeyPatch) -> None:

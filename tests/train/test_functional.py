@@ -28,6 +28,7 @@ from train.nn.functional import (
     masked_attention,
     norm_residual,
     normalize,
+    normalize_backward,
     renorm_autograd,
 )
 from train.nn.heads import HeadTransform, apply_rotary, heads_autograd, prepare_heads, rotary_autograd
@@ -152,6 +153,29 @@ def test_norms_and_activations_are_torchs() -> None:
     torch.testing.assert_close(normalize(x, NORMS["layer"]), torch.layer_norm(x, (8,), WEIGHT, BIAS, 1e-6))
     for name, theirs in (("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("relu2", "relu2")):
         torch.testing.assert_close(activate(x, name), ACT2FN[theirs](x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's fused norms are for GPUs")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_fused_norms_are_ours(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward, by weights as wide as x and wider."""
+    gradient, passed, x = (numbers(5, 8).mul(i + 1).to(dtype) for i in range(3))
+    tolerance = 5e-3 if dtype == torch.float16 else 1e-5
+    for weights in (dtype, torch.float32):
+        results = []
+        for device in ("cpu", "cuda"):
+            norm = _moved(NORMS[name], device, weights)
+            moved = [each.to(device) for each in (gradient, passed, x)]
+            results.append((normalize(moved[2], norm).cpu(), normalize_backward(*moved, norm).cpu()))
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+def _moved(norm: Norm, device: str, dtype: torch.dtype) -> Norm:
+    weight, bias = (None if each is None else each.to(device, dtype) for each in (norm.weight, norm.bias))
+    return Norm(weight, norm.eps, bias, norm.centered)
 
 
 def test_a_wide_weight_keeps_its_bits_in_half_precision() -> None:

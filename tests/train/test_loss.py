@@ -10,14 +10,15 @@ import packs
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.nn.head import Head
-from train.nn.loss import CHUNK_TOKENS, sums_per_run, target_losses
+from train.nn.loss import sums_per_run, target_losses
+from train.sizing import LOGIT_ROWS
 
 
 def head_of(weight: torch.Tensor) -> Head:
     return Head(nn.Parameter(weight.clone(), requires_grad=False))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, CHUNK_TOKENS + 3])
+@pytest.mark.parametrize("tokens", [1, 7, LOGIT_ROWS + 3])
 @pytest.mark.parametrize("words", [5, 31, 32])
 def test_losses_and_gradient_are_those_of_torch(tokens: int, words: int) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,6 @@ Kernels of the same names are in `train.nn.triton.activations`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,71 +17,47 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from train.nn.functional import dispatch, widened
+from train.nn.functional import dispatch
 
-
-def _silu_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x * sigmoid(x), of slope sigmoid + silu * (1 - sigmoid)."""
-    sigmoid = torch.sigmoid(x)
-    silu = x * sigmoid
-    return silu, (1 - sigmoid).mul_(silu).add_(sigmoid)
-
-
-def _gelu_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x * Phi(x) of the normal distribution (arXiv 1606.08415), of slope Phi + x * phi."""
-    below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-    density = torch.exp(-0.5 * x.square()).mul_(1 / math.sqrt(2 * math.pi))
-    return x * below, density.mul_(x).add_(below)
-
-
-def _gelu_tanh_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x * h with h = (1 + tanh(u)) / 2 and u = sqrt(2 / pi) * (x + 0.044715 x^3); its slope is h + x * 2 h (1 - h) u'."""
-    root = math.sqrt(2 / math.pi)
-    square = x.square()
-    # (1 + tanh(u)) / 2 = sigmoid(2 u).
-    h = torch.sigmoid(2 * root * x * (1 + 0.044715 * square))
-    value = x * h
-    return value, (2 * root * (1 + 3 * 0.044715 * square)).mul_(1 - h).mul_(value).add_(h)
-
-
-def _relu_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(x, 0), of slope 1 where x > 0."""
-    return x.clamp_min(0), (x > 0).to(x.dtype)
-
-
-def _relu2_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(x, 0)^2 (arXiv 2109.08668), of slope 2 max(x, 0)."""
-    positive = x.clamp_min(0)
-    return positive.square(), 2 * positive
-
-
-# Each activation by the name that `train.nn.triton.activations` knows too, and its value and slope together. They take wide numbers.
+# Each activation by the name that `train.nn.triton.activations` knows too. PyTorch's kernels compute in no less than float32 and round
+# once, without a copy in float32.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": lambda x: x * torch.sigmoid(x),
+    "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
-SLOPES = {
-    "silu": _silu_slope, "gelu": _gelu_slope, "gelu_tanh": _gelu_tanh_slope, "relu": _relu_slope, "relu2": _relu2_slope
-}  # fmt: skip
+
+
+def _relu2_backward(gradient: torch.Tensor, x: torch.Tensor, grad_input: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668) has the slope 2 max(x, 0)."""
+    return torch.mul(gradient, functional.relu(x).mul_(2), out=grad_input)
+
+
+# From the gradient of each activation and its input to the gradient of the input, written to `grad_input`, which may be the first.
+BACKWARDS: dict[str, Callable[..., torch.Tensor]] = {
+    "silu": torch.ops.aten.silu_backward.grad_input,
+    "gelu": torch.ops.aten.gelu_backward.grad_input,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward.grad_input, threshold=0),
+    "relu2": _relu2_backward,
+}
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     """One of `ACTIVATIONS` of [T, dim]."""
-    return ACTIVATIONS[activation](widened(x)).to(x.dtype)
+    return ACTIVATIONS[activation](x)
 
 
 def activate_backward(gradient: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
     """The gradient of x."""
-    slope = SLOPES[activation](widened(x))[1]
-    return slope.mul_(widened(gradient)).to(x.dtype)
+    return BACKWARDS[activation](gradient, x, grad_input=torch.empty_like(gradient))
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up (arXiv 2002.05202) of [T, dim]."""
-    return (ACTIVATIONS[activation](widened(gate)) * widened(up)).to(gate.dtype)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def gated_backward(
@@ -90,13 +65,11 @@ def gated_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of gate and up: activation'(gate) * up * gradient, and activation(gate) * gradient.
 
-    Copies in float32 are several times the inputs' size, so each is reused in place or freed as soon as it can be.
+    These are the widest tensors of a layer, so nothing else of their size is made.
     """
-    wide_gradient = widened(gradient)
-    value, slope = SLOPES[activation](widened(gate))
-    up_grad = value.mul_(wide_gradient).to(up.dtype)
-    del value
-    return slope.mul_(wide_gradient * up).to(gate.dtype), up_grad
+    up_grad = ACTIVATIONS[activation](gate).mul_(gradient)
+    gate_grad = gradient * up
+    return BACKWARDS[activation](gate_grad, gate, grad_input=gate_grad), up_grad
 
 
 def split_gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:

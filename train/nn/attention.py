@@ -1,11 +1,12 @@
 """Causal attention over flat packs: each sequence attends to itself alone.
 
-Three implementations, by `Kernels` and the size of the heads:
+Four implementations, by `Kernels` and the size of the heads:
 
-    varlen.Triton   kernels of our own (`train.nn.triton.attention`), from sm_80 on; takes flat tokens and where sequences start
-    varlen.Flash    PyTorch's FlashAttention-2, from sm_80 on; takes the same
-    _attend_padded  everywhere: q, k and v are padded to [S, heads, L, dim]. Real tokens precede the fillers, so causality alone
-                    hides them and no mask is needed for them
+    varlen.Triton     kernels of our own (`train.nn.triton.attention`), from sm_80 on; takes flat tokens and where sequences start
+    varlen.Flash      PyTorch's FlashAttention-2, from sm_80 on; takes the same
+    varlen.Efficient  PyTorch's memory-efficient kernel, on every GPU; takes the same, but no windows
+    _attend_padded    everywhere: q, k and v are padded to [S, heads, L, dim]. Real tokens precede the fillers, so causality alone
+                      hides them and no mask is needed for them
 
 `ATTENTION` is the name in transformers' registry, so every decoder that supports the attention interface runs on flat tokens.
 """
@@ -24,6 +25,7 @@ from train.nn.functional import masked_attention
 from train.nn.heads import CosSin, HeadTransform, heads_autograd
 from train.nn.padding import pad, unpad
 from train.nn.varlen import (
+    Efficient,
     Flash,
     Preparation,
     Scores,
@@ -42,6 +44,8 @@ UNORDERED_BACKWARDS = {"ScaledDotProductEfficientAttentionBackward0", "ScaledDot
 # Features of a head that `train.nn.triton.attention` takes, of queries as of values, and the most that FlashAttention takes.
 TRITON_HEAD_DIMS = range(32, 513)
 FLASH_HEAD_DIM = 256
+# What the memory-efficient kernel reads at once, as 16 bytes.
+EFFICIENT_MULTIPLE = 8
 # FlashAttention's blocks: a larger bound only starts blocks that end at once.
 LONGEST_MULTIPLE = 128
 
@@ -93,7 +97,7 @@ def attend(
         return cache.attend(q, k, v, scale, window, softcap, sinks)
     if cache is not None:
         cache.fill(k, v, batch.attention)
-    kernel = _varlen_kernel(context, q, v, softcap)
+    kernel = _varlen_kernel(context, q, v, window, softcap, sinks)
     if kernel is None:
         return _attend_padded(q, k, v, batch, scale, window, softcap, sinks)
     if sinks is not None:
@@ -126,7 +130,7 @@ def attend_heads(
     """
     fused = context.kernels.fused_elementwise
     q, k, v = split_heads(raw, heads)
-    kernel = None if context.cache is not None else _varlen_kernel(context, q, v, softcap)
+    kernel = None if context.cache is not None else _varlen_kernel(context, q, v, window, softcap, sinks)
     # A norm needs what came into it again, and a part of one output stays in memory with the whole of it: then q and k are kept as
     # they came. Else only what comes out of the rotation is kept.
     if kernel is not None and (len(raw) == 1 or any(transform.norm is not None for transform in transforms)):
@@ -139,16 +143,25 @@ def attend_heads(
 
 
 def _varlen_kernel(
-    context: ForwardContext, q: torch.Tensor, v: torch.Tensor, softcap: float | None
+    context: ForwardContext,
+    q: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> VarlenKernel | None:
     """The kernel for flat sequences that takes heads like these; None if none does."""
+    kernels = context.kernels
     dims = q.shape[-1], v.shape[-1]
-    if not context.kernels.flash_varlen:
-        return None
-    if context.kernels.triton_attention and all(dim in TRITON_HEAD_DIMS for dim in dims):
-        return Triton()
-    is_for_flash = dims[0] == dims[1] <= FLASH_HEAD_DIM and dims[0] % 8 == 0 and softcap is None
-    return Flash() if is_for_flash else None
+    if kernels.flash_varlen:
+        if kernels.triton_attention and all(dim in TRITON_HEAD_DIMS for dim in dims):
+            return Triton()
+        if dims[0] == dims[1] <= FLASH_HEAD_DIM and dims[0] % 8 == 0 and softcap is None:
+            return Flash()
+    sees_all = window is None or window >= context.batch.longest
+    is_plain = sees_all and softcap is None and sinks is None
+    takes_dims = all(dim % EFFICIENT_MULTIPLE == 0 for dim in dims)
+    return Efficient() if kernels.efficient_varlen and is_plain and takes_dims else None
 
 
 def _scores(batch: MicroBatch, scale: float, window: int | None, softcap: float | None) -> Scores:

@@ -3,6 +3,7 @@
                     CPU      T4 (sm_75)   sm_80 and later
 dtype=auto          fp32     fp16         bf16
 flash_varlen        no       no           16 bit
+efficient_varlen    no       16, 32 bit   16, 32 bit
 triton_attention    no       no           16 bit, if kernels can be compiled
 grouped_lora        no       no           16 bit, if kernels can be compiled
 grouped_experts     no       no           bf16, on sm_90 to sm_100
@@ -33,7 +34,8 @@ class Kernels:
     """The faster implementations that a pack uses; without one, PyTorch's own operations do the same on every device.
 
     Attributes:
-        flash_varlen: attention takes flat sequences, by FlashAttention; else q, k and v are padded.
+        flash_varlen: attention takes flat sequences, by FlashAttention.
+        efficient_varlen: where that cannot, by PyTorch's memory-efficient kernel; without either, q, k and v are padded.
         triton_attention: attention by `train.nn.triton.attention` instead, for the head sizes that it supports.
         grouped_lora: adapters take flat runs (`train.nn.triton.grouped_mm`); else runs are padded for batched products.
         grouped_experts: one launch multiplies the tokens of all experts of a layer (`torch.nn.functional.grouped_mm`).
@@ -42,6 +44,7 @@ class Kernels:
     """
 
     flash_varlen: bool = False
+    efficient_varlen: bool = False
     triton_attention: bool = False
     grouped_lora: bool = False
     grouped_experts: bool = False
@@ -54,12 +57,14 @@ EAGER = Kernels()
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, *, compiles: bool = True, graphs: bool = True) -> Kernels:
     """The kernels for `device` in `dtype`; `compiles` and `graphs` say whether a compiler, and memory for CUDA graphs, are there."""
-    if not _supports_kernels(device):
-        return EAGER
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
+    efficient = device.type == "cuda" and (sixteen_bit or dtype == torch.float32)
+    if not _supports_kernels(device):
+        return Kernels(efficient_varlen=efficient)
     triton = sixteen_bit and compiles
     return Kernels(
         flash_varlen=sixteen_bit,
+        efficient_varlen=efficient,
         triton_attention=triton,
         grouped_lora=triton,
         grouped_experts=dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_MM_MAJORS,

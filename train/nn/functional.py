@@ -21,8 +21,8 @@ from torch.nn import functional
 
 Formula = Callable[..., Any]
 
-# Numbers of a matrix that a plain formula computes at once: what fits a CPU's cache, and what keeps a GPU busy for longer than a
-# launch takes.
+# Numbers of a matrix that a formula with copies in float32 computes at once: what fits a CPU's cache, and what keeps a GPU busy for
+# longer than a launch takes.
 CHUNK_NUMEL = {"cpu": 2**20, "cuda": 2**21}
 
 
@@ -59,13 +59,14 @@ def normalize_backward(
         dx = s * (g - c * s^2 * mean(g * c)) + passed             and - s * mean(g) where centered
     """
     found = _normalized_backward(gradient, x, norm)
-    return (found if passed is None else widened(passed) + found).to(x.dtype)
+    # In place: `passed` is promoted to what `found` is wide.
+    return (found if passed is None else found.add_(passed)).to(x.dtype)
 
 
 def add_normed(residual: torch.Tensor, y: torch.Tensor, norm: Norm | None, multiplier: float) -> torch.Tensor:
     """residual + multiplier * norm(y), all [T, dim]; y itself without a norm."""
-    branch = widened(y) if norm is None else _normalized(y, norm)
-    return (widened(residual) + branch * multiplier).to(residual.dtype)
+    branch = y if norm is None else _normalized(y, norm)
+    return torch.add(residual, branch, alpha=multiplier).to(residual.dtype)
 
 
 def add_normed_backward(gradient: torch.Tensor, y: torch.Tensor, norm: Norm, multiplier: float) -> torch.Tensor:
@@ -96,7 +97,9 @@ def renorm_backward(
 
 
 def _normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """`normalize` before it is rounded."""
+    """`normalize` before it is rounded, but by PyTorch's fused norms."""
+    if _is_fused(x, norm):
+        return _fused_norm(x, norm)[0]
     wide = widened(x)
     if norm.centered:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -107,7 +110,9 @@ def _normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def _normalized_backward(gradient: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """`normalize_backward` without `passed`, before it is rounded."""
+    """`normalize_backward` without `passed`, before it is rounded, but by PyTorch's fused norms."""
+    if _is_fused(x, norm):
+        return _fused_norm_backward(gradient, x, norm)
     wide = widened(x)
     if norm.centered:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -116,6 +121,45 @@ def _normalized_backward(gradient: torch.Tensor, x: torch.Tensor, norm: Norm) ->
     along = (weighted * wide).mean(-1, keepdim=True)
     found = scale * (weighted - wide * (scale.square() * along))
     return found - scale * weighted.mean(-1, keepdim=True) if norm.centered else found
+
+
+def _is_fused(x: torch.Tensor, norm: Norm) -> bool:
+    """Whether PyTorch's kernels take this norm: on GPUs, by one weight for all heads. On CPUs they keep statistics in 16 bits."""
+    return x.device.type != "cpu" and (norm.weight is None or norm.weight.dim() == 1)
+
+
+def _fused_operands(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x, weight and bias in one dtype, as the kernels take them: x's own, where the weight is no wider."""
+    weights = [each for each in (norm.weight, norm.bias) if each is not None]
+    dtype = x.dtype if all(each.dtype == x.dtype for each in weights) else torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (each if each is None else each.to(dtype) for each in (norm.weight, norm.bias))
+    return x.to(dtype), weight, bias
+
+
+def _fused_norm(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, ...]:
+    """The norm and its statistics, which are no narrower than float32: [mean,] 1 / root of the mean square."""
+    x, weight, bias = _fused_operands(x, norm)
+    if norm.centered:
+        found: tuple[torch.Tensor, ...] = torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+        return found
+    normed, scale = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, norm.eps)
+    return (normed if bias is None else normed + bias), scale
+
+
+def _fused_norm_backward(gradient: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The gradient of x. The norm is computed again, for its statistics."""
+    _, *statistics = _fused_norm(x, norm)
+    x, weight, bias = _fused_operands(x, norm)
+    gradient = gradient.to(x.dtype)
+    # Of x alone: weights are frozen.
+    if norm.centered:
+        found = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, x.shape[-1:], *statistics, weight, bias, [True, False, False]
+        )
+    else:
+        found = torch.ops.aten._fused_rms_norm_backward(gradient, x, x.shape[-1:], *statistics, weight, [True, False])
+    x_grad: torch.Tensor = found[0]
+    return x_grad
 
 
 def masked_attention(
@@ -193,8 +237,14 @@ def map_row_chunks(formula: Formula, *arguments: Any) -> Any:
 
 
 def dispatch(formula: Formula, fused: bool, *arguments: Any) -> Any:
-    """Compute a formula: by its Triton kernel where `fused`, else by torch."""
-    return triton_kernel(formula)(*arguments) if fused else map_row_chunks(formula, *arguments)
+    """Compute a formula of the decoder: by its Triton kernel where `fused`, else by torch.
+
+    On GPUs all rows at once: torch's fused operations make few copies there, and each further part is as many launches again.
+    """
+    if fused:
+        return triton_kernel(formula)(*arguments)
+    on_cpu = any(isinstance(argument, torch.Tensor) and argument.device.type == "cpu" for argument in arguments)
+    return map_row_chunks(formula, *arguments) if on_cpu else formula(*arguments)
 
 
 class _NormResidual(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from train.nn.functional import Norm, dispatch, normalize, normalize_backward, widened
+from train.nn.functional import Norm, dispatch, normalize, normalize_backward
 
 # cos and sin [T, R] of each token's rotation.
 CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -46,47 +46,52 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     or each even feature with the next one where `interleaved`. In both, cos[:, i] belongs to feature i, so an interleaved rotation
     takes angles that are repeated in pairs, as Cohere's are; GLM's, which are repeated as halves, have to be reordered before.
     """
-    turned, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = _pairs(turned, interleaved)
-    # cos and sin [T, 1, R] are the same for all heads of a token.
-    cos_a, cos_b = _pairs(cos[:, None], interleaved)
-    sin_a, sin_b = _pairs(sin[:, None], interleaved)
-    return _joined(a * cos_a - b * sin_a, b * cos_b + a * sin_b, still, interleaved).to(x.dtype)
+    return _turned(x, cos, sin, interleaved, 1)
 
 
 def apply_rotary_backward(
     gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> torch.Tensor:
-    """The gradient of the input of `apply_rotary`: the transposed rotation."""
-    turned, still = gradient[..., : cos.shape[-1]], gradient[..., cos.shape[-1] :]
-    a, b = _pairs(turned, interleaved)
-    cos_a, cos_b = _pairs(cos[:, None], interleaved)
-    sin_a, sin_b = _pairs(sin[:, None], interleaved)
-    return _joined(a * cos_a + b * sin_b, b * cos_b - a * sin_a, still, interleaved).to(gradient.dtype)
+    """The gradient of the input of `apply_rotary`: the transposed rotation, where each feature takes its partner's sine, negated."""
+    return _turned(gradient, cos, sin, interleaved, -1)
 
 
-def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, ...]:
-    """The two coordinates of each rotated pair of features [..., R] -> 2 x [..., R / 2], in no less than float32."""
-    pairs: tuple[torch.Tensor, ...] = (
-        widened(x).unflatten(-1, (-1, 2)).unbind(-1) if interleaved else widened(x).unflatten(-1, (2, -1)).unbind(-2)
-    )
-    return pairs
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, direction: int) -> torch.Tensor:
+    """a * cos_a - b * sin_a and b * cos_b + a * sin_b of each rotated pair a, b; transposed where `direction` is -1.
+
+    In x's dtype: each of the two steps computes in no less than float32 and rounds, which is one rounding less than transformers'.
+    """
+    rotated = cos.shape[-1]
+    # cos and sin [T, 1, R] are the same for all heads of a token.
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b = _pairs(x[..., :rotated], interleaved)
+    sin_a, sin_b = _pairs(sin, interleaved)[::direction]
+    if rotated == x.shape[-1]:
+        found = x * cos
+    else:
+        found = x.clone(memory_format=torch.contiguous_format)
+        found[..., :rotated].mul_(cos)
+    found_a, found_b = _pairs(found[..., :rotated], interleaved)
+    found_a.addcmul_(b, sin_a, value=-direction)
+    found_b.addcmul_(a, sin_b, value=direction)
+    return found
 
 
-def _joined(a: torch.Tensor, b: torch.Tensor, still: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """The inverse of `_pairs`, with the features that are not rotated behind."""
-    turned = torch.stack((a, b), -1 if interleaved else -2).flatten(-2)
-    return torch.cat((turned, still), -1) if still.shape[-1] else turned
+def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two coordinates of each rotated pair of features [..., R] -> 2 x [..., R / 2], as views."""
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
 
 
 def prepare_heads(
     x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, transform: HeadTransform
 ) -> torch.Tensor:
     """x [T, heads, dim] normed and rotated by cos and sin [T, R], None for no rotation."""
-    wide = widened(x)
     if transform.rotate_first:
-        return _normed_heads(_rotated(wide, cos, sin, transform), transform).to(x.dtype)
-    return _rotated(_normed_heads(wide, transform), cos, sin, transform).to(x.dtype)
+        return _normed_heads(_rotated(x, cos, sin, transform), transform)
+    return _rotated(_normed_heads(x, transform), cos, sin, transform)
 
 
 def prepare_heads_backward(
@@ -97,14 +102,12 @@ def prepare_heads_backward(
     transform: HeadTransform,
 ) -> torch.Tensor:
     """The gradient of x from that of `prepare_heads`: its two steps backwards. Only a norm reads x, else it may be None."""
-    wide = widened(gradient)
     if transform.norm is None or x is None:
-        return _turned_back(wide, cos, sin, transform).to(gradient.dtype)
-    given = widened(x)
+        return _turned_back(gradient, cos, sin, transform)
     if transform.rotate_first:
-        given = _rotated(given, cos, sin, transform)
-        return _turned_back(_normed_heads_backward(wide, given, transform), cos, sin, transform).to(x.dtype)
-    return _normed_heads_backward(_turned_back(wide, cos, sin, transform), given, transform).to(x.dtype)
+        given = _rotated(x, cos, sin, transform)
+        return _turned_back(_normed_heads_backward(gradient, given, transform), cos, sin, transform)
+    return _normed_heads_backward(_turned_back(gradient, cos, sin, transform), x, transform)
 
 
 def _normed_heads(x: torch.Tensor, transform: HeadTransform) -> torch.Tensor:

@@ -8,7 +8,8 @@ Only the hidden states that predict a target reach the head. With p = softmax(lo
     dhidden   = scale * dz W                           W [vocab, dim], frozen, so it has no gradient of its own
 
 so dhidden is all that the backward needs, and the logits of a chunk are freed before the next chunk begins (as in Liger Kernel,
-arXiv 2410.10989). With 32,000 words a chunk of 1,024 targets has 125 MiB of logits in float32, whatever the micro-batch's size.
+arXiv 2410.10989). With 32,000 words a chunk of 1,024 targets has 125 MiB of logits in float32, whatever the micro-batch's size
+(`train.sizing.logit_rows`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import torch
 from train.data.micro_batch import MicroBatch
 from train.nn.functional import map_row_chunks, triton_kernel
 from train.nn.head import Head, soft_cap
-
-CHUNK_TOKENS = 1024
+from train.sizing import logit_rows
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def target_losses(
     losses: list[torch.Tensor] = []
     correct: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
-    for start in range(0, len(hidden), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
+    rows = logit_rows(head.vocab_size, copied=not fused)
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
         z = head.uncapped(hidden[chunk])
         loss, right, gradient = formula(z, targets[chunk], None if weights is None else weights[chunk], head.cap)
         losses.append(loss)

@@ -2,6 +2,7 @@
 
     Triton  kernels of our own (`train.nn.triton.attention`), from sm_80 on
     Flash   PyTorch's FlashAttention-2, from sm_80 on
+    Efficient  PyTorch's memory-efficient attention, on every GPU
     WithSinks  either of them, with a sink per head
 
     autograd function   takes                                         kept per token
@@ -116,6 +117,53 @@ class Flash:
                 0.0, True, random, unused, scale=scores.scale, **_flash_window(scores),
             )  # fmt: skip
         return found
+
+
+class Efficient:
+    """PyTorch's memory-efficient attention (arXiv 2112.05682) on flat tokens; it has no soft cap, and no window here.
+
+    Its queries each have their own key, so heads that share one get copies of it, which only live as long as a call. Its log_sums are
+    [S, H, longest], so it takes no sinks.
+    """
+
+    log_unit = 1.0
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Tensors:
+        """As `VarlenKernel`."""
+        k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+        out, log_sums, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
+            # No bias; bounds and longest sequence of queries and keys; no dropout, causal, with log_sums.
+            q[None], k[None], v[None], None, scores.starts, scores.starts, scores.longest, scores.longest, 0.0, 1, True,
+            scale=scores.scale,
+        )  # fmt: skip
+        return out[0], log_sums, seed, offset
+
+    def backward(
+        self, gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Tensors, scores: Scores
+    ) -> Tensors:
+        """As `VarlenKernel`."""
+        out, log_sums, seed, offset = kept
+        of_keys = k.shape[1]
+        k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+        with deterministic_algorithms():
+            q_grad, k_grad, v_grad, _ = torch.ops.aten._efficient_attention_backward(
+                gradient.contiguous()[None], q[None], k[None], v[None], None, out[None], scores.starts, scores.starts,
+                scores.longest, scores.longest, log_sums, 0.0, seed, offset, 1, False,
+                # Keys that are split are added up in any order.
+                scale=scores.scale, num_splits_key=1,
+            )  # fmt: skip
+        return q_grad[0], *(_summed(x[0], of_keys) for x in (k_grad, v_grad))
+
+
+def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values [T, K, D] again for each of the `heads` / K queries that share them: [T, heads, D]."""
+    of_keys = x.shape[1]
+    return x if of_keys == heads else x.unsqueeze(2).expand(-1, -1, heads // of_keys, -1).flatten(1, 2)
+
+
+def _summed(gradient: torch.Tensor, of_keys: int) -> torch.Tensor:
+    """The gradient [T, K, D] of what `_repeated` made [T, heads, D] of."""
+    return gradient if gradient.shape[1] == of_keys else gradient.unflatten(1, (of_keys, -1)).sum(2)
 
 
 class WithSinks:

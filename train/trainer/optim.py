@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import get_scheduler
@@ -18,7 +19,7 @@ from transformers import get_scheduler
 from train.config import LoraConfig, TrainConfig
 from train.data.micro_batch import to_device
 from train.lora.parameters import PackedAdapters
-from train.nn.functional import dispatch
+from train.nn.functional import map_row_chunks, triton_kernel
 
 FIRST_LOSS_SCALE = 2.0**16
 SMALLEST_LOSS_SCALE = 2.0**-8
@@ -187,9 +188,8 @@ class PackedAdamW:
         matrices = (self.adapters.theta, self.exp_avg, self.exp_avg_sq, self.adapters.gradient)
         for columns, rates in ((slice(None, split), rate), (slice(split, None), rate * self._b_ratio)):
             factors = (rates, rates * self._weight_decay, clip, beta1, beta2, *corrections, self._eps)
-            dispatch(
-                adamw,
-                self._fused,
+            compute = triton_kernel(adamw) if self._fused else partial(map_row_chunks, adamw)
+            compute(
                 *(matrix[:, columns] for matrix in matrices),
                 applies[:, None],
                 *(factor[:, None] for factor in factors),
