@@ -20,6 +20,7 @@ from train.lora.targets import Target
 from train.nn.gradients import add_gradients
 from train.nn.loss import sums_per_run
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
+from train.nn.stock_attention import StockAttention
 from train.nn.windows import UnknownAttention
 from train.sizing import ComputePath
 
@@ -209,3 +210,19 @@ def test_a_nan_of_one_run_reaches_no_other(name: str) -> None:
     for mine, other in zip(*found, strict=True):
         # A router sends a NaN's tokens elsewhere, and products of other sizes round otherwise.
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_index_by_a_single_number_is_a_slice() -> None:
+    """Falcon's queries, keys and values: a list would make the host wait, and sort in the backward."""
+    x = torch.arange(24.0).view(2, 3, 4).requires_grad_()
+    attention = StockAttention()
+    for index in ((..., [-1]), (..., [-2], slice(None)), ([0], slice(1, 3))):
+        with attention.watched():
+            found = x[index]
+        names = {node.name() for node, _ in found.grad_fn.next_functions} if found.grad_fn else set()
+        assert "SliceBackward0" in names
+        found.add_(0)
+        assert torch.equal(found, x[index])
+        assert torch.equal(*(torch.autograd.grad(each.square().sum(), x)[0] for each in (found, x[index])))
+    with attention.watched():
+        assert x[..., [0, 2]].grad_fn is not None

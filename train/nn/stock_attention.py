@@ -3,6 +3,8 @@
 - Its backward adds up in a fixed order, since a resumed run repeats the same bits.
 - Models whose heads share one key (Falcon) let PyTorch broadcast it, which no fused kernel does: all scores [S, heads, L, L] would be
   in memory, forward and backward. Expanded by a view it is the same product, and the kernels take it.
+- Falcon takes the last two of its heads by lists, `heads[..., [-2], :]`: each waits for a copy from the host, and its backward sorts.
+  A slice has the same numbers.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ class _AttentionMode(TorchFunctionMode):
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__ and (index := _as_slices(args[1])) is not None:
+            self.is_needed = True
+            # Indexing by a list gives a copy, which a model may change.
+            return func(args[0], index).clone()
         if func is not scaled_dot_product_attention or len(args) < 3:
             return func(*args, **kwargs)
         query, key, value, *others = args
@@ -54,3 +60,15 @@ class _AttentionMode(TorchFunctionMode):
         self.is_needed = self.is_needed or attended.is_cuda
         make_backward_deterministic(attended)
         return attended
+
+
+def _as_slices(index: object) -> tuple[object, ...] | None:
+    """An index whose only list is a single number, with slices alone; None for others. [..., [-2], :] is [..., -2:-1, :]."""
+    if not isinstance(index, tuple):
+        return None
+    lists = [each for each in index if isinstance(each, list)]
+    plain = all(isinstance(each, (list, slice)) or each is Ellipsis for each in index)
+    if not plain or len(lists) != 1 or len(lists[0]) != 1 or type(lists[0][0]) is not int:
+        return None
+    place = lists[0][0]
+    return tuple(slice(place, place + 1 or None) if isinstance(each, list) else each for each in index)
