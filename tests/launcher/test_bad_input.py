@@ -182,7 +182,7 @@ def lose_a_weight(folder: Path) -> None:
         (damage("config.json", None), ["no config.json"]),
         (damage("config.json", "{"), ["config.json is not valid JSON"]),
         (damage("config.json", "[]"), ["must be a JSON object"]),
-        (configure(hidden_size=None), ["no proper hidden_size"]),
+        (configure(hidden_size=None), ["cannot be loaded", "hidden_size"]),
         (damage("tokenizer.json", None), ["no tokenizer"]),
         (damage("tokenizer.json", "{"), ["the tokenizer in", "cannot be loaded"]),
         (configure(model_type="from_tomorrow"), ["model type `from_tomorrow`"]),
