@@ -21,7 +21,7 @@ from train.model.anatomy import text_decoder
 from train.model.copies import cut_model, randomize, small_model
 from train.model.layer_kinds import build
 from train.nn.base import judge_architecture, judge_loaded, weight_reader
-from train.nn.judge import Verdict, judge
+from train.nn.judge import PATHS, Verdict, judge
 from train.nn.linear import DenseWeight
 from train.nn.packed_model import DeviceSetup, PackedModel, pack_model
 from train.sizing import ComputePath
@@ -268,6 +268,13 @@ def test_a_small_copy_has_every_kind_of_layer_and_few_numbers(name: str) -> None
     assert all(float(p.abs().max()) > 0 for p in text_decoder(small).parameters())
 
 
+def as_fast(path: ComputePath | None, listed: ComputePath | None) -> bool:
+    """Whether a path is the one that the list names or a faster one; what has to be refused has none."""
+    if path is None or listed is None:
+        return path is listed
+    return PATHS.index(path) <= PATHS.index(listed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
 def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name: str) -> None:
@@ -277,7 +284,8 @@ def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name:
     model = architectures.tiny_model(name)
     own = judge_loaded(model, weight_reader(model, None), torch.float32, SETUP)
     small = judge_architecture(build(entry.config(), "meta"))
-    assert (own.path, small.path) == (entry.path, entry.path), (own.attempts, small.attempts)
+    assert own.path == small.path, (own.attempts, small.attempts)
+    assert as_fast(own.path, entry.path), own.attempts
 
 
 @pytest.mark.slow
@@ -288,7 +296,7 @@ def test_no_architecture_that_is_right_is_refused_in_16_bits(name: str) -> None:
         pytest.skip(entry.missing)
     model = architectures.tiny_model(name).to(torch.bfloat16)
     found = judge_loaded(model, weight_reader(model, None), torch.bfloat16, SETUP)
-    assert found.path == entry.path, found.attempts
+    assert as_fast(found.path, entry.path), found.attempts
 
 
 @pytest.mark.slow

@@ -130,7 +130,8 @@ class PackedModel:
     ) -> torch.Tensor:
         """The last hidden state [T, hidden] of every token; `dropout_keys` [runs] turn dropout on, `cache` holds earlier tokens."""
         self.context.set(batch, dropout_keys, cache)
-        return self._decoder(batch)
+        # Mamba's residual stream is float32 in every precision; heads take their own.
+        return self._decoder(batch).to(self.dtype)
 
     def checkpoint_activations(self) -> None:
         """Keep only the decoder layers' inputs in the forward and compute the rest again in the backward (arXiv 1604.06174)."""
