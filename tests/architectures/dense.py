@@ -113,7 +113,7 @@ ARCHITECTURES = [
     model("granite", "granite", "own", **GRANITE),
     model("smollm3", "smollm3", "own", num_hidden_layers=4, no_rope_layers=[1, 1, 0, 1], tie_word_embeddings=True),
     model("hyperclovax", "hyperclovax", "own", head_dim=16, **GRANITE),
-    model("granite-swa", "granite_swa", "flat", sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING],
+    model("granite-swa", "granite_swa", "own", sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING],
            layer_rope_theta=[10_000.0, 1000.0, 100.0], **GRANITE),
     model("glm", "glm", "own", head_dim=16),
     model("glm4", "glm4", "own", head_dim=16),
