@@ -35,8 +35,13 @@ ARCHITECTURES = [
     Architecture("gptj", "gptj", "padded", GPT | {"rotary_dim": 8}),
     Architecture("codegen", "codegen", "padded", GPT | {"rotary_dim": 8, "n_ctx": 128}),
     model("bloom", "bloom", "padded", n_layer=3, n_head=4),
-    model("falcon-7b", "falcon", "padded", multi_query=True, parallel_attn=True),
-    model("falcon-40b", "falcon", "padded", new_decoder_architecture=True, num_kv_heads=2),
+    model("falcon-7b", "falcon", "own", multi_query=True, parallel_attn=True),
+    model("falcon-40b", "falcon", "own", new_decoder_architecture=True, num_kv_heads=2),
+    model(
+        "falcon-one-norm", "falcon", "own", new_decoder_architecture=True, num_kv_heads=1, num_ln_in_parallel_attn=1,
+        bias=True,
+    ),
+    model("falcon-serial", "falcon", "own", multi_query=False, parallel_attn=False, num_kv_heads=4, bias=True),
     model(
         "falcon-alibi", "falcon", "padded", alibi=True, multi_query=False, parallel_attn=False, num_kv_heads=4,
         bias=True,

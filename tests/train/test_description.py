@@ -38,7 +38,7 @@ OURS = [
 # Mixtures of experts, whose attention is ours.
 MIXED = [name for name in ("gpt-oss", "qwen3-moe", "granite-moe") if ARCHITECTURES[name].missing is None]
 # Every idea of a description once: norms before, behind and both, 1 + w, windows, two rotations, fused projections, parts of heads,
-# multipliers, caps, layers without rotation, parallel branches, layer norms, pairs, plain MLPs.
+# multipliers, caps, layers without rotation, parallel branches, layer norms, pairs, plain MLPs, attention of the model's own.
 QUICK = [
     "qwen3",
     "gemma2",
@@ -51,6 +51,7 @@ QUICK = [
     "glm4",
     "starcoder2",
     "gpt-oss",
+    "falcon-7b",
 ]
 # Sequences of two runs; longer than the windows, shorter, and of one token.
 LENGTHS = ((17, 1), (24, 5, 11))
@@ -208,6 +209,8 @@ def test_a_model_is_described_by_a_smaller_copy() -> None:
     [
         ("diffllama", "attention 2 times"),
         ("mamba", "attention 0 times"),
+        ("gptj", "attention 0 times"),
+        ("falcon-alibi", "attention takes attn_mask"),
         ("gpt2", "first layer's input"),
         ("bitnet", "no linear layer reads"),
         ("deepseek-v3", "do not read the same"),
@@ -306,6 +309,8 @@ def kept_per_token(base: PackedModel, monkeypatch: pytest.MonkeyPatch) -> float:
         "stablelm-parallel",
         "arcee",
         "gpt-neox",
+        "falcon-7b",
+        "falcon-40b",
     ],
 )
 def test_what_is_kept_for_the_backward_is_what_the_forecast_counts(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from train.errors import BadInput
 from train.model.anatomy import layers_name, text_decoder
-from train.model.layer_kinds import build, first_alike, layer_kinds, one_of_each, shortened, text_config
+from train.model.layer_kinds import REFERENCE, build, first_alike, layer_kinds, one_of_each, shortened, text_config
 from train.model.loading import with_plain_attention
 from train.model.narrowing import divisors, narrowed, with_fewer_rows
 
@@ -30,8 +30,8 @@ LARGEST_PARAMETERS = 300_000_000
 Reader = Callable[[str, int], torch.Tensor]
 
 
-def small_model(full: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """A small float32 copy of the architecture of `full` (which may be on ``meta``) with random weights.
+def small_model(full: PreTrainedModel, seed: int = 0, attention: str = REFERENCE) -> PreTrainedModel:
+    """A small float32 copy of the architecture of `full` (which may be on ``meta``) with random weights, made for an `attention`.
 
     Raises:
         BadInput: it cannot be made small.
@@ -44,7 +44,7 @@ def small_model(full: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         try:
             if build(config, "meta").num_parameters() > LARGEST_PARAMETERS:
                 continue
-            model = build(config)
+            model = build(config, attention=attention)
             randomize(model, seed)
             # Sizes that do not fit together show here.
             with torch.no_grad():

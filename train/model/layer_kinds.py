@@ -31,13 +31,15 @@ PLACES = re.compile(r"idx|index|layer_id|training|layer_number")
 Kind = tuple[Any, ...]
 
 
-def build(config: PretrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = REFERENCE
+) -> PreTrainedModel:
     """The model that `config` describes, with transformers' own initial weights, or with none on the device ``meta``."""
     config = shallow_towers(copy.deepcopy(config))
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = auto_class(config).from_config(
-            config, dtype=dtype, attn_implementation=REFERENCE, trust_remote_code=True
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=True
         )
     # Reference code here too: grouped products of experts exist in no float64.
     if hasattr(model, "set_experts_implementation"):

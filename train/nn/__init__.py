@@ -17,6 +17,7 @@ In reading order:
     attention        causal attention that keeps sequences apart
     description      what a decoder computes, as data
     rotation         the rotary tables of a forward, and the heads in a fused projection's output
+    attention_calls  the calls of attention in a trace, by transformers' interface or PyTorch's function
     tracing          what a small copy of a model computes, call by call
     matching         judging by numbers: equal tensors, factors, norms, and where a model keeps a number
     attention_reading  from a trace to the description of a layer's attention

@@ -57,7 +57,7 @@ def read_attention(traced: ModelTrace, layer: LayerTrace) -> AttentionFound:
         Undescribable: it is not called once, or computes something else.
     """
     if len(layer.attention) != 1:
-        raise Undescribable(f"a layer calls exchangeable attention {len(layer.attention)} times")
+        raise Undescribable(f"a layer calls transformers' or PyTorch's attention {len(layer.attention)} times")
     return _AttentionReader(traced, layer).read()
 
 

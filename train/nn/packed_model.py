@@ -186,7 +186,7 @@ def pack_model(
     """
     description = _describe(model, path)
     model.requires_grad_(False)
-    if path != "padded":
+    if description is None and path != "padded":
         model.set_attn_implementation(ATTENTION)
     context = ForwardContext(setup.kernels)
     # Weights that are exchanged are not parameters of the model any more, so they are counted before. A tied head counts once.

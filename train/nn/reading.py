@@ -17,6 +17,7 @@ from train.errors import BadInput
 from train.model.copies import small_model
 from train.model.layer_kinds import layer_kinds, shortened
 from train.model.linears import is_linear
+from train.model.loading import plain_attention
 from train.nn.activations import ACTIVATIONS
 from train.nn.attention_reading import read_attention
 from train.nn.description import (
@@ -59,7 +60,8 @@ def describe_model(model: Any) -> DecoderDescription:
         Undescribable: the decoder computes something else, or no small copy can be made.
     """
     try:
-        small = small_model(model)
+        # A model with attention of its own calls PyTorch's only where it was made for it.
+        small = small_model(model, attention=plain_attention(model.config))
         kinds = layer_kinds(model)
         # Which layers the copy has: of kinds A A B A A B the first three, so that a layer of kind B is described as the copy's third.
         _, copied = shortened(model)

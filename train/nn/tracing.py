@@ -15,21 +15,20 @@ and `train.nn.reading` finds whose output is whose input. The copy computes in f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from train.model.anatomy import decoder_layers, text_decoder
-from train.nn.functional import masked_attention
+from train.model.loading import quiet
+from train.nn.attention_calls import TRACED_ATTENTION, AttentionCall, FusedAttention
 
-TRACED_ATTENTION = "lorapack_traced"
 # A prime, so that no dimension of a model is taken for it.
 TRACED_TOKENS = 23
 
@@ -42,25 +41,6 @@ class Call:
     module: nn.Module
     input: torch.Tensor
     output: torch.Tensor
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of attention: q [T, heads, dim], k and v [T, key-value heads, dim], what came out [T, heads * dim].
-
-    `visible` [T, T] says which key each query sees; `sinks` [heads] has scores without values; `others` are further arguments.
-    """
-
-    module: nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    scale: float
-    softcap: float | None
-    visible: torch.Tensor
-    sinks: torch.Tensor | None
-    others: Mapping[str, Any]
 
 
 @dataclass
@@ -104,10 +84,12 @@ def trace(model: PreTrainedModel) -> ModelTrace:
     Raises:
         Exception: whatever the model's own code raises.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # transformers warns of models that have attention of their own.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
         torch.manual_seed(0)
-        # Not a vision tower, which may be large.
-        _randomize(text_decoder(model).double())
+        # Not a vision tower, which may be large. Drawn as they are, since torch draws float64 slowly.
+        _randomize(text_decoder(model))
+        text_decoder(model).double()
         tokens = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, TRACED_TOKENS))
         return _Tracer(model.eval()).run(tokens)
 
@@ -134,6 +116,9 @@ class _Tracer:
         self._decoder = text_decoder(model)
         self._layers: list[LayerTrace] = []
         self._open: LayerTrace | None = None
+        # The modules of a layer whose code runs now, the innermost last.
+        self._running: list[nn.Module] = []
+        self._fused: list[AttentionCall] = []
         self._calls: list[Call] = []
         self._rotaries: list[RotaryCall] = []
         self._embedded = torch.empty(0)
@@ -142,7 +127,8 @@ class _Tracer:
         """Trace one sequence [1, T]."""
         config = self._model.config.get_text_config(decoder=True)
         positions = _first_position(config) + torch.arange(tokens.shape[1])[None]
-        with self._hooked():
+        with self._hooked(), FusedAttention(self._innermost, self._fused.append):
+            # Those with attention of their own keep what they were made with.
             self._model.set_attn_implementation(TRACED_ATTENTION)
             # Grouped products of experts take no float64.
             if hasattr(self._model, "set_experts_implementation"):
@@ -162,7 +148,8 @@ class _Tracer:
                 # transformers passes the module to the attention function, and nothing of ours.
                 module.note_attention = self._note_attention
                 if module is not layer:
-                    handles.append(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
+                    handles.append(module.register_forward_pre_hook(self._enter))
+                    handles.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
             handles.append(layer.register_forward_hook(self._close_layer))
         for name, module in self._decoder.named_modules():
             if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in _names_of(self._decoder, layers)):
@@ -182,7 +169,20 @@ class _Tracer:
     def _close_layer(self, _layer: nn.Module, _arguments: Any, output: Any) -> None:
         assert self._open is not None
         self._open.output = flat(_first_tensor(output))
+        # What takes the place of exchanged attention calls PyTorch's as well.
+        self._open.attention = self._open.attention or self._fused.copy()
+        self._fused.clear()
         self._open = None
+
+    def _enter(self, module: nn.Module, _arguments: Any) -> None:
+        self._running.append(module)
+
+    def _leave(self, name: str, module: nn.Module, *call: Any) -> None:
+        self._running.pop()
+        self._note(name, module, *call)
+
+    def _innermost(self) -> nn.Module | None:
+        return self._running[-1] if self._running else None
 
     def _note_embedding(self, _module: nn.Module, _arguments: Any, output: torch.Tensor) -> None:
         self._embedded = flat(output)
@@ -247,33 +247,3 @@ def _are_tables(cos: Any, sin: Any) -> bool:
     # Up to a factor that both may have (yarn, longrope).
     square = cos.square() + sin.square()
     return bool(torch.allclose(square, square.flatten()[0].expand_as(square), rtol=1e-3))
-
-
-def _traced_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Plain attention, as transformers calls it, that gives its call to the tracer of its module."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    if attention_mask is not None:
-        visible = attention_mask[0, 0] > -1
-    groups = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (key, value))
-    out = masked_attention(query, k, v, visible, scale, softcap, s_aux)[0].transpose(0, 1)
-    q, k, v = (x[0].transpose(0, 1).clone() for x in (query, key, value))
-    given = {name: other for name, other in others.items() if other is not None}
-    note = cast(Callable[[AttentionCall], None], module.note_attention)
-    note(AttentionCall(module, q, k, v, out.flatten(1).clone(), scale, softcap, visible, s_aux, given))
-    return out[None], None
-
-
-AttentionInterface.register(TRACED_ATTENTION, _traced_attention)
-AttentionMaskInterface.register(TRACED_ATTENTION, eager_mask)
