@@ -27,8 +27,9 @@ from train.sizing import ComputePath
 RANK, SCALING = 8, 0.5
 # Rows of three runs; one sequence is a single token, which predicts nothing.
 LENGTHS = [(5, LONGEST - 3), (LONGEST,), (1, 9)]
-# float32 through some hundred operations; the largest of all adapters' relative errors.
-TOLERANCE = 5e-5
+# float32 through some hundred operations; the largest of all adapters' relative errors. Stock transformers is as far from its own
+# float64: 2e-4 for Qwen3.5's mixture, where we are 7e-5 from stock and 1.3e-4 from float64.
+TOLERANCE = 1e-4
 
 
 def sequences(lengths: list[tuple[int, ...]] = LENGTHS) -> list[TokenSequence]:

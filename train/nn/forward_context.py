@@ -6,13 +6,14 @@ linear layers through the one `ForwardContext` that all of them hold (vLLM's for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from train.data.micro_batch import MicroBatch, Padding
 from train.nn.backends import Kernels
@@ -91,6 +92,10 @@ class _Forward:
     cache: KeyValueCache | None = None
     padding: Padding | None = None
     made: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    # Of padded tensors that are still in use: their version, and their real tokens.
+    unpadded: MutableMapping[torch.Tensor, tuple[tuple[int, bool], torch.Tensor]] = field(
+        default_factory=WeakTensorKeyDictionary
+    )
 
 
 class ForwardContext:
@@ -154,6 +159,15 @@ class ForwardContext:
         if key not in self._forward.made:
             self._forward.made[key] = make()
         return self._forward.made[key]
+
+    def cached_for(self, x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` returns, made once while x lives unchanged: layers that read the same x share it, and its gradient."""
+        known = self._forward.unpadded.get(x)
+        # Autograd makes no graph in evaluations, and none may be missing after them.
+        state = x._version, torch.is_grad_enabled()
+        if known is None or known[0] != state:
+            known = self._forward.unpadded[x] = (state, make())
+        return known[1]
 
     def anchor_like(self, x: torch.Tensor) -> torch.Tensor:
         """A scalar that requires a gradient, so that autograd calls a layer's backward even where its input needs no gradient."""

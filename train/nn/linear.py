@@ -109,7 +109,7 @@ class PackedLinear(nn.Module):
         sequences, longest = (1, self.context.batch.total) if padding is None else padding.gather.shape
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) == sequences * longest:
-            y = self._of_tokens(flat, padding)
+            y = self._of_tokens(x, padding)
         elif self.lora is None:
             y = apply_linears(flat, [self], None)[0]
         elif padding is not None and x.shape[:-1] == (sequences, 1):
@@ -124,10 +124,12 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def _of_tokens(self, x: torch.Tensor, padding: Padding | None) -> torch.Tensor:
-        """[T, in] -> [T, out] for flat tokens, [S * L, in] -> [S * L, out] for padded sequences."""
+        """[T, out] of flat tokens x [.., T, in], [S, L, out] of padded sequences x [S, L, in] or [S * L, in]."""
         if padding is None:
-            return apply_linears(x, [self], None)[0]
-        flat = unpad(x.view(*padding.gather.shape, -1), padding, self.context.batch.total)
+            return apply_linears(x.reshape(-1, x.shape[-1]), [self], None)[0]
+        places = *padding.gather.shape, x.shape[-1]
+        total = self.context.batch.total
+        flat = self.context.cached_for(x, lambda: unpad(x.reshape(places), padding, total))
         return pad(apply_linears(flat, [self], None)[0], padding)
 
 
