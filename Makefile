@@ -8,7 +8,7 @@ DEMO := runs/rank-smollm2-tasks
 SIZE := about 2 GB; where torch brings CUDA some 3 GB more: README says how to avoid that
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint format clean browser
+.PHONY: help install run test test-all test-fast lint format clean browser
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,7 +18,10 @@ install: $(VENV)/.installed ## create .venv with the pinned versions
 run: install ## train the default sweep (four LoRA ranks) here, end to end, and report
 	$(BIN)/python -m launcher sweep=rank
 
-test: $(VENV)/.tested browser ## run all tests
+test: $(VENV)/.tested browser ## run all tests, over a few architectures of each kind
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadgroup -m "not exhaustive"
+
+test-all: $(VENV)/.tested browser ## run them over each of more than a hundred architectures too (about an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadgroup
 
 test-fast: $(VENV)/.tested ## run the quick tests: no Slurm, no browser, nothing marked slow (under 3 minutes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from architectures import ARCHITECTURES, LONGEST, VOCABULARY, learned_buffers, tiny_model
+from architectures import ARCHITECTURES, LONGEST, VOCABULARY, each, learned_buffers, tiny_model
 
 TOKENS = torch.randint(0, VOCABULARY, (4, LONGEST), generator=torch.Generator().manual_seed(0))
 # Float32 rounds to some 1e-6; a part that matters moves the logits by far more.
@@ -44,8 +44,7 @@ def test_later_tokens_change_nothing_before_them(name: str) -> None:
     assert relative_difference(logits(model, TOKENS.roll(1, dims=0)[:, :-1]), whole[:, :-1]) > 0.1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_every_parameter_matters(name: str) -> None:
     model = built(name)
     whole = logits(model)

@@ -7,6 +7,10 @@ value, since a part that does nothing is computed right by any code.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,11 +25,20 @@ __all__ = [
     "WINDOW",
     "Architecture",
     "PathName",
+    "each",
     "learned_buffers",
     "tiny_model",
 ]
 
 ARCHITECTURES = {entry.name: entry for rows in (dense, others, mixtures, hybrids) for entry in rows.ARCHITECTURES}
+
+# The whole list is for `make test-all`; a few architectures of each kind are for every run.
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+
+
+def each(names: Iterable[str], quick: Collection[str] = ()) -> list[Any]:
+    """Parameters for a test over architectures: `quick` ones always run, the others with the whole list."""
+    return [pytest.param(name, marks=() if name in quick else EXHAUSTIVE) for name in names]
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

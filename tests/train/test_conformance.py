@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import conformance
 import packs
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, EXHAUSTIVE
 from conformance import ROWS, Trained, adapter_error, relative_error
 from conformance_gaps import GAPS
 from train.data.sampling import TokenSequence, sequences_of
@@ -39,7 +39,7 @@ def every_architecture(check: str, refused: bool = False) -> Callable[[Callable[
         if (architecture.path is None) == refused:
             gap = GAPS.get(name, {}).get(check)
             marks = [pytest.mark.xfail(strict=True, reason=gap)] if gap else []
-            cases.append(pytest.param(name, marks=marks if name in SHORT else [*marks, pytest.mark.slow]))
+            cases.append(pytest.param(name, marks=marks if name in SHORT else [*marks, *EXHAUSTIVE]))
     return pytest.mark.parametrize("name", cases)
 
 

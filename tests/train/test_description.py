@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import packs
-from architectures import ARCHITECTURES, tiny_model
+from architectures import ARCHITECTURES, each, tiny_model
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.lora.parameters import PackedAdapters
@@ -109,7 +109,7 @@ def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in dict.fromkeys(OURS + MIXED)],
+    each(dict.fromkeys(OURS + MIXED), QUICK),
 )
 def test_our_decoder_computes_hidden_states_and_gradients_of_transformers(name: str) -> None:
     model = tiny_model(name, torch.float64).requires_grad_(False)

@@ -275,8 +275,7 @@ def as_fast(path: ComputePath | None, listed: ComputePath | None) -> bool:
     return PATHS.index(path) <= PATHS.index(listed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures.each(sorted(architectures.ARCHITECTURES)))
 def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name: str) -> None:
     entry = architectures.ARCHITECTURES[name]
     if entry.missing:
@@ -288,8 +287,7 @@ def test_the_small_copy_of_an_architecture_is_judged_as_its_own_tiny_model(name:
     assert as_fast(own.path, entry.path), own.attempts
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures.each(sorted(architectures.ARCHITECTURES)))
 def test_no_architecture_that_is_right_is_refused_in_16_bits(name: str) -> None:
     entry = architectures.ARCHITECTURES[name]
     if entry.missing:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, PretrainedConfig
 
-from architectures import ARCHITECTURES, tiny_model
+from architectures import ARCHITECTURES, each, tiny_model
 from train.config import ModelConfig
 from train.errors import BadInput
 from train.model.facts import ModelFacts, facts_file, read_facts
@@ -168,9 +168,7 @@ def test_a_damaged_tokenizer_is_refused(content: str, tiny_model: Any, tmp_path:
 QUICK = {"gpt-oss", "gemma2", "gpt2"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
-)
+@pytest.mark.parametrize("name", each(ARCHITECTURES, QUICK))
 @torch.no_grad()
 def test_every_architecture_is_loaded_from_its_files(name: str, tmp_path: Path) -> None:
     """Those too that transformers computes by code of their own alone, without PyTorch's attention."""

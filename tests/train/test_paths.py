@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 import packs
-from architectures import ARCHITECTURES, LONGEST, VOCABULARY, WINDOW, tiny_model
+from architectures import ARCHITECTURES, LONGEST, VOCABULARY, WINDOW, each, tiny_model
 from train.data.micro_batch import MicroBatch
 from train.data.sampling import TokenSequence
 from train.lora.parameters import PackedAdapters
@@ -121,7 +121,7 @@ SHORT = {"falcon-7b", "bloom", "gpt2", "qwen3.5", "mixtral", "zaya", "jamba", "g
 
 
 def briefly(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow) for name in names]
+    return each(names, SHORT)
 
 
 RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from test_targets import lora
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from architectures import ARCHITECTURES, VOCABULARY, tiny_model
+from architectures import ARCHITECTURES, VOCABULARY, each, tiny_model
 from train.config import LoraConfig, ModelConfig
 from train.errors import BadInput, LorapackError
 from train.export import add_product
@@ -101,7 +101,7 @@ QUICK = {"llama", "gpt2", "deepseek-v3", "glm4-moe", "ernie4.5-moe", "afmoe", "q
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES],
+    each(ARCHITECTURES, QUICK),
 )
 def test_stock_peft_loads_all_linear(architecture: str, tmp_path: Path) -> None:
     """Every linear layer that PEFT adapts at all."""

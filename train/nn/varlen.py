@@ -131,10 +131,11 @@ class Efficient:
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Tensors:
         """As `VarlenKernel`."""
         k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+        # The kernel refuses a longest sequence of more tokens than there are: 112 tokens, and 67 rounded up to 128.
+        longest = min(scores.longest, len(q))
         out, log_sums, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
             # No bias; bounds and longest sequence of queries and keys; no dropout, causal, with log_sums.
-            q[None], k[None], v[None], None, scores.starts, scores.starts, scores.longest, scores.longest, 0.0, 1, True,
-            scale=scores.scale,
+            q[None], k[None], v[None], None, scores.starts, scores.starts, longest, longest, 0.0, 1, True, scale=scores.scale,
         )  # fmt: skip
         return out[0], log_sums, seed, offset
 
@@ -145,10 +146,11 @@ class Efficient:
         out, log_sums, seed, offset = kept
         of_keys = k.shape[1]
         k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+        longest = min(scores.longest, len(q))
         with deterministic_algorithms():
             q_grad, k_grad, v_grad, _ = torch.ops.aten._efficient_attention_backward(
                 gradient.contiguous()[None], q[None], k[None], v[None], None, out[None], scores.starts, scores.starts,
-                scores.longest, scores.longest, log_sums, 0.0, seed, offset, 1, False,
+                longest, longest, log_sums, 0.0, seed, offset, 1, False,
                 # Keys that are split are added up in any order.
                 scale=scores.scale, num_splits_key=1,
             )  # fmt: skip
