@@ -14,7 +14,7 @@ memory    base         6.74e9 parameters * 2 bytes                              
           process                                                                             0.50 GiB
           sum                                                                                16.47 GiB of 0.92 * 40 usable
 time      arithmetic   6.61e9 weights * 6 FLOP * 420,480 tokens = 1.67e16 FLOP, / 190e12      87.7 s
-          launches     100 micro-batches * 32 layers * 4.7 ms * 1.5 = 22.6 s, hidden           0.0 s
+          launches     100 micro-batches * 224 linear layers * 0.67 ms * 1.5 = 22.5 s, hidden  0.0 s
           per layer    100 * 32 * 0.25 ms                                                      0.8 s
           startup                                                                             15.0 s
           sum                                                                                103.5 s
@@ -41,16 +41,16 @@ USABLE_SHARE = {"cpu": 0.8, "cuda": 0.92}
 
 # What a process takes before any weights: Python with torch and transformers; the work areas of a GPU's matrix products.
 PROCESS_GIB = {"cpu": 0.9, "cuda": 0.5}
-# Both per layer and micro-batch, measured on an H200 with 32 layers. Launching the kernels forward and backward takes 150 ms, or
-# 4.7 ms a layer. If a graph is replayed, or the kernels take longer than their launches, 8 ms remain in addition to the arithmetic,
-# for reading weights and filling the GPU.
-LAUNCH_SECONDS = 0.0047
-LAYER_SECONDS = 0.00025
-# The same for a layer with experts: Qwen3-30B-A3B, 48 layers, takes 298 ms for 1 x 4 and 266 ms for 8 x 4 (30 November 2026).
+# Per micro-batch, measured on an H200. Launching the kernels forward and backward takes 0.67 ms for each linear layer with what lies
+# between: 150 ms for the 224 of Llama-2-7B, 186 ms for the 252 of Qwen3-8B on flat tokens, 96 ms for the 128 of Falcon-7B on padded.
+LAUNCH_SECONDS = 0.00067
+# And 5.7 ms for a decoder layer with experts: Qwen3-30B-A3B, 48 layers, takes 298 ms for 1 x 4 and 266 ms for 8 x 4 (30 November 2026).
 EXPERTS_LAUNCH_SECONDS = 0.0057
-# How many times as long as by our own decoder a pack takes besides its launches, by path. Flat: Qwen3-8B, 8 runs of 4 rows on an H200,
-# 15,957 tokens/s take 1.08 times as long as this arithmetic says; the launches, which no graph hides, give the 2,835 tokens/s of 1 run.
-# Padded: attention and norms also compute the pads; an estimate, not measured yet.
+# Of a decoder layer. If a graph is replayed, or the kernels take longer than their launches, 8 ms remain of Llama-2-7B's 32 layers in
+# addition to the arithmetic, for reading weights and filling the GPU.
+LAYER_SECONDS = 0.00025
+# How many times as long as by our own decoder the arithmetic takes, by path, for 8 runs of 4 rows on an H200. Flat: Qwen3-8B at 15,957
+# tokens/s. Padded, where attention, norms and activations compute the pads too: Falcon-7B at 13,902 tokens/s.
 SLOWER: dict[ComputePath, float] = {"own": 1.0, "flat": 1.1, "padded": 1.5}
 # How far the largest of some ten steps lies above the mean, for one row.
 LARGEST_STEP = 0.65
@@ -131,15 +131,18 @@ def training_seconds(config: RunConfig, work: list[Workload], shape: ModelShape,
         # Forward, backward and recomputation unpack every weight again for each micro-batch, whatever its size.
         flop += micro_batches * (3 if fit.checkpoint_activations else 2) * NF4_FLOP * shape.size.quantized_parameters
     forwards = 1.5 if fit.checkpoint_activations else 1.0
-    launch_seconds = EXPERTS_LAUNCH_SECONDS if shape.size.experts else LAUNCH_SECONDS
+    replayed = _replays_graphs(config, shape, device, fit)
+    launches = 0.0 if replayed else forwards * micro_batches * _launch_seconds(shape)
+    arithmetic = SLOWER[shape.path or "own"] * flop / device.flops
     # Launches and arithmetic overlap, so the slower of both counts.
-    launches = (
-        0.0
-        if _replays_graphs(config, shape, device, fit)
-        else forwards * micro_batches * shape.size.layers * launch_seconds
-    )
-    slower = SLOWER[shape.path or "own"]
-    return slower * (max(flop / device.flops, launches) + micro_batches * shape.size.layers * LAYER_SECONDS)
+    return max(arithmetic, launches) + micro_batches * shape.size.layers * LAYER_SECONDS
+
+
+def _launch_seconds(shape: ModelShape) -> float:
+    """What the host takes for one micro-batch, forward and backward."""
+    if shape.size.experts:
+        return shape.size.layers * EXPERTS_LAUNCH_SECONDS
+    return len(shape.size.linears) * LAUNCH_SECONDS
 
 
 def slowdown(config: RunConfig, work: list[Workload], shape: ModelShape, device: DeviceSpec, gpus: int = 1) -> float:
