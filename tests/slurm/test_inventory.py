@@ -88,7 +88,7 @@ def test_a_written_site_is_all_that_a_plan_needs(cluster: Cluster, project: Path
 def test_packs_go_where_they_fit(cluster: Cluster, project: Path, words: list[str], partition: str) -> None:
     made = json.loads(plan(cluster, project, *words).stdout)
     assert [pack["partition"] for pack in made["packs"]] == [partition]
-    assert made["packs"][0].keys() == {"id", "partition", "runs", "forecast"}
+    assert made["packs"][0].keys() == {"id", "partition", "path", "slower", "runs", "forecast"}
 
 
 def test_what_fits_nowhere_is_refused_before_the_queue(cluster: Cluster, project: Path) -> None:
