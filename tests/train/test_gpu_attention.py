@@ -268,7 +268,19 @@ def test_other_heads_are_left_to_flash_attention_or_padded(
     """Which runs on GPUs alone: only the choice is looked at."""
     context = context_of((5,), Kernels(flash_varlen=True, triton_attention=True))
     q, v = torch.zeros(5, 2, dim), torch.zeros(5, 2, of_values)
-    assert isinstance(attention._varlen_kernel(context, q, v, softcap), expected)
+    assert isinstance(attention._varlen_kernel(context, q, v, None, softcap, None), expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "expected"),
+    [(None, None, varlen.Efficient), (5, None, varlen.Efficient), (4, None, type(None)), (None, 30.0, type(None))],
+)
+def test_a_gpu_without_flash_attention_pads_for_windows_and_soft_caps(
+    window: int | None, softcap: float | None, expected: type
+) -> None:
+    context = context_of((5,), Kernels(efficient_varlen=True))
+    q = torch.zeros(5, 2, 64)
+    assert isinstance(attention._varlen_kernel(context, q, q, window, softcap, None), expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
