@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 import packs
 from architectures import ARCHITECTURES, each, tiny_model
@@ -342,3 +342,14 @@ def test_a_configuration_that_fails_is_no_description() -> None:
     model.config.num_attention_heads = 0
     with pytest.raises(Undescribable):
         describe_model(model)
+
+
+def test_a_window_is_read_by_its_name_where_another_number_is_as_large() -> None:
+    """A window of 6 in the small copy, and 6 queries for a key."""
+    config = MistralConfig(
+        vocab_size=97, hidden_size=48 * 16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=48,
+        num_key_value_heads=8, sliding_window=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert [layer.attention.window.attribute for layer in describe_model(model).layers] == ["sliding_window"] * 2

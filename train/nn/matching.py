@@ -53,11 +53,16 @@ def find_scalar(value: float, owners: list[tuple[str, Any]], hints: str) -> Scal
     """
     if is_close(value, 1.0):
         return ONE
-    for name, owner in owners:
-        kept = numbers(owner)
-        for attribute in sorted(kept, key=lambda each: not any(hint in each for hint in hints.split())):
-            if is_close(kept[attribute], value):
-                return Scalar(kept[attribute], name, attribute)
+    found = [
+        Scalar(kept, name, attribute)
+        for name, owner in owners
+        for attribute, kept in numbers(owner).items()
+        if is_close(kept, value)
+    ]
+    # Another number may be as large: 6 is a window in the configuration, and the queries of a key in the module.
+    told = [scalar for scalar in found if any(hint in scalar.attribute for hint in hints.split())]
+    if found:
+        return (told or found)[0]
     for name, owner in owners:
         kept = numbers(owner)
         for attribute, exponent in ROOTS:
