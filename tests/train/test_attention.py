@@ -62,7 +62,6 @@ def test_padded_sequences_attend_within_windows_and_soft_caps(window: int | None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the memory-efficient kernel is for GPUs")
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_memory_efficient_kernel_attends_within_sequences(dim: int) -> None:
     """Heads that share a key, in float16 on flat tokens, against float32 on padded ones."""

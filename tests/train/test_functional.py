@@ -156,7 +156,6 @@ def test_norms_and_activations_are_torchs() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's fused norms are for GPUs")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_fused_norms_are_ours(name: str, dtype: torch.dtype) -> None:

@@ -103,7 +103,7 @@ def test_the_device_unpacks_each_expert_as_bitsandbytes_does(quant: QuantConfig)
         torch.testing.assert_close(found, dequantize(*quantize(matrix, quant)), rtol=1e-2, atol=0)
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU runs ahead of its host")
+@pytest.mark.gpu
 def test_the_host_does_not_wait_where_a_chunk_holds_all_experts() -> None:
     packed = weights(torch.bfloat16, transposed=False, in_four_bits=True)
     given = inputs(70, torch.bfloat16)

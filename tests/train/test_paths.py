@@ -27,9 +27,10 @@ from train.sizing import ComputePath
 RANK, SCALING = 8, 0.5
 # Rows of three runs; one sequence is a single token, which predicts nothing.
 LENGTHS = [(5, LONGEST - 3), (LONGEST,), (1, 9)]
-# float32 through some hundred operations; the largest of all adapters' relative errors. Stock transformers is as far from its own
-# float64: 2e-4 for Qwen3.5's mixture, where we are 7e-5 from stock and 1.3e-4 from float64.
-TOLERANCE = 1e-4
+# float32 through some hundred operations; the largest of all adapters' relative errors.
+TOLERANCE = 5e-5
+# Where stock transformers is further than that from its own float64: 1.1e-4 to 2.4e-4, and we are 7e-5 from stock.
+ROUGH = {"qwen3.5-moe": 1e-4}
 
 
 def sequences(lengths: list[tuple[int, ...]] = LENGTHS) -> list[TokenSequence]:
@@ -106,7 +107,7 @@ def check(name: str, path: ComputePath, recompute: bool, lengths: list[tuple[int
             for mine, other in zip(found[module], gradients, strict=True):
                 other = torch.zeros_like(mine) if other is None else other
                 error = float((mine - other).norm()) / (float(other.norm()) + 1e-3 * largest)
-                assert error < TOLERANCE, f"{module}: {error:.1e}"
+                assert error < ROUGH.get(name, TOLERANCE), f"{module}: {error:.1e}"
 
 
 COMPUTED = [name for name, entry in ARCHITECTURES.items() if entry.causal]
