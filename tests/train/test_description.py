@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import packs
 from architectures import ARCHITECTURES, each, tiny_model
@@ -344,11 +344,13 @@ def test_a_configuration_that_fails_is_no_description() -> None:
         describe_model(model)
 
 
-def test_a_window_is_read_by_its_name_where_another_number_is_as_large() -> None:
+@pytest.mark.parametrize("model_type", ["mistral", "starcoder2", "qwen3", "ministral"])
+def test_a_window_is_read_by_its_name_where_another_number_is_as_large(model_type: str) -> None:
     """A window of 6 in the small copy, and 6 queries for a key."""
-    config = MistralConfig(
-        vocab_size=97, hidden_size=48 * 16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=48,
-        num_key_value_heads=8, sliding_window=4096,
+    config = AutoConfig.for_model(
+        model_type, vocab_size=97, hidden_size=48 * 16, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=48, num_key_value_heads=8, head_dim=16, sliding_window=4096, use_sliding_window=True,
+        layer_types=["sliding_attention"] * 2,
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
